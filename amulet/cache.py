@@ -1,0 +1,240 @@
+"""Rows of the KV cache: column = position, so rows join, leave and share a prefix without padding.
+
+Token number t of a row lies in column t of the row's keys and values, whatever the other rows do.
+A row's length is the engine's knowledge alone: what lies behind it is stale, is masked, and is
+overwritten when the row gets there. This is the only file that names Transformers' cache API.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from amulet.errors import ModelError
+
+COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
+
+Masks = torch.Tensor | dict[str, torch.Tensor | None] | None
+
+
+class RowCache(Cache):
+    """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._keys: list[torch.Tensor | None] = []
+        self._values: list[torch.Tensor | None] = []
+        self._capacity = (0, 0)
+        self._first, self._starts, self._width = 0, [0], 0
+        self._positions = torch.zeros(1, 1, dtype=torch.long)
+
+    # The engine's side
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for `rows` rows of `columns` tokens, keeping what is there."""
+        have_rows, have_columns = self._capacity
+        if rows <= have_rows and columns <= have_columns:
+            return
+        columns = -(-max(columns, have_columns) // COLUMN_STEP) * COLUMN_STEP
+        self._capacity = (max(rows, have_rows), columns)
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = self._grown(buffer)
+
+    def begin(self, first: int, starts: Sequence[int], width: int) -> None:
+        """Say where the next forward pass writes.
+
+        Args:
+            first: the first row of the pass; it covers `len(starts)` consecutive rows.
+            starts: for each row the column of its first new token.
+            width: how many tokens each row gets.
+        """
+        self._first, self._starts, self._width = first, list(starts), width
+        self._positions = torch.tensor(self._starts)[:, None] + torch.arange(width)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one row to another."""
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None:
+                buffer[target, :, :length] = buffer[source, :, :length]
+
+    def clear(self) -> None:
+        """Free all memory."""
+        self.__init__()  # type: ignore[misc]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions of the tokens of the pass, `[rows, width]`, on the CPU."""
+        return self._positions
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        return max(self._starts) + self._width
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
+
+    def masks(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Masks:
+        """Return the attention mask of the pass in the form that the model's forward expects.
+
+        A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
+        full and sliding attention; None where plain causal attention is already right.
+        """
+        text = config.get_text_config()
+        kinds = layer_kinds(text)
+        additive = config._attn_implementation == "eager"
+        made = {kind: self._mask(kind, text, dtype if additive else None, device) for kind in kinds}
+        if getattr(text, "layer_types", None):
+            return made
+        return next(iter(made.values()))
+
+    def _mask(
+        self,
+        kind: str,
+        config: PretrainedConfig,
+        additive: torch.dtype | None,
+        device: torch.device,
+    ) -> torch.Tensor | None:
+        window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+        level = len(set(self._starts)) == 1  # all rows at the same position
+        causal = level and (self._width == 1 or self._starts[0] == 0)
+        chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+        within = self.columns <= min(window or self.columns, chunk or self.columns)
+        if causal and within and additive is None:
+            return None
+        query = self._positions.to(device)[:, None, :, None]
+        column = torch.arange(self.columns, device=device)
+        allowed = column <= query
+        if window is not None:
+            allowed &= column > query - window
+        if chunk is not None:
+            allowed &= column // chunk == query // chunk
+        if additive is None:
+            return allowed
+        zero = torch.zeros((), dtype=additive, device=device)
+        return torch.where(allowed, zero, torch.finfo(additive).min)
+
+    def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
+        rows, columns = self._capacity
+        grown = buffer.new_zeros((rows, buffer.shape[1], columns, buffer.shape[3]))
+        grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+        return grown
+
+    # Transformers' side
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
+        while len(self._keys) <= layer_idx:
+            self._keys.append(None)
+            self._values.append(None)
+        return (
+            self._write(self._keys, layer_idx, key_states),
+            self._write(self._values, layer_idx, value_states),
+        )
+
+    def _write(
+        self, buffers: list[torch.Tensor | None], layer: int, states: torch.Tensor
+    ) -> torch.Tensor:
+        buffer = buffers[layer]
+        if buffer is None:  # zeros: a masked column may still be multiplied by a weight of 0
+            rows, columns = self._capacity
+            buffer = states.new_zeros((rows, states.shape[1], columns, states.shape[3]))
+            buffers[layer] = buffer
+        rows = len(self._starts)
+        view = buffer[self._first : self._first + rows]
+        if len(set(self._starts)) == 1:
+            start = self._starts[0]
+            view[:, :, start : start + self._width] = states
+        else:
+            if self._positions.device != states.device:
+                self._positions = self._positions.to(states.device)
+            index = torch.arange(rows, device=states.device)[:, None]
+            view[index, :, self._positions] = states.transpose(1, 2)
+        return view[:, :, : self.columns]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass; only asked where all rows start alike."""
+        return self._starts[0]
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        """Position of the pass's first token."""
+        return self._starts[0]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns attended over, and the first of them."""
+        return self.columns, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum: `reserve` grows the buffers."""
+        return -1
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        """The eager cache changes shape from step to step."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Sliding layers keep all columns here; their mask hides what is outside the window."""
+        return [False] * max(len(self._keys), 1)
+
+
+SUPPORTED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def layer_kinds(config: PretrainedConfig) -> list[str]:
+    """Return the kinds of attention that a text model's layers have, each once."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return sorted(set(kinds))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ModelError where this cache can't serve the model, and say what to do."""
+    config = model.config
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model; Amulet decodes decoder-only (causal) models."
+        )
+    unknown = set(layer_kinds(config.get_text_config())) - SUPPORTED_KINDS
+    if unknown:
+        raise ModelError(
+            f"{name} has layers of the kind {', '.join(sorted(unknown))}, whose state can't be "
+            f"kept per row; supported are {', '.join(sorted(SUPPORTED_KINDS))}."
+        )
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ModelError(
+            f"The model's attention is {attention!r}, which takes no mask per row; load it with "
+            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')."
+        )
+    parameters = inspect.signature(model.forward).parameters
+    if cache_argument(model) not in parameters:
+        raise ModelError(f"{name}'s forward takes no KV cache; Amulet needs one.")
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name under which the model's forward takes its cache (renamed in 5.24)."""
+    parameters = inspect.signature(model.forward).parameters
+    return "past_key_values" if "past_key_values" in parameters else "cache"

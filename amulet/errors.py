@@ -1,0 +1,52 @@
+"""Every error that Amulet raises on purpose.
+
+AmuletError
+├── RequestError (ValueError)     the caller's input can't be decoded as given
+│   ├── PromptTooLongError        prompt and answer don't fit the model's context window
+│   └── TemplateError             the chat template is missing or refuses the messages
+├── ModelError                    the model or tokenizer can't be loaded or isn't supported
+│   └── MissingPackageError (ImportError)   an optional package is not installed
+└── DecodeError (RuntimeError)    decoding started and could not go on
+    ├── OutOfMemoryError          the device has no room for the batch
+    └── InterruptedDecodeError    another caller's interrupt ended the shared step
+
+Each message says what was given, what was expected and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class AmuletError(Exception):
+    """The root of the tree: `except AmuletError` catches whatever Amulet raises on purpose."""
+
+
+class RequestError(AmuletError, ValueError):
+    """A request, message, preference or option is not valid; raised before any forward pass."""
+
+
+class PromptTooLongError(RequestError):
+    """Prompt (and requested answer) exceed the model's context window; states both lengths."""
+
+
+class TemplateError(RequestError):
+    """The tokenizer has no chat template, or its template refuses these messages."""
+
+
+class ModelError(AmuletError):
+    """A model or tokenizer can't be loaded, or its architecture isn't supported."""
+
+
+class MissingPackageError(ModelError, ImportError):
+    """An optional package is needed and not installed; the message names the pip command."""
+
+
+class DecodeError(AmuletError, RuntimeError):
+    """A decode step failed; the `Amulet` object stays usable."""
+
+
+class OutOfMemoryError(DecodeError):
+    """The device ran out of memory; states how many rows and tokens the batch had."""
+
+
+class InterruptedDecodeError(DecodeError):
+    """Another caller's interrupt (Ctrl-C) ended the step that this request shared."""

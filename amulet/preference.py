@@ -1,0 +1,136 @@
+"""What a person wants of an answer, and how hard to push: `Preference` and `Steering`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from amulet.errors import RequestError
+from amulet.gain import game_gain
+
+Placement: TypeAlias = Literal["system", "user", "both"]
+PLACEMENTS: tuple[Placement, ...] = ("system", "user", "both")
+
+Strength = Annotated[float, Field(ge=-100.0, le=1000.0, allow_inf_nan=False)]
+Floor = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class Preference(BaseModel):
+    """One wish about the answer, in words, and its weight.
+
+    Args:
+        text: what the person wants, such as "Answer in one short sentence."
+        weight: its share of the push, -10 to 10. A negative weight steers away from the text.
+
+    With strength g a preference of weight w enters as `w·(1 + g)·(p − r)`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, text: str, weight: float = 1.0, **unknown: Any) -> None:
+        try:
+            super().__init__(text=text, weight=weight, **unknown)
+        except ValidationError as error:
+            raise RequestError(f"Preference: {describe(error)}") from None
+
+    text: str
+    weight: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+
+    @field_validator("text")
+    @classmethod
+    def _text_says_something(cls, text: str) -> str:
+        text = text.strip()
+        if not text:
+            raise ValueError('is empty; to decode plainly give preference=None or ""')
+        return text
+
+
+PreferenceLike: TypeAlias = (
+    "str | Preference | dict[str, Any] | Iterable[str | Preference | dict[str, Any]] | None"
+)
+
+
+class Steering(BaseModel):
+    """How hard, and where, preferences are applied; frozen, to and from JSON.
+
+    Args:
+        strength: g of `log π ∝ p + g·(p − r)`. −1 is no preference at all, 0 the preference in
+            the prompt alone, 2.0 Linear Alignment, 4.6487 the paper's 60-step game.
+        floor: the plausibility floor, 0 to 1: only tokens with `p ≥ floor·max p` survive; 0 is off.
+        placement: where the preference stands in the prompt: in the "system" message, at the end
+            of the last "user" turn, or in "both".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strength: Strength = 2.0
+    floor: Floor = 0.1
+    placement: Placement = "system"
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise RequestError(f"Steering: {describe(error)}") from None
+
+    @classmethod
+    def paper(
+        cls, iterations: int = 60, alpha: float = 2.0, lam: float = 2.0, eta: float = 10.0
+    ) -> Steering:
+        """The paper's setting: the gain of its game, no floor, the system message."""
+        return cls(strength=game_gain(iterations, alpha, lam, eta), floor=0.0)
+
+
+DEFAULT_STEERING = Steering()
+
+
+def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
+    """Return the one normal form of every way to state preferences; `()` decodes plainly.
+
+    None, "" and blank text mean no preference; so do an empty list and a weight of 0.
+
+    Raises:
+        RequestError: something else than text, `Preference`, its dict, or a list of them.
+    """
+    if given is None:
+        return ()
+    entries = [given] if isinstance(given, str | Preference | dict) else given
+    if not isinstance(entries, Iterable) or isinstance(entries, bytes):
+        raise RequestError(
+            f"a preference of type {type(given).__name__}: expected text, a Preference, a list of them, or None."
+        )
+    preferences = (_one_preference(entry) for entry in entries if not _is_blank(entry))
+    return tuple(preference for preference in preferences if preference.weight != 0)
+
+
+def _is_blank(entry: object) -> bool:
+    return entry is None or (isinstance(entry, str) and not entry.strip())
+
+
+def _one_preference(entry: object) -> Preference:
+    if isinstance(entry, Preference):
+        return entry
+    if isinstance(entry, str):
+        return Preference(entry)
+    if isinstance(entry, dict) and "text" in entry:
+        return Preference(**entry)
+    raise RequestError(
+        f"a preference of type {type(entry).__name__}: expected text, a Preference, or a dict "
+        "with its text and weight."
+    )
+
+
+def describe(error: ValidationError) -> str:
+    """Return pydantic's findings as one sentence per field: name, value given, what is expected."""
+    findings = []
+    for finding in error.errors(include_url=False):
+        name = ".".join(str(part) for part in finding["loc"]) or "request"
+        if finding["type"] == "extra_forbidden":
+            findings.append(f"{name}: unknown option; check its spelling")
+        else:
+            message = finding["msg"].removeprefix("Value error, ").removesuffix(".")
+            given = f"={finding['input']!r}" if finding["loc"] else ""  # not the whole chat
+            findings.append(f"{name}{given}: {message[:1].lower()}{message[1:]}")
+    return "; ".join(findings) + "."

@@ -1,0 +1,202 @@
+"""What is asked for and what comes back: `Request`, `Reply`, `Usage`, `TokenTrace`.
+
+Every range is checked here, once; the modules below trust it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from amulet.errors import RequestError
+from amulet.preference import (
+    Floor,
+    Placement,
+    Preference,
+    Steering,
+    Strength,
+    describe,
+    normal_preferences,
+)
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Request(BaseModel):
+    """One answer to decode; frozen. `Amulet.batch` takes a list of them.
+
+    Args:
+        messages: the chat, dicts in the Transformers form (`role`, `content`, ...); or
+        prompt: raw text for a completion, without a chat template. Exactly one of the two.
+        preference: text, `Preference`, a list of them, or None/"" for plain decoding.
+        strength, floor, placement: see `Steering`; None takes the model's default.
+        max_new_tokens: the answer's limit in tokens, at least 1.
+        temperature: 0 is greedy; above 0 samples.
+        top_k: keep the k likeliest tokens; 0 is off.
+        top_p: keep the smallest set with this probability, in (0, 1]; 1 is off.
+        min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
+        repetition_penalty: above 1 lowers tokens that the prompt or answer already has; 1 is off.
+        stop: strings that end the answer; they are cut off.
+        seed: for sampling; the same seed gives the same answer, alone or in a batch. None draws one.
+        trace: give a `TokenTrace` for every token.
+        top_logprobs: with `trace`, how many likely alternatives each token lists.
+        logits_processor: Transformers logits processors, applied after steering.
+        tools: tool schemas or functions for the chat template.
+        template_options: further variables of the chat template, such as `enable_thinking`.
+
+    Raises:
+        RequestError: naming each field that is wrong, with its value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | None = None
+    preference: tuple[Preference, ...] = ()
+    strength: Strength | None = None
+    floor: Floor | None = None
+    placement: Placement | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, strict=True)] = 256
+    temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 0.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    stop: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    trace: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=100)] = 0
+    logits_processor: tuple[Any, ...] = ()
+    tools: tuple[Any, ...] | None = None
+    template_options: dict[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise RequestError(describe(error)) from None
+
+    @field_validator("preference", mode="before")
+    @classmethod
+    def _normal_preference(cls, given: Any) -> tuple[Preference, ...]:
+        return normal_preferences(given)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_is_text(cls, given: Any) -> tuple[str, ...]:
+        strings = (given,) if isinstance(given, str) else given
+        if strings is None:
+            return ()
+        if not isinstance(strings, list | tuple) or any(
+            not isinstance(string, str) or not string for string in strings
+        ):
+            raise ValueError("expected a non-empty string or a list of them")
+        return tuple(strings)
+
+    @field_validator("logits_processor", mode="before")
+    @classmethod
+    def _processors_can_be_called(cls, given: Any) -> tuple[Any, ...]:
+        if given is None:
+            return ()
+        processors = (given,) if callable(given) else given
+        if not isinstance(processors, Iterable) or not all(map(callable, processors)):
+            raise ValueError("expected callables (input_ids, scores) -> scores")
+        return tuple(processors)
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _messages_are_dicts(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise ValueError("expected a list of messages; for raw text use complete()")
+        if given is not None and not given:
+            raise ValueError("expected at least one message, such as {'role': 'user', ...}")
+        return given
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Request:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("expected either messages (a chat) or prompt (raw text), not both")
+        if self.top_logprobs and not self.trace:
+            raise ValueError("top_logprobs needs trace=True")
+        return self
+
+    def steering(self, default: Steering) -> Steering:
+        """Return strength, floor and placement with what was not given taken from `default`."""
+        return Steering(
+            strength=default.strength if self.strength is None else self.strength,
+            floor=default.floor if self.floor is None else self.floor,
+            placement=default.placement if self.placement is None else self.placement,
+        )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts. The base row's share is told apart: it is what steering cost.
+
+    Attributes:
+        prompt_tokens: tokens of the preferred prompt (the prompt that the user sees answered).
+        completion_tokens: tokens decoded, the end-of-turn token included.
+        base_prompt_tokens: prompt tokens of the further rows; 0 for a plain request.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    base_prompt_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion, without the further rows."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """Why one token was chosen. Log-probabilities are natural, before temperature and top-k/p.
+
+    Attributes:
+        token_id, text: the token that was emitted.
+        preferred: its log-probability with the preference in the prompt (with several: the mean
+            of their rows by weight).
+        base: its log-probability without.
+        steered: its log-probability under the steered distribution, floor applied.
+        unsteered_id, unsteered_text: what the plain model would have chosen here.
+        top: likely alternatives under the steered distribution, `(token_id, text, logprob)`.
+    """
+
+    token_id: int
+    text: str
+    preferred: float
+    base: float
+    steered: float
+    unsteered_id: int
+    unsteered_text: str
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished answer.
+
+    Attributes:
+        text: what the user reads: no special tokens, no prompt, no stop string.
+        token_ids: every decoded id, the end-of-turn id included.
+        finish_reason: "stop" (end of turn or stop string), "length" or "cancelled".
+        usage: token counts.
+        steering: the strength, floor and placement in force; None when decoded plainly.
+        stop_string: the stop string that ended the answer, if one did.
+        trace: a `TokenTrace` per token, if asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    steering: Steering | None = None
+    stop_string: str | None = None
+    trace: tuple[TokenTrace, ...] | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,245 @@
+"""A chat template: rendering it, what it can do, and control tokens of contents kept as text.
+
+What a template can do (`Dialect`) is found by rendering sentinels, never by its name.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from amulet.errors import RequestError, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message: TypeAlias = dict[str, Any]
+
+# Variables that belong to the rendering itself: a request that set them would change its form.
+RESERVED_OPTIONS = frozenset(
+    {"conversation", "messages", "tools", "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "tokenize", "sanitize_control_tokens", "tokenizer_kwargs"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask"}
+)
+# A private-use character put inside a control token found in a content. The text is encoded piece
+# by piece between these, so the token is read as text and the character itself is never encoded.
+BREAK = "\U0010f6d5"
+SYSTEM, USER, ANSWER, TOOL = (f"zqx{name}xqz" for name in ("system", "user", "answer", "tool"))
+NEVER = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a chat template does, as far as prompts care.
+
+    Attributes:
+        has_system: a system message is rendered, not refused and not dropped.
+        default_system: the system text that it writes where the chat has none; "" for none.
+        control: the tokens that may not come from a content.
+        special: those of them that may not come from the assistant's content either.
+        markers: role markers that are plain text, such as `[/INST]` or `### Response:`.
+    """
+
+    has_system: bool = True
+    default_system: str = ""
+    control: re.Pattern[str] = NEVER
+    special: re.Pattern[str] = NEVER
+    markers: re.Pattern[str] = NEVER
+
+    def defuse(self, preference: str) -> str:
+        """Return the preference with role markers spaced apart and control tokens broken up."""
+        text = preference.replace(BREAK, "")
+        # Some tokenizers fold wide letters and drop invisible ones: what would be a marker after
+        # that is treated as one. A text without any keeps every character.
+        folded = "".join(
+            letter
+            for letter in unicodedata.normalize("NFKC", text)
+            if unicodedata.category(letter) != "Cf"
+        )
+        if self.markers.search(folded) or self.control.search(folded):
+            text = folded
+        return str(break_all(self.markers.sub(_spaced, text), self.control))
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One tokenizer's chat template with a request's tools and template options."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tools: list[Any] | None
+    options: dict[str, Any]
+    source: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        reserved = sorted(RESERVED_OPTIONS & self.options.keys())
+        if reserved:
+            raise RequestError(
+                f"template_options has {', '.join(reserved)}: Amulet sets it itself; leave it out."
+            )
+        try:
+            source = self.tokenizer.get_chat_template(None, self.tools)
+        except (ValueError, AttributeError):
+            raise TemplateError(
+                "The tokenizer has no chat template: use complete() for raw text, or set "
+                "tokenizer.chat_template to the model's template."
+            ) from None
+        object.__setattr__(self, "source", source)
+
+    def render(self, chat: list[Message], quiet: bool = False) -> str:
+        """Return the prompt's text; a refusal carries the template's words and the roles."""
+        continued = chat[-1]["role"] == "assistant"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat,
+                tools=self.tools,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                tokenize=False,
+                **self.options,
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            roles = ", ".join(message["role"] for message in chat)
+            reason = str(error).replace(BREAK, "") or type(error).__name__
+            if quiet:
+                reason = f"{type(error).__name__}, once a preference was added"
+            raise TemplateError(
+                f"The chat template refuses these messages: {reason} (roles: {roles}). "
+                "Reorder or merge them as the template expects."
+            ) from None
+        return str(text)
+
+    def dialect(self) -> Dialect:
+        """Return what the template does; probed once per template, options and day."""
+        # The day: a default system text may state today's date.
+        key = (self.source, repr(self.options), bool(self.tools), len(self.tokenizer), date.today())
+        known = _dialects.setdefault(self.tokenizer, {})
+        if key not in known:
+            if len(known) >= 64:
+                known.clear()
+            known[key] = _probe(self)
+        return known[key]
+
+
+_dialects: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, Dialect]] = WeakKeyDictionary()
+
+
+def _probe(template: ChatTemplate) -> Dialect:
+    system = {"role": "system", "content": SYSTEM}
+    user = {"role": "user", "content": USER}
+    answer = {"role": "assistant", "content": ANSWER}
+    call = {"type": "function", "function": {"name": TOOL, "arguments": {}}}
+    calls: list[Message] = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": TOOL, "content": TOOL},
+    ]
+
+    def attempt(*chat: Message) -> str:
+        try:
+            return template.render(list(chat))
+        except TemplateError:
+            return ""
+
+    plain, steered = attempt(user), attempt(system, user)
+    # Where even a lone user message is refused the probe says nothing: believe in the system role.
+    has_system = SYSTEM in steered or not plain
+    default, (before, found, after) = "", steered.partition(SYSTEM)
+    if found and plain.startswith(before) and plain.endswith(after):
+        default = plain[len(before) : max(len(plain) - len(after), len(before))]
+    lead = [system] if has_system else []  # keeps a default text out of the markers
+    shown = "\n".join(
+        (attempt(*lead, user), attempt(*lead, user, answer, user), attempt(*lead, user, *calls))
+    )
+    special, control = set(), set()
+    for token in template.tokenizer.added_tokens_decoder.values():
+        if token.special:
+            special.add(token.content)
+        # Gemma has "\n" and runs of spaces among its added tokens: whitespace controls nothing.
+        elif not token.content.isspace() and (token.content in template.source + shown):
+            control.add(token.content)
+    special.update(template.tokenizer.all_special_tokens)
+    pattern = token_pattern(special | control)
+    return Dialect(has_system, default, pattern, token_pattern(special), _markers(shown, pattern))
+
+
+def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the tokens, the longest first."""
+    # A token of one character can't be broken up; no template's control token is that short.
+    longest_first = sorted({t for t in tokens if len(t.strip()) > 1}, key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, longest_first)) or NEVER.pattern)
+
+
+def _markers(rendered: str, control: re.Pattern[str]) -> re.Pattern[str]:
+    """Find the role markers that are plain text: what stands between the sentinels."""
+    found: set[str] = set()
+    between = re.sub(f"{SYSTEM}|{USER}|{ANSWER}|{TOOL}", "\n", control.sub("\n", rendered))
+    for line in between.splitlines():
+        bracketed = re.findall(r"(?<!\S)[^\w\s]+\w[^\s]*[^\w\s](?!\S)", line)
+        rest = [word for word in line.split() if word not in bracketed]
+        found.update(bracketed)
+        # A marker needs a sign that prose lacks (a bare "user" is only half of one: its control
+        # token is broken already), and is short: longer lines are a preamble, not a role.
+        if 0 < len(rest) <= 4 and re.search(r"\w", line) and re.search(r"[^\w\s]", "".join(rest)):
+            found.add(" ".join(rest))
+    found = {marker for marker in found if '"' not in marker and re.search(r"\w", marker)}
+    longest_first = sorted(found, key=lambda marker: (-len(marker), marker))
+    words = (r"\s+".join(map(re.escape, marker.split())) for marker in longest_first)
+    return re.compile("|".join(words) or NEVER.pattern)
+
+
+def _spaced(match: re.Match[str]) -> str:
+    # "[/INST]" -> "[ /INST]", "Human:" -> "Human :"; still readable, no marker any more.
+    marker = match[0]
+    cut = len(marker) - 1 if marker[0].isalnum() else 1
+    return f"{marker[:cut]} {marker[cut:]}"
+
+
+# ---- control tokens as text ----
+
+
+def break_message(message: Message, dialect: Dialect) -> Message:
+    """Put `BREAK` into the control tokens of a message, the assistant's own ones excepted."""
+    pattern = dialect.special if message["role"] == "assistant" else dialect.control
+    broken: Message = break_all(message, pattern)
+    return {**broken, "role": message["role"]}
+
+
+def break_all(value: Any, pattern: re.Pattern[str]) -> Any:
+    """Put `BREAK` into every control token of the strings in `value`; other values stay."""
+    if isinstance(value, str):
+        text = value.replace(BREAK, "")
+        while pattern.search(text):  # breaking one token can leave another one whole
+            text = pattern.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
+        return text
+    if isinstance(value, Mapping):
+        return {key: break_all(entry, pattern) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [break_all(entry, pattern) for entry in value]
+    return value
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """Encode once, or piece by piece where `BREAK` keeps characters apart."""
+    first, *pieces = text.split(BREAK)
+    ids = list(tokenizer(first, add_special_tokens=special, verbose=False)["input_ids"])
+    # Some tokenizers close every text; a prompt that is to be gone on from stays open.
+    end, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if special and ids and ids[-1] == end and not first.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1] if len(ids) > 1 or end != bos else ids
+    for piece in pieces:
+        ids += _encode_inside(tokenizer, piece)
+    return ids
+
+
+def _encode_inside(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
+    # SentencePiece puts a space before a text's first word; after a newline it does not.
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + piece, add_special_tokens=False)
+    if ids[: len(newline)] == newline:
+        return list(ids[len(newline) :])
+    return list(tokenizer.encode(piece, add_special_tokens=False))

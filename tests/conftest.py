@@ -1,0 +1,28 @@
+"""Fixtures that every test can take: the byte tokenizer, and SmolLM2 loaded once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tests.models import byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, ChatML as template; see `tests.models`."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer."""
+    from amulet.embedded import load_embedded
+
+    model, tokenizer = load_embedded(dtype=torch.float32)
+    return model, tokenizer

@@ -1,0 +1,221 @@
+"""Admit, step, retire: rows come and go, one generation's failure is its own, limits hold."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerFast
+
+from amulet.engine import Engine, Generation, common_prefix
+from amulet.errors import ModelError, OutOfMemoryError
+from amulet.sampling import Sampling
+from tests.models import ScriptedModel, random_model
+
+
+def drain(engine: Engine) -> None:
+    while engine.running:
+        engine.step()
+
+
+def said(tokenizer: PreTrainedTokenizerFast, generation: Generation) -> str:
+    return tokenizer.decode(generation.token_ids)
+
+
+@pytest.fixture
+def prompt(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    return tokenizer.encode("Tell me.\n")
+
+
+@pytest.fixture
+def engine(tokenizer: PreTrainedTokenizerFast) -> Engine:
+    return Engine(ScriptedModel(tokenizer, "one two three"))
+
+
+def test_the_end_id_ends_and_is_kept(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    heard: list[int] = []
+
+    def hear(token_id: int) -> bool:
+        heard.append(token_id)
+        return False
+
+    end = frozenset({tokenizer.eos_token_id})
+    generation = Generation(prompts=[prompt], end_ids=end, on_token=hear)
+    engine.admit(generation)
+    drain(engine)
+    assert said(tokenizer, generation) == "one two three<|im_end|>"
+    assert tokenizer.decode(heard) == "one two three"
+    assert generation.finish_reason == "stop"
+
+
+def test_the_limit_ends_even_at_the_first_token(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    generation = Generation(prompts=[prompt], max_new_tokens=1)
+    engine.admit(generation)
+    assert generation.finish_reason == "length"
+    assert said(tokenizer, generation) == "o"
+    assert engine.running == []
+
+
+def test_on_token_ends_the_answer_in_the_same_step(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    generation = Generation(prompts=[prompt], on_token=lambda token_id: token_id == ord("w"))
+    engine.admit(generation)
+    drain(engine)
+    assert said(tokenizer, generation).endswith("tw")
+    assert generation.finish_reason == "stop"
+
+
+def test_a_failing_callback_is_its_own_generations_affair(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    def fail(token_id: int) -> bool:
+        raise KeyError("mine")
+
+    class Bad(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            raise ValueError("processor")
+
+    def no_grammar() -> torch.Tensor:
+        raise ValueError("grammar")
+
+    good = Generation(prompts=[prompt], end_ids=frozenset({tokenizer.eos_token_id}))
+    bad = [
+        Generation(prompts=[prompt], on_token=fail),
+        Generation(prompts=[prompt], processors=[Bad()]),
+        Generation(prompts=[prompt], allowed=no_grammar),
+    ]
+    engine.admit(good)
+    for generation in bad:
+        engine.admit(generation)
+    drain(engine)
+    assert said(tokenizer, good) == "one two three<|im_end|>"
+    assert [str(generation.error) for generation in bad] == ["'mine'", "processor", "grammar"]
+
+
+def test_processors_see_prompt_and_answer_and_act_after_steering(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    seen: list[list[int]] = []
+
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(input_ids[0].tolist())
+            scores[:, ord("z")] = 1e9
+            return scores
+
+    generation = Generation(
+        prompts=[prompt, prompt[:3]], weights=[3.0], processors=[Only()], max_new_tokens=3
+    )
+    engine.admit(generation)
+    drain(engine)
+    assert said(tokenizer, generation) == "zzz"
+    assert seen == [prompt, [*prompt, ord("z")], [*prompt, ord("z"), ord("z")]]
+
+
+def test_weights_of_zero_decode_the_base_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Engine(ScriptedModel(tokenizer, {"wish": "steered!", "": "plain.."}))
+    generation = Generation(
+        prompts=[tokenizer.encode("wish\n"), tokenizer.encode("none\n")], weights=[1.0]
+    )
+    generation.max_new_tokens = 8
+    engine.admit(generation)
+    drain(engine)
+    assert said(tokenizer, generation) == "steered!"
+    off = Generation(prompts=generation.prompts, weights=[0.0], max_new_tokens=7)
+    engine.admit(off)
+    drain(engine)
+    assert said(tokenizer, off) == "plain.."
+
+
+def test_a_grammar_and_a_floor_always_leave_a_token(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    mask = torch.zeros(200, dtype=torch.bool)  # shorter than the logits: the rest is forbidden
+    mask[ord("x")] = True
+    generation = Generation(
+        prompts=[prompt, prompt], weights=[3.0], floor=1.0, allowed=lambda: mask, max_new_tokens=2
+    )
+    engine.admit(generation)
+    drain(engine)
+    assert said(tokenizer, generation) == "xx"
+
+
+def test_the_shared_prefix_is_computed_once(
+    tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    model = ScriptedModel(tokenizer, "ok")
+    engine = Engine(model)
+    rows = [[*prompt, 65, 10], [*prompt, 66, 67, 10], [*prompt, 10]]
+    engine.admit(Generation(prompts=rows, weights=[1.0, 1.0], max_new_tokens=1))
+    assert model.calls == [(1, len(prompt)), (3, 3)]
+    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2, "each row keeps an id of its own"
+    assert common_prefix([[1], [1, 2]]) == 0
+    assert common_prefix([[1, 2]]) == 0
+
+
+def test_the_trace_names_the_plain_choice(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Engine(ScriptedModel(tokenizer, {"wish": "A", "": "B"}))
+    generation = Generation(
+        prompts=[tokenizer.encode("wish\n"), tokenizer.encode("none\n")],
+        weights=[2.0],
+        trace=True,
+        top_logprobs=2,
+        max_new_tokens=1,
+    )
+    engine.admit(generation)
+    (scores,) = generation.scores
+    # logits: 20 for the scripted token, 0 for all others, in a vocabulary of 320
+    certain = 20 - torch.tensor(20.0).exp().add(319).log()
+    assert generation.token_ids == [ord("A")]
+    assert scores.unsteered_id == ord("B")
+    assert scores.preferred == pytest.approx(certain.item(), abs=1e-5)
+    assert scores.base == pytest.approx(certain.item() - 20, abs=1e-5)
+    # p + (p − r): 40 − ... for A, −20 − ... for B
+    assert scores.steered == pytest.approx(0.0, abs=1e-6)
+    assert scores.top[0][0] == ord("A")
+
+
+def test_out_of_memory_names_the_batch_and_spares_the_others(
+    tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    model = ScriptedModel(tokenizer, "abc")
+    engine = Engine(model)
+    going = Generation(prompts=[prompt], max_new_tokens=3)
+    engine.admit(going)
+    model.fail_with = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(OutOfMemoryError, match=r"2 rows of up to 9 tokens"):
+        engine.admit(Generation(prompts=[prompt]))
+    drain(engine)
+    assert said(tokenizer, going) == "abc"
+
+
+def test_ended_generations_leave_no_memory(
+    engine: Engine, prompt: list[int], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    generation = Generation(prompts=[prompt], sampling=Sampling(temperature=1.0), seed=1)
+    engine.admit(generation)
+    assert engine.cache_bytes > 0
+    engine.retire(generation)
+    assert (engine.cache_bytes, engine.running, generation.finish_reason) == (0, [], "cancelled")
+    reference = weakref.ref(generation)
+    del generation
+    gc.collect()
+    assert reference() is None
+
+
+def test_unsupported_models_are_refused_with_the_way_out() -> None:
+    model = random_model("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ModelError, match="attn_implementation='sdpa'"):
+        Engine(model)
+    model = random_model("qwen2")
+    model.config.layer_types = ["linear_attention"] * 4
+    with pytest.raises(ModelError, match="linear_attention"):
+        Engine(model)
