@@ -19,19 +19,34 @@ from amulet.errors import (
     TemplateError,
 )
 from amulet.gain import game_gain
+from amulet.grammar import Grammar
 from amulet.preference import Preference, Steering
-from amulet.request import Reply, Request, TokenTrace, Usage
+from amulet.request import (
+    Event,
+    InvalidToolCall,
+    Reply,
+    Request,
+    TokenTrace,
+    ToolCall,
+    Usage,
+)
 
 if TYPE_CHECKING:
-    from amulet.model import Amulet, ReplyStream
+    from amulet.aio import AsyncReplyStream
+    from amulet.model import Amulet
+    from amulet.stream import ReplyStream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Amulet",
     "AmuletError",
+    "AsyncReplyStream",
     "DecodeError",
+    "Event",
+    "Grammar",
     "InterruptedDecodeError",
+    "InvalidToolCall",
     "MissingPackageError",
     "ModelError",
     "OutOfMemoryError",
@@ -44,13 +59,14 @@ __all__ = [
     "Steering",
     "TemplateError",
     "TokenTrace",
+    "ToolCall",
     "Usage",
     "game_gain",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Amulet", "ReplyStream"):
+    if name in ("Amulet", "AsyncReplyStream", "ReplyStream"):
         from amulet import model
 
         return getattr(model, name)

@@ -64,6 +64,24 @@ class RowCache(Cache):
             if buffer is not None:
                 buffer[target, :, :length] = buffer[source, :, :length]
 
+    def row(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
+        """Return copies of a row's first `length` tokens, `[kv_heads, length, dim]` per layer."""
+        buffers = (buffer for buffer in (*self._keys, *self._values) if buffer is not None)
+        return tuple(buffer[row, :, :length].clone() for buffer in buffers)
+
+    def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
+        """Put the first `length` tokens of what `row` returned into a row."""
+        rows, columns = self._capacity
+        half = len(buffers) // 2
+        for own, given in ((self._keys, buffers[:half]), (self._values, buffers[half:])):
+            for layer, states in enumerate(given):
+                if layer == len(own):
+                    own.append(None)
+                if (buffer := own[layer]) is None:
+                    buffer = states.new_zeros((rows, states.shape[0], columns, states.shape[2]))
+                    own[layer] = buffer
+                buffer[row, :, :length] = states[:, :length]
+
     def clear(self) -> None:
         """Free all memory."""
         self.__init__()  # type: ignore[misc]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 
-from amulet.engine import Engine, Generation
+from amulet.engine import Engine
 from amulet.errors import AmuletError, DecodeError, InterruptedDecodeError
+from amulet.generation import Generation
 
 
 class Driver:
@@ -39,14 +41,27 @@ class Driver:
         Raises:
             DecodeError: the step failed, for this generation or for the whole batch.
         """
+        self.advance_any({generation: known})
+        self.check(generation)
+
+    def advance_any(self, known: Mapping[Generation, int]) -> None:
+        """Return once one of the generations has more tokens than are known of it, or has ended."""
+
+        def news() -> bool:
+            return any(self._has_news(generation, count) for generation, count in known.items())
+
         while True:
             with self._changed:
-                while self._busy and not self._has_news(generation, known):
+                while self._busy and not news():
                     self._changed.wait()
-                if self._has_news(generation, known):
-                    break
+                if news():
+                    return
                 self._busy = True
             self._take_turn()
+
+    @staticmethod
+    def check(generation: Generation) -> None:
+        """Raise the error that ended a generation, if one did."""
         if generation.error is not None:
             raise _for_caller(generation.error) from generation.error
 

@@ -1,89 +1,52 @@
 """The decode loop: `admit`, `step`, `retire`. Ids in, ids out; it knows no text, chat or HTTP.
 
-A `Generation` is one answer being decoded. It owns rows of the batch: a plain one has one row, a
-steered one a preferred row per preference and one base row. All rows take part in one forward pass
-per step; the scores of a generation's rows are combined into one distribution, one token is
-chosen from it and appended to all of them.
+All rows of all generations take part in one forward pass per step; the scores of a generation's
+rows are combined into one distribution, one token is chosen from it and appended to all of them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from amulet.cache import RowCache, cache_argument, check_supported
 from amulet.errors import DecodeError, OutOfMemoryError
-from amulet.mixture import Mixture, TokenScores
-from amulet.sampling import Sampling, choose, penalise
+from amulet.generation import Generation
+from amulet.mixture import Mixture, take_rows
+from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
+from amulet.sampling import choose, penalise
 
-
-@dataclass(eq=False)
-class Generation:
-    """One answer being decoded.
-
-    Args:
-        prompts: ids of each of its rows: the preferred prompts, then the base prompt; one alone
-            is decoded as it is.
-        weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row. May be changed between
-            steps: all zero decodes the base row, that is plainly.
-        floor: plausibility floor in [0, 1]: tokens below this share of the likeliest preferred
-            token's probability are excluded; 0 is off.
-        max_new_tokens: limit in tokens.
-        sampling: how tokens are chosen.
-        seed: for sampling; None draws one.
-        end_ids: ids that end the answer.
-        on_token: called with each id but the ending one as it is decoded; True ends the answer.
-        allowed: called before each choice; a bool mask `[vocab]` of permitted ids, or None.
-        processors: Transformers logits processors, applied to the combined scores.
-        trace: collect `TokenScores`; with `top_logprobs` alternatives each.
-    """
-
-    prompts: Sequence[list[int]]
-    weights: Sequence[float] = ()
-    floor: float = 0.0
-    max_new_tokens: int = 256
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int | None = None
-    end_ids: frozenset[int] = frozenset()
-    on_token: Callable[[int], bool] | None = None
-    allowed: Callable[[], torch.Tensor | None] | None = None
-    processors: Sequence[LogitsProcessor] = ()
-    trace: bool = False
-    top_logprobs: int = 0
-
-    token_ids: list[int] = field(default_factory=list, init=False)
-    scores: list[TokenScores] = field(default_factory=list, init=False)
-    finish_reason: str | None = field(default=None, init=False)
-    error: BaseException | None = field(default=None, init=False)
-    rows: list[int] = field(default_factory=list, init=False, repr=False)
-    generator: torch.Generator | None = field(default=None, init=False, repr=False)
-    seen: torch.Tensor | None = field(default=None, init=False, repr=False)
-
-    @property
-    def done(self) -> bool:
-        """Whether it takes part in no further step."""
-        return self.finish_reason is not None or self.error is not None
+CHUNK = 2048  # tokens of a prompt in one forward pass
+CHUNK_BESIDE_OTHERS = 256  # the same while answers are running: they wait for it
+WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
 
 
 class Engine:
-    """Decodes any number of generations together over one model. Not thread-safe: see `Driver`."""
+    """Decodes any number of generations together over one model. Not thread-safe: see `Driver`.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: a causal language model that `check_supported` accepts.
+        prefix_bytes: how much of ended rows' keys and values may be kept for later prompts that
+            begin alike; 0 keeps nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix_bytes: int = 0) -> None:
         check_supported(model)
         self.model = model
         self.running: list[Generation] = []
         # True while tokens are handed over: an interrupt elsewhere loses nothing, as the step is
         # simply made again.
         self.committing = False
+        self.prefixes = Prefixes(prefix_bytes)
         self._cache = RowCache()
         self._cache_argument = cache_argument(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
+        self._filling = False  # a prefill is under way in rows behind those of `_owners`
 
     @property
     def device(self) -> torch.device:
@@ -99,20 +62,31 @@ class Engine:
     def admit(self, generation: Generation) -> None:
         """Prefill a generation's prompts, decode its first token, and let it join the batch.
 
-        Its rows share their common prefix: that is computed once and copied.
+        What its rows share with each other, with a running row or with a kept one is copied. While
+        others run, the prefill pauses after each chunk for a step of theirs.
 
         Raises:
             OutOfMemoryError: there is no room; the running generations are unharmed.
         """
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
+        logits, self._filling = None, True
         try:
             self._cache.reserve(first + rows, longest + 1)
-            logits = self._prefill(generation.prompts, first)
+            logits = self._prefill(generation, first)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(first + rows, longest) from error
+        finally:
+            self._filling = False
+            if logits is None:  # it failed, or was cancelled meanwhile
+                self._clear_if_idle()
+        if logits is None:
+            return
         self._prepare(generation, logits)
-        generation.rows = list(range(first, first + rows))
+        place = len(self._owners)  # rows before `first` may have left during the prefill
+        for i in range(rows if place < first else 0):
+            self._cache.copy_row(first + i, place + i, len(generation.prompts[i]))
+        generation.rows = list(range(place, place + rows))
         self._owners += [(generation, i) for i in range(rows)]
         self.running.append(generation)
         self._decide([generation], logits, list(range(rows)))
@@ -150,6 +124,7 @@ class Engine:
             return
         for row in range(len(self._owners) - 1, -1, -1):
             if self._owners[row][0].done:
+                self._keep(row)
                 generation, i = self._owners.pop()
                 if row < len(self._owners):
                     length = len(generation.prompts[i]) + len(generation.token_ids) - 1
@@ -157,8 +132,18 @@ class Engine:
                     self._owners[row] = (generation, i)
                     generation.rows[i] = row
         self.running = [generation for generation in self.running if not generation.done]
-        if not self.running:
+        self._clear_if_idle()
+
+    def _clear_if_idle(self) -> None:
+        if not self.running and not self._filling:
             self._cache.clear()
+
+    def _keep(self, row: int) -> None:
+        """Keep an ended row for prompts that begin with the same ids."""
+        generation, i = self._owners[row]
+        if self.prefixes.limit and generation.finish_reason in ("stop", "length"):
+            ids = (*generation.prompts[i], *generation.token_ids[:-1])
+            self.prefixes.keep(KeptRow(ids, self._cache.row(row, len(ids))))
 
     def fail_all(self, error: BaseException) -> None:
         """End every running generation with an error and free the cache."""
@@ -180,21 +165,80 @@ class Engine:
             seen[torch.tensor(generation.prompts[0], device=logits.device)] = True
             generation.seen = seen
 
-    def _prefill(self, prompts: Sequence[list[int]], first: int) -> torch.Tensor:
-        """Fill the rows from `first` on; return the logits after each prompt, `[rows, vocab]`."""
+    def _prefill(self, generation: Generation, first: int) -> torch.Tensor | None:
+        """Fill the rows from `first` on; return the logits after each prompt, `[rows, vocab]`.
+
+        None if the generation was cancelled meanwhile.
+        """
+        prompts = generation.prompts
+        filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
         shared = common_prefix(prompts)
-        if shared:
-            self._forward([prompts[0][:shared]], [0], first)
-            for row in range(1, len(prompts)):
-                self._cache.copy_row(first, first + row, shared)
-        # Padding on the right is harmless: its columns lie behind the row's end.
-        rests = [prompt[shared:] for prompt in prompts]
-        width = max(map(len, rests))
-        padded = [rest + [0] * (width - len(rest)) for rest in rests]
-        keep = sorted({len(rest) - 1 for rest in rests})
-        logits = self._forward(padded, [shared] * len(rests), first, keep)
-        last = [keep.index(len(rest) - 1) for rest in rests]
-        return logits[torch.arange(len(rests)), last]
+        lead = filled.index(max(filled))
+        while filled[lead] < shared:
+            width = min(self._chunk(), shared - filled[lead])
+            chunk = prompts[lead][filled[lead] : filled[lead] + width]
+            self._forward([chunk], [filled[lead]], first + lead, [width - 1])
+            filled[lead] += width
+            if not self._pause(generation):
+                return None
+        for i, length in enumerate(filled):
+            if length < shared:
+                self._cache.copy_row(first + lead, first + i, shared)
+                filled[i] = shared
+        logits: dict[int, torch.Tensor] = {}
+        while len(logits) < len(prompts):
+            left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
+            width = min(self._chunk(), max(left))
+            taken = [min(width, n) for n in left]
+            rows = range(len(prompts))
+            if sum(taken) < WORTH_PADDING * width * len(prompts):  # uneven: the longest by itself
+                rows = range(left.index(max(left)), left.index(max(left)) + 1)
+            # Padding on the right is harmless: its columns lie behind the row's end.
+            ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
+            ids = [chunk + [0] * (width - len(chunk)) for chunk in ids]
+            keep = sorted({max(taken[i] - 1, 0) for i in rows})
+            self._cache.reserve(first + len(prompts), max(filled) + width)
+            out = self._forward(ids, [filled[i] for i in rows], first + rows[0], keep)
+            for i in rows:
+                if 0 < left[i] <= width:
+                    logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
+                filled[i] += taken[i]
+            if len(logits) < len(prompts) and not self._pause(generation):
+                return None
+        return torch.stack([logits[i] for i in range(len(prompts))])
+
+    def _reuse(self, prompt: list[int], row: int) -> int:
+        """Copy into a row what a running or kept row has of its prompt; return how many ids.
+
+        At least the prompt's last id is left: its logits are needed.
+        """
+        if not self.prefixes.limit:
+            return 0
+        source, length = self.prefixes.find(prompt)
+        length = min(length, len(prompt) - 1)
+        running, longest = None, 0
+        for other, (generation, i) in enumerate(self._owners):
+            shared = min(shared_length(generation.prompts[i], prompt), len(prompt) - 1)
+            if shared > longest:
+                running, longest = other, shared
+        if running is not None and longest > max(length, LEAST):
+            self._cache.copy_row(running, row, longest)
+            return longest
+        if source is not None and length:
+            self._cache.write_row(row, source.buffers, length)
+        return length
+
+    def _chunk(self) -> int:
+        return CHUNK_BESIDE_OTHERS if self.running else CHUNK
+
+    def _pause(self, filling: Generation) -> bool:
+        """Between chunks, let the running generations have a step; False if cancelled meanwhile."""
+        try:
+            self.step()
+        except Exception as error:
+            self.fail_all(error)
+            raise
+        return not filling.done
 
     def _forward(
         self,
@@ -230,7 +274,7 @@ class Engine:
             logits: float `[rows, vocab]`.
             order: the rows of the first generation, then those of the second, ...
         """
-        logits = logits[torch.tensor(order, device=logits.device)]
+        logits = take_rows(logits, order)
         mix = Mixture(
             logits,
             [generation.weights for generation in generations],
@@ -261,7 +305,7 @@ class Engine:
         self.committing = False
 
     def _allowed(self, generation: Generation, logits: torch.Tensor) -> torch.Tensor | None:
-        """Ask a generation's grammar for the permitted ids; its failure is that generation's own."""
+        """Ask a generation's grammar for the permitted ids; a failure is that generation's."""
         if generation.allowed is None:
             return None
         try:
@@ -317,8 +361,5 @@ def common_prefix(prompts: Sequence[list[int]]) -> int:
     """Return how many leading ids all prompts share, leaving each at least one of its own."""
     if len(prompts) < 2:
         return 0
-    shortest = min(map(len, prompts)) - 1
-    for i in range(shortest):
-        if any(prompt[i] != prompts[0][i] for prompt in prompts[1:]):
-            return i
-    return shortest
+    shared = min(shared_length(prompts[0], prompt) for prompt in prompts[1:])
+    return min(shared, min(map(len, prompts)) - 1)

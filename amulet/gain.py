@@ -76,7 +76,7 @@ def steer(preferred: torch.Tensor, base: torch.Tensor, gain: torch.Tensor | floa
 def steer_many(
     preferred: torch.Tensor, base: torch.Tensor, weights: torch.Tensor, owner: torch.Tensor
 ) -> torch.Tensor:
-    """Return `r + Σ_i w_i·(p_i − r)` for requests with any number of preferences, `[requests, vocab]`.
+    """Return `r + Σ_i w_i·(p_i − r)`, any number of preferences each, `[requests, vocab]`.
 
     Args:
         preferred: p_i, log-probabilities of all preferred rows, `[preferences, vocab]`.

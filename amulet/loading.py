@@ -38,6 +38,7 @@ def load_pretrained(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    pack: bool = True,
     **options: Any,
 ) -> Loaded:
     """Return `(model, tokenizer)`, the model in eval mode.
@@ -53,6 +54,8 @@ def load_pretrained(
         revision, token: the hub's branch, tag or commit, and the access token.
         trust_remote_code: run Python code that comes with the model; read that code first.
         attn_implementation: such as "sdpa", "eager" or "flash_attention_2".
+        pack: on the CPU, hold the linear layers' weights in the layout that decoding reads best;
+            the model then can't be saved or trained.
         options: whatever else Transformers' `from_pretrained` takes.
 
     Raises:
@@ -104,7 +107,12 @@ def load_pretrained(
         raise ModelError(_explain(source, error)) from error
     model, report = loaded
     _check_complete(source, report)
-    return model.eval(), tokenizer
+    model.eval()
+    if pack and quantization_config is None:
+        from amulet.packing import pack_linears
+
+        pack_linears(model)
+    return model, tokenizer
 
 
 def default_device() -> str:

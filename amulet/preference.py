@@ -24,7 +24,8 @@ class Preference(BaseModel):
         text: what the person wants, such as "Answer in one short sentence."
         weight: its share of the push, -10 to 10. A negative weight steers away from the text.
 
-    With strength g a preference of weight w enters as `w·(1 + g)·(p − r)`.
+    With strength g a preference of weight w enters as `w·(1 + g)·(p − r)`. Weights that sum to
+    more than 1 are scaled down to it: two plain texts push half as hard each, not twice as hard.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,7 +100,8 @@ def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
     entries = [given] if isinstance(given, str | Preference | dict) else given
     if not isinstance(entries, Iterable) or isinstance(entries, bytes):
         raise RequestError(
-            f"a preference of type {type(given).__name__}: expected text, a Preference, a list of them, or None."
+            f"a preference of type {type(given).__name__}: expected text, a Preference, a list of "
+            "them, or None."
         )
     preferences = (_one_preference(entry) for entry in entries if not _is_blank(entry))
     return tuple(preference for preference in preferences if preference.weight != 0)

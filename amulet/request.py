@@ -6,12 +6,13 @@ Every range is checked here, once; the modules below trust it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from amulet.errors import RequestError
+from amulet.grammar import Grammar
 from amulet.preference import (
     Floor,
     Placement,
@@ -22,7 +23,8 @@ from amulet.preference import (
     normal_preferences,
 )
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+EventKind = Literal["text", "reasoning", "tool_call"]
 
 
 class Request(BaseModel):
@@ -40,11 +42,18 @@ class Request(BaseModel):
         min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
         repetition_penalty: above 1 lowers tokens that the prompt or answer already has; 1 is off.
         stop: strings that end the answer; they are cut off.
-        seed: for sampling; the same seed gives the same answer, alone or in a batch. None draws one.
+        seed: for sampling; the same one gives the same answer, alone or in a batch. None draws one.
         trace: give a `TokenTrace` for every token.
         top_logprobs: with `trace`, how many likely alternatives each token lists.
         logits_processor: Transformers logits processors, applied after steering.
-        tools: tool schemas or functions for the chat template.
+        grammar: what the answer must look like; see `Grammar`. After the thinking span, if any.
+        steer_grammar: steer under a grammar too, where it leaves the text free.
+        tools: tools that may be called: OpenAI's schemas or documented Python functions.
+        tool_choice: "auto" (the model decides), "any" (it must call), "none", or a tool's name (it
+            must call that one). A forced call follows a grammar made of the tools' schemas.
+        parallel_tool_calls: permit more than one call in the answer.
+        tools_prompt: where the chat template knows no tools, "template" is an error and "fallback"
+            describes them in the system message and writes past calls and results as text.
         template_options: further variables of the chat template, such as `enable_thinking`.
 
     Raises:
@@ -70,7 +79,12 @@ class Request(BaseModel):
     trace: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=100)] = 0
     logits_processor: tuple[Any, ...] = ()
+    grammar: Grammar | None = None
+    steer_grammar: bool = False
     tools: tuple[Any, ...] | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    tools_prompt: Literal["template", "fallback"] = "template"
     template_options: dict[str, Any] = Field(default_factory=dict)
 
     def __init__(self, **options: Any) -> None:
@@ -115,12 +129,23 @@ class Request(BaseModel):
             raise ValueError("expected at least one message, such as {'role': 'user', ...}")
         return given
 
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _tools_are_listed(cls, given: Any) -> Any:
+        if given is not None and not isinstance(given, list | tuple):
+            raise ValueError("expected a list of tools")
+        return given
+
     @model_validator(mode="after")
     def _one_source(self) -> Request:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("expected either messages (a chat) or prompt (raw text), not both")
         if self.top_logprobs and not self.trace:
             raise ValueError("top_logprobs needs trace=True")
+        if self.tools and self.prompt is not None:
+            raise ValueError("tools need messages (a chat); a raw prompt has no place for them")
+        if not self.tools and self.tool_choice not in ("auto", "none"):
+            raise ValueError(f"tool_choice={self.tool_choice!r} needs tools")
         return self
 
     def steering(self, default: Steering) -> Steering:
@@ -177,17 +202,70 @@ class TokenTrace:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that the model makes.
+
+    Attributes:
+        name: the tool's name, as the model wrote it.
+        arguments: its arguments; they are not checked against the tool's schema.
+        id: an id of this call, unique, for the tool message that answers it.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    id: str
+
+
+@dataclass(frozen=True)
+class InvalidToolCall:
+    """A call that can't be read: what the model wrote, and what is wrong with it."""
+
+    raw: str
+    error: str
+    id: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer, in the order it was written.
+
+    Attributes:
+        kind: "text" for the reader, "reasoning" (a thinking span), or "tool_call".
+        text: the piece. Those of one kind concatenate to the reply's `text` or `reasoning`; those
+            of one call to the JSON of its arguments. With a trace the last event may be empty.
+        tokens: with `trace=True`, the tokens whose text begins here; all events' make the trace.
+        index: for a call, the how manyth of the answer it is, from 0.
+        id, name: for a call's first event, its id and the tool's name (None: not readable).
+    """
+
+    kind: EventKind
+    text: str
+    tokens: tuple[TokenTrace, ...] = ()
+    index: int = 0
+    id: str | None = None
+    name: str | None = None
+
+    def with_tokens(self, tokens: tuple[TokenTrace, ...]) -> Event:
+        """Return this event with its tokens."""
+        return replace(self, tokens=tokens)
+
+
+@dataclass(frozen=True)
 class Reply:
     """A finished answer.
 
     Attributes:
         text: what the user reads: no special tokens, no prompt, no stop string.
         token_ids: every decoded id, the end-of-turn id included.
-        finish_reason: "stop" (end of turn or stop string), "length" or "cancelled".
+        finish_reason: "stop" (end of turn or stop string), "tool_calls" (the model calls tools),
+            "length" or "cancelled".
         usage: token counts.
         steering: the strength, floor and placement in force; None when decoded plainly.
         stop_string: the stop string that ended the answer, if one did.
         trace: a `TokenTrace` per token, if asked for.
+        reasoning: the thinking spans, without their markers.
+        tool_calls, invalid_tool_calls: the calls that the model makes, and what it failed to say.
     """
 
     text: str
@@ -197,6 +275,9 @@ class Reply:
     steering: Steering | None = None
     stop_string: str | None = None
     trace: tuple[TokenTrace, ...] | None = field(default=None, repr=False)
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text

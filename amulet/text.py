@@ -47,43 +47,68 @@ class TextStream:
         skip_special_tokens: bool = True,
     ) -> None:
         self.text = ""
-        self.stop_string: str | None = None
         self._detokenizer = _Detokenizer(tokenizer, skip_special_tokens)
-        self._stop = tuple(stop)
-        self._longest_hold = max((len(string) for string in self._stop), default=1) - 1
-        self._tail = ""
+        self._stops = StopStrings(stop)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.found
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that can be released now, "" while held back."""
-        if self.stop_string is not None:
+        if self._stops.found is not None:
             return ""
-        return self._release(self._detokenizer.push(token_id), ended=False)
+        return self._release(self._stops.push(self._detokenizer.push(token_id)))
 
     def finish(self) -> str:
         """Return what was held back, once decoding has ended; "" after a stop string."""
-        if self.stop_string is not None:
+        if self._stops.found is not None:
             return ""
-        return self._release(self._detokenizer.finish(), ended=True)
+        return self._release(self._stops.push(self._detokenizer.finish(), ended=True))
 
-    def _release(self, text: str, *, ended: bool) -> str:
+    def _release(self, text: str) -> str:
+        self.text += text
+        return text
+
+
+class StopStrings:
+    """Cuts a growing text at the first stop string; holds back what may become one.
+
+    Args:
+        strings: not empty ones; none lets everything through.
+
+    Attributes:
+        found: the stop string that was complete first; from then on nothing is released.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.found: str | None = None
+        self._strings = tuple(strings)
+        self._longest_hold = max((len(string) for string in self._strings), default=1) - 1
+        self._tail = ""
+
+    def push(self, text: str, *, ended: bool = False) -> str:
+        """Take the next text; return what can be released, with `ended` all that is left."""
+        if self.found is not None:
+            return ""
         text = self._tail + text
         found = [
             (start + len(string), start, string)
-            for string in self._stop
+            for string in self._strings
             if (start := text.find(string)) >= 0
         ]
         if found:
-            _, keep, self.stop_string = min(found)
+            _, keep, self.found = min(found)
         else:
             keep = len(text) if ended else len(text) - self._held_length(text)
         self._tail = "" if found else text[keep:]
-        self.text += text[:keep]
         return text[:keep]
 
     def _held_length(self, text: str) -> int:
         """The length of the longest suffix with which a stop string begins."""
         for length in range(min(self._longest_hold, len(text)), 0, -1):
-            if any(string.startswith(text[-length:]) for string in self._stop):
+            if any(string.startswith(text[-length:]) for string in self._strings):
                 return length
         return 0
 

@@ -21,8 +21,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer."""
+    """SmolLM2-135M-Instruct in float32 on the CPU as Transformers has it, and its tokenizer."""
     from amulet.embedded import load_embedded
 
-    model, tokenizer = load_embedded(dtype=torch.float32)
+    model, tokenizer = load_embedded(dtype=torch.float32, pack=False)
     return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def packed_smollm() -> PreTrainedModel:
+    """The same model with its weights packed, as `Amulet.embedded()` loads it on the CPU."""
+    from amulet.embedded import load_embedded
+
+    return load_embedded(dtype=torch.float32)[0]

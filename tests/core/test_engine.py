@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
-from amulet.engine import Engine, Generation, common_prefix
+from amulet.engine import Engine, common_prefix
 from amulet.errors import ModelError, OutOfMemoryError
+from amulet.generation import Generation
 from amulet.sampling import Sampling
 from tests.models import ScriptedModel, random_model
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet.engine import Engine, Generation
+from amulet.engine import Engine
+from amulet.generation import Generation
 from amulet.preference import Preference
 from amulet.prompts import encode_chat
 from amulet.sampling import Sampling
@@ -160,7 +161,9 @@ def test_several_preferences_equal_their_formula() -> None:
 
 @pytest.mark.parametrize("placement", ["system", "user"])
 def test_smollm_equals_guidance_in_float32(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], placement: str
+    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    packed_smollm: PreTrainedModel,
+    placement: str,
 ) -> None:
     model, tokenizer = smollm
     chats = [
@@ -185,13 +188,18 @@ def test_smollm_equals_guidance_in_float32(
         )
         base = None if strength is None else prompts.base
         expected.append(generate(model, rows[0], TOKENS, base=base, strength=strength))
-    alone = Generation(
-        prompts=generations[1].prompts,
-        weights=generations[1].weights,
-        max_new_tokens=TOKENS,
-        end_ids=generations[1].end_ids,
-    )
-    run(Engine(model), [alone])
-    assert alone.token_ids == expected[1]
-    run(Engine(model), generations)
-    assert [generation.token_ids for generation in generations] == expected
+
+    def copies() -> list[Generation]:
+        return [
+            Generation(
+                prompts=g.prompts, weights=g.weights, max_new_tokens=TOKENS, end_ids=g.end_ids
+            )
+            for g in generations
+        ]
+
+    for engine_model in (model, packed_smollm):
+        alone, together = copies()[1], copies()
+        run(Engine(engine_model), [alone])
+        assert alone.token_ids == expected[1]
+        run(Engine(engine_model), together)
+        assert [generation.token_ids for generation in together] == expected

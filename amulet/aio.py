@@ -1,0 +1,212 @@
+"""The bridge to asyncio: a pump thread decodes, event loops are woken after each step.
+
+No thread per stream: a driver has one pump, which runs while any asynchronous answer is unfinished
+and ends when there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+
+from amulet.driver import Driver
+from amulet.errors import AmuletError, RequestError
+from amulet.generation import Generation
+from amulet.request import Event, Reply, TokenTrace, Usage
+from amulet.stream import ReplyStream
+
+
+class Pump:
+    """Decodes what asynchronous readers wait for, in one daemon thread of its own."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._wakes: dict[Generation, Callable[[], None]] = {}
+        self._thread: threading.Thread | None = None
+
+    def watch(self, generation: Generation, wake: Callable[[], None]) -> None:
+        """Decode a submitted generation; call `wake` (from the pump's thread) at each news."""
+        with self._lock:
+            self._wakes[generation] = wake
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="amulet-pump", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        known: dict[Generation, int] = {}
+        while True:
+            with self._lock:
+                wakes = dict(self._wakes)
+                if not wakes:
+                    self._thread = None
+                    return
+            known = {generation: known.get(generation, 0) for generation in wakes}
+            try:
+                self._driver.advance_any(known)
+            except BaseException as error:  # nobody joins this thread: its readers must learn of it
+                for generation in wakes:
+                    generation.error = generation.error or error
+            for generation, wake in wakes.items():
+                done, count = generation.done, len(generation.token_ids)
+                if done:
+                    with self._lock:
+                        del self._wakes[generation]
+                if done or count > known[generation]:
+                    known[generation] = count
+                    try:
+                        wake()
+                    except RuntimeError:  # its event loop is closed: nobody can read it any more
+                        self._driver.cancel(generation)
+
+
+class AsyncReplyStream(AsyncIterator[str]):
+    """The pieces of one answer as they are decoded: `async for piece in amulet.astream(...)`.
+
+    The request is prepared in a worker thread when the first piece is asked for. `events()` gives
+    reasoning and tool calls too; `reply` is there once all is read. `aclose`, leaving its `async
+    with` block, and cancelling the reading task end the decode within one step.
+    """
+
+    def __init__(
+        self, pump: Pump, driver: Driver, prepare: Callable[[], ReplyStream] | None = None
+    ) -> None:
+        self._pump = pump
+        self._driver = driver
+        self._prepare = prepare
+        self._stream: ReplyStream | None = None
+        self._news = asyncio.Event()
+        self._closed = False
+
+    async def __anext__(self) -> str:
+        while (event := await self._next()) is not None:
+            if event.kind == "text" and event.text:
+                return event.text
+        raise StopAsyncIteration
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The rest of the answer as events; see `Event`.
+
+        Raises:
+            RequestError: the input is not valid.
+            DecodeError: decoding failed.
+        """
+        while (event := await self._next()) is not None:
+            yield event
+
+    async def _next(self) -> Event | None:
+        try:
+            stream = self._stream or await self._start()
+            while not self._closed:
+                self._news.clear()
+                event = stream.poll()
+                if event is not None or stream.ended:
+                    return event
+                await self._news.wait()
+        except BaseException:
+            await self.aclose()
+            raise
+        return None
+
+    async def _start(self) -> ReplyStream:
+        if self._prepare is None or self._closed:
+            raise RequestError("The stream was closed before its first piece was read.")
+        stream = await asyncio.to_thread(self._prepare)
+        self.submit(stream)
+        return stream
+
+    def submit(self, stream: ReplyStream) -> None:
+        """Start decoding a prepared answer, to be read in the running event loop."""
+        self._stream = stream
+        if self._closed:  # while it was prepared
+            stream.close()
+            return
+        loop, news = asyncio.get_running_loop(), self._news
+        self._driver.submit(stream.generation)
+        self._pump.watch(stream.generation, lambda: _wake(loop, news))
+
+    async def read(self) -> Reply:
+        """Decode to the end and return the reply."""
+        while await self._next() is not None:
+            pass
+        return self.reply
+
+    async def aclose(self) -> None:
+        """End the decode within one step and free its memory."""
+        self._closed = True
+        self._news.set()
+        if self._stream is not None:
+            self._stream.close()
+
+    @property
+    def reply(self) -> Reply:
+        """The finished answer; see `ReplyStream.reply`."""
+        return self._started().reply
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return self._started().usage
+
+    @property
+    def trace(self) -> tuple[TokenTrace, ...] | None:
+        """The trace so far, if it was asked for."""
+        return self._started().trace
+
+    def _started(self) -> ReplyStream:
+        if self._stream is None:
+            raise RequestError("The answer is not finished: read the stream to its end first.")
+        return self._stream
+
+    async def __aenter__(self) -> AsyncReplyStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+async def read_all(
+    pump: Pump,
+    driver: Driver,
+    streams: Sequence[ReplyStream | AmuletError],
+    return_exceptions: bool,
+) -> list[Reply | AmuletError]:
+    """Decode prepared answers together; see `Amulet.batch`."""
+    outcomes: list[AsyncReplyStream | AmuletError] = []
+    readers: list[AsyncReplyStream] = []
+    for stream in streams:
+        if isinstance(stream, AmuletError):
+            outcomes.append(stream)
+        else:
+            readers.append(AsyncReplyStream(pump, driver))
+            readers[-1].submit(stream)
+            outcomes.append(readers[-1])
+    try:
+        return [await _outcome(outcome, return_exceptions) for outcome in outcomes]
+    finally:
+        for reader in readers:
+            await reader.aclose()
+
+
+async def _outcome(
+    outcome: AsyncReplyStream | AmuletError, return_exceptions: bool
+) -> Reply | AmuletError:
+    if isinstance(outcome, AmuletError):
+        return outcome
+    try:
+        return await outcome.read()
+    except AmuletError as error:
+        if not return_exceptions:
+            raise
+        return error
+
+
+def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(news.set)

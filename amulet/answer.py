@@ -1,0 +1,227 @@
+"""From the ids of one answer to its events: text, reasoning and tool calls.
+
+ids -> text -> pieces by section -> stop strings (in the text for the reader only) -> events. After
+each token the answer also says how the next one is chosen: where the text is read by a machine or
+by nobody, the base row alone decides.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from amulet.generation import Generation
+from amulet.grammar import Matcher
+from amulet.request import Event, InvalidToolCall, ToolCall
+from amulet.spans import Scanner
+from amulet.text import StopStrings, TextStream
+from amulet.tools.base import Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FREE = 0.5
+"""Under a grammar, text is free where at least this share of the vocabulary is permitted."""
+
+
+class Answer:
+    """Collects one answer. `on_token` runs in the decoding thread, the queue is read elsewhere.
+
+    Args:
+        tokenizer: the model's.
+        stop: strings that end the answer.
+        scanner: finds reasoning and calls.
+        matcher: follows the grammar of what comes after the reasoning, if there is one.
+        parallel: more than one call may be made.
+
+    Attributes:
+        queue: events to be read, each with the range `[start, end)` of the tokens it covers.
+        text, reasoning: what has been queued of them.
+        tool_calls, invalid_tool_calls: the finished calls.
+        finished: nothing more will be queued.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        scanner: Scanner,
+        matcher: Matcher | None = None,
+        parallel: bool = True,
+    ) -> None:
+        self.queue: deque[tuple[Event, int, int]] = deque()
+        self.text = ""
+        self.reasoning = ""
+        self.tool_calls: list[ToolCall] = []
+        self.invalid_tool_calls: list[InvalidToolCall] = []
+        self.finished = False
+        self._detokenizer = TextStream(tokenizer)
+        self._silent = _silent_markers(tokenizer, scanner.markers)
+        self._stops = StopStrings(stop)
+        self._scanner = scanner
+        self._matcher = matcher
+        self._parallel = parallel
+        self._call: _Call | None = None
+        self._repeats = False
+        self._tokens = 0
+        self._covered = 0
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.found
+
+    def lead(self, generation: Generation) -> None:
+        """Collect a generation's tokens and, from now on, say how it chooses them."""
+        generation.on_token = self.on_token
+        self._traced = generation.trace
+        self._control = _Control(generation, self._matcher)
+        self._control.prepare(self._scanner.section)
+
+    def on_token(self, token_id: int) -> bool:
+        """Take the next token; return whether the answer ends with it."""
+        self._tokens += 1
+        complete = self._control.took(token_id, self._scanner.section)
+        marker = self._silent.get(token_id)
+        if marker is None:
+            text = self._detokenizer.push(token_id)
+        else:
+            text = self._detokenizer.finish() + marker
+        self._take(self._scanner.push(text))
+        if complete or self._stops.found is not None or self._has_its_call():
+            return True
+        self._control.prepare(self._scanner.section)
+        return False
+
+    def finish(self, tokens: int) -> None:
+        """Release what was held back; `tokens` is how many were decoded in all."""
+        self._tokens = tokens
+        self._take(self._scanner.push(self._detokenizer.finish()))
+        self._take(self._scanner.finish())
+        self._say(self._stops.push("", ended=True))
+        if self._call is not None:
+            self._end_call("", "the call is cut off")
+        self.finished = True
+        if self._traced and self._covered < self._tokens:  # tokens without a text of their own
+            self._put(Event("text", ""))
+
+    def _take(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if self._stops.found is not None:
+                return
+            if piece.kind == "text":
+                self._say(self._stops.push(piece.text))
+            elif piece.kind == "reasoning":
+                self.reasoning += piece.text
+                self._put(Event("reasoning", piece.text))
+            elif not self._has_its_call():
+                self._take_call(piece)
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._put(Event("text", text))
+
+    def _take_call(self, piece: Piece) -> None:
+        if piece.kind == "name":
+            self._call = _Call(self._count(), piece.text)
+            self._put(Event("tool_call", "", (), self._call.index, self._call.id, piece.text))
+        elif piece.kind == "arguments":
+            if self._call is None:
+                self._call = _Call(self._count(), None)
+            self._call.arguments += piece.text
+            self._put(Event("tool_call", piece.text, (), self._call.index))
+        else:
+            self._end_call(piece.text, piece.error)
+
+    def _end_call(self, raw: str, error: str | None) -> None:
+        call, self._call = self._call, None
+        if call is None:
+            call = _Call(self._count(), None)
+            self._put(Event("tool_call", raw, (), call.index, call.id))
+        try:
+            arguments = json.loads(call.arguments or "{}", strict=False)
+        except (ValueError, RecursionError) as broken:
+            arguments = None
+            error = error or f"the arguments are not JSON: {broken}"
+        if error is None and not isinstance(arguments, dict):
+            error = "expected the arguments to be a JSON object"
+        if error is None and call.name is None:
+            error = "expected a name"
+        if error is None:
+            known = [(earlier.name, earlier.arguments) for earlier in self.tool_calls]
+            self._repeats = (call.name, arguments) in known  # a loop that a small model falls into
+            self.tool_calls.append(ToolCall(str(call.name), arguments, call.id))
+        else:
+            invalid = InvalidToolCall(raw or call.arguments, error, call.id, call.name)
+            self.invalid_tool_calls.append(invalid)
+
+    def _count(self) -> int:
+        return len(self.tool_calls) + len(self.invalid_tool_calls)
+
+    def _has_its_call(self) -> bool:
+        return self._repeats or (not self._parallel and self._count() > 0)
+
+    def _put(self, event: Event) -> None:
+        self.queue.append((event, self._covered, self._tokens))
+        self._covered = self._tokens
+
+
+class _Call:
+    """The call that is being read."""
+
+    def __init__(self, index: int, name: str | None) -> None:
+        # Nine letters and digits: Mistral's templates refuse any other id.
+        self.id = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+        self.index = index
+        self.name = name
+        self.arguments = ""
+
+
+class _Control:
+    """Sets, before each token, whether a generation is steered and what its grammar permits."""
+
+    def __init__(self, generation: Generation, matcher: Matcher | None) -> None:
+        self._generation = generation
+        self._weights = tuple(generation.weights)
+        self._floor = generation.floor
+        self._matcher = matcher
+        self._mask: torch.Tensor | None = None
+        if matcher is not None:
+            generation.allowed = lambda: self._mask
+
+    def took(self, token_id: int, section: str) -> bool:
+        """Follow a token that was chosen in a section; return whether the grammar is complete."""
+        if self._matcher is None or section == "reasoning":
+            return False
+        self._matcher.consume(token_id)
+        return self._matcher.complete
+
+    def prepare(self, section: str) -> None:
+        """Set how the next token, of a section, is chosen."""
+        steered = section == "text"
+        if self._matcher is not None:
+            self._mask = self._matcher.allowed()
+            if section == "reasoning":  # any text, but it may not be the end
+                self._mask = torch.ones_like(self._mask)
+                self._mask[list(self._generation.end_ids)] = False
+            elif steered and any(self._weights):
+                steered = bool(self._mask.float().mean() >= FREE)
+        self._generation.weights = self._weights if steered else (0.0,) * len(self._weights)
+        self._generation.floor = self._floor if steered else 0.0
+
+
+def _silent_markers(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> dict[int, str]:
+    """Return the markers that are special tokens, by id: decoding leaves them out."""
+    special = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content in tokenizer.all_special_tokens
+    }
+    return {token_id: text for token_id, text in special.items() if text in markers}

@@ -1,0 +1,344 @@
+"""The command line: `amulet chat`, `amulet compare`, `amulet doctor`; arguments to requests.
+
+Torch is imported once a command needs the model, so that `amulet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from amulet import __version__
+from amulet.errors import AmuletError
+from amulet.request import Request
+
+if TYPE_CHECKING:
+    from amulet import Amulet, ReplyStream
+
+app = typer.Typer(
+    name="amulet",
+    help="Decode a local language model your own way: a preference steers every token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Hub id or folder; without it the embedded SmolLM2-135M-Instruct.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
+DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+_PREFERENCE = typer.Option(
+    "--preference",
+    "-p",
+    metavar="TEXT",
+    help="What you want of the answer; give it again for more than one.",
+)
+Strength = Annotated[
+    float | None, typer.Option(help="How hard to steer: 0 is the prompt alone, default 2.")
+]
+Floor = Annotated[
+    float | None,
+    typer.Option(help="Plausibility floor, 0 (off) to 1: keeps the text readable; default 0.1."),
+]
+Placement = Annotated[
+    str | None, typer.Option(help="Where the preference stands: system (default), user or both.")
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
+
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"amulet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Decode a local language model your own way: a preference steers every token."""
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    preference: Annotated[list[str] | None, _PREFERENCE] = None,
+    strength: Strength = None,
+    floor: Floor = None,
+    placement: Placement = None,
+    max_new_tokens: Limit = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: DType = "auto",
+) -> None:
+    """Talk to the model; /help lists what can be changed on the way, Ctrl-C stops an answer."""
+    options = {
+        "preference": preference,
+        "strength": strength,
+        "floor": floor,
+        "placement": placement,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    with _readable_errors():
+        _check(options)
+        Chat(_load(model, device, dtype), options).run()
+
+
+@app.command()
+def compare(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
+    preference: Annotated[list[str], _PREFERENCE],
+    model: Model = None,
+    strength: Strength = None,
+    floor: Floor = None,
+    placement: Placement = None,
+    max_new_tokens: Limit = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: DType = "auto",
+) -> None:
+    """Answer one question three ways, side by side: plain, preference in the prompt, steered."""
+    shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    prompted = {**shared, "preference": preference, "placement": placement, "floor": floor}
+    steered = {**prompted, "strength": strength}
+    with _readable_errors():
+        _check(steered)
+        amulet = _load(model, device, dtype)
+        gain = amulet.steering.strength if strength is None else strength
+        answers = [
+            Answer("plain", shared),
+            Answer("prompt only (strength 0)", {**prompted, "strength": 0.0}),
+            Answer(f"steered (strength {gain:g})", steered),
+        ]
+        messages = [{"role": "user", "content": question}]
+        with Live(_side_by_side(answers), console=Console(), refresh_per_second=8) as live:
+            for answer in answers:
+                for _ in answer.decode(amulet, messages):
+                    live.update(_side_by_side(answers))
+                live.update(_side_by_side(answers))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, device and models, and what is missing with the command that mends it.
+
+    The exit code is 1 where something that Amulet needs is missing.
+    """
+    from amulet.doctor import examine
+
+    signs = {"ok": ("✓", "green"), "note": ("•", "yellow"), "bad": ("✗", "red")}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    findings = examine()
+    for finding in findings:
+        sign, colour = signs[finding.state]
+        text = Text(finding.text)
+        if finding.mend:
+            text.append(f"\n→ {finding.mend}", style="bold")
+        table.add_row(Text(sign, colour), finding.topic, text)
+    Console().print(table)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+class Answer:
+    """One answer while it is decoded: its text so far, and its pace once the prefill is over."""
+
+    def __init__(self, title: str, options: dict[str, Any]) -> None:
+        self.title = title
+        self.options = options
+        self.text = ""
+        self.tokens = 0
+        self._first: tuple[float, int] | None = None
+        self._last = 0.0
+
+    def decode(self, amulet: Amulet, messages: list[dict[str, Any]]) -> Iterator[str]:
+        """Yield the pieces as they come; leaving early stops the decode."""
+        with amulet.stream(messages, **self.options) as stream:
+            yield from self._follow(stream)
+
+    def _follow(self, stream: ReplyStream) -> Iterator[str]:
+        try:
+            for piece in stream:
+                self._tick(stream)
+                piece = piece.translate(_CONTROL)  # a model must not drive the terminal
+                self.text += piece
+                yield piece
+        finally:
+            self._tick(stream)  # the end-of-turn token has no text
+
+    def _tick(self, stream: ReplyStream) -> None:
+        self._last, self.tokens = time.perf_counter(), stream.usage.completion_tokens
+        if self.tokens:
+            self._first = self._first or (self._last, self.tokens)
+
+    @property
+    def figures(self) -> str:
+        """Words, tokens and milliseconds per token; the prefill and the first token left out."""
+        if self._first is None:
+            return "–"
+        started, tokens = self._first
+        pace = ""
+        if self.tokens > tokens:
+            pace = f" · {1000 * (self._last - started) / (self.tokens - tokens):.1f} ms/token"
+        return f"{len(self.text.split())} words · {self.tokens} tokens{pace}"
+
+
+def _side_by_side(answers: list[Answer]) -> Table:
+    table = Table(expand=True, show_footer=True)
+    for answer in answers:
+        table.add_column(answer.title, footer=Text(answer.figures, style="dim"), ratio=1)
+    table.add_row(*(Text(answer.text) for answer in answers))
+    return table
+
+
+class Chat:
+    """A conversation on the terminal."""
+
+    COMMANDS = (
+        ("/preference TEXT", "what you want of the answers; `off` answers plainly"),
+        ("/strength NUMBER", "how hard to steer: 0 is the prompt alone"),
+        ("/floor NUMBER", "plausibility floor, 0 (off) to 1"),
+        ("/placement WHERE", "where the preference stands: system, user or both"),
+        ("/clear", "forget the conversation so far"),
+        ("/help", "show this"),
+        ("/quit", "leave; so does Ctrl-D. Ctrl-C stops an answer"),
+    )
+
+    def __init__(self, amulet: Amulet, options: dict[str, Any]) -> None:
+        self._amulet = amulet
+        self._options = options
+        self._messages: list[dict[str, Any]] = []
+        self._console = Console(highlight=False)
+
+    def run(self) -> None:
+        """Read lines until /quit or the end of the input."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` a history; Windows has none)
+        self._note(f"{self._amulet.name.rpartition('/')[2]}. {self._state()} /help shows more.")
+        while True:
+            try:
+                line = input("you> ").strip()
+            except KeyboardInterrupt:
+                self._note("\n/quit leaves.")
+                continue
+            except EOFError:
+                self._console.print()
+                return
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line:
+                    self._answer(line)
+            except AmuletError as error:
+                self._note(_one_line(error), style="red")
+
+    def _answer(self, question: str) -> None:
+        """Stream one answer; what Ctrl-C leaves of it stays in the conversation."""
+        messages = [*self._messages, {"role": "user", "content": question}]
+        answer = Answer("", self._options)
+        stopped = ""
+        pieces = answer.decode(self._amulet, messages)
+        try:
+            for piece in pieces:
+                self._console.out(piece, end="", highlight=False)
+        except KeyboardInterrupt:
+            stopped = " · stopped"
+        finally:
+            pieces.close()  # type: ignore[attr-defined]  # a generator: ends the decode
+        self._console.print()
+        self._note(answer.figures + stopped)
+        if answer.text.strip():
+            self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _command(self, name: str, value: str = "") -> None:
+        if name == "/help":
+            width = max(len(usage) for usage, _ in self.COMMANDS)
+            self._note("\n".join(f"{usage:<{width}}  {text}" for usage, text in self.COMMANDS))
+        elif name == "/clear":
+            self._messages = []
+            self._note("The conversation is forgotten.")
+        elif name in ("/preference", "/strength", "/floor", "/placement"):
+            self._set(name[1:], value.strip())
+        else:
+            self._note(f"{name} is no command; /help lists them.", style="red")
+
+    def _set(self, option: str, value: str) -> None:
+        """Change an option, once it is known to be valid; without a value just show it."""
+        if value:
+            given = None if option == "preference" and value.lower() == "off" else value
+            changed = {**self._options, option: given}
+            _check(changed)
+            self._options = changed
+        self._note(self._state())
+
+    def _state(self) -> str:
+        request = _check(self._options)
+        if not request.preference:
+            return "No preference: answers are plain; /preference TEXT sets one."
+        steering = request.steering(self._amulet.steering)
+        wishes = " + ".join(preference.text for preference in request.preference)
+        return (
+            f"Preference: {wishes} (strength {steering.strength:g}, floor {steering.floor:g}, "
+            f"placement {steering.placement})"
+        )
+
+    def _note(self, text: str, style: str = "dim") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _check(options: dict[str, Any]) -> Request:
+    """Raise RequestError for an option out of its range, before a model is loaded."""
+    return Request(messages=({"role": "user", "content": "?"},), **options)
+
+
+def _load(model: str | None, device: str | None, dtype: str) -> Amulet:
+    Console(stderr=True).print(f"Loading {model or 'the embedded model'} ...", style="dim")
+    from amulet import Amulet
+
+    if model is None:
+        return Amulet.embedded(device=device, dtype=dtype)
+    return Amulet.from_pretrained(model, device=device, dtype=dtype)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    try:
+        yield
+    except AmuletError as error:
+        message = Text(f"error: {_one_line(error)}", style="red")
+        Console(stderr=True).print(message, soft_wrap=True)
+        raise typer.Exit(1) from None

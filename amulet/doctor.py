@@ -1,0 +1,173 @@
+"""What `amulet doctor` finds: versions, device, models and extras, each with what mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from amulet import __version__
+from amulet.embedded import HUB_NAME, INSTALL, PACKAGE, cache_folder
+
+DISTRIBUTION = "amulet-integrations"
+STARTED_WITH = ("torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        topic: what was looked at.
+        state: "ok"; "note" for what is absent but not needed; "bad" for what Amulet needs.
+        text: what was found.
+        mend: the command or setting that mends it, or "".
+    """
+
+    topic: str
+    state: Literal["ok", "note", "bad"]
+    text: str
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; never raises, never loads a model, never opens a connection."""
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return [
+        Finding("amulet", "ok", __version__),
+        Finding("Python", "ok", system),
+        *_requirements(),
+        _device(),
+        *_embedded(),
+        _hub(),
+        *_extras(),
+    ]
+
+
+def _declared() -> list[Requirement]:
+    try:
+        return [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _problem(requirement: Requirement) -> str:
+    """Return what is wrong with a requirement here, "" where it is met."""
+    try:
+        found = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    if requirement.specifier.contains(found, prereleases=True):
+        return ""
+    return f"{requirement.name} {found} is installed, expected {requirement.specifier}"
+
+
+def _requirements() -> list[Finding]:
+    declared = [requirement for requirement in _declared() if requirement.marker is None]
+    if not declared:
+        return [
+            Finding(
+                "packages", "note", f"{DISTRIBUTION} itself is not installed", "pip install -e ."
+            )
+        ]
+    findings = []
+    for requirement in declared:
+        problem = _problem(requirement)
+        if problem:
+            mend = f"pip install '{requirement.name}{requirement.specifier}'"
+            findings.append(Finding(requirement.name, "bad", problem, mend))
+        elif requirement.name in STARTED_WITH:
+            version = metadata.version(requirement.name)
+            findings.append(Finding(requirement.name, "ok", version))
+    return findings
+
+
+def _device() -> Finding:
+    try:
+        import torch
+
+        from amulet.loading import default_device
+    except (ImportError, OSError) as error:  # a broken install of torch raises either
+        mend = "pip install --force-reinstall torch"
+        return Finding("device", "bad", f"torch can't be imported: {error}", mend)
+    device = default_device()
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        bfloat16 = "yes" if torch.cuda.is_bf16_supported() else "no"
+        text = f"cuda: {gpu.name}, {_size(gpu.total_memory)}, bfloat16: {bfloat16}"
+    else:
+        text = f"{device}, {threads}"
+    return Finding("device", "ok", f"{text}; dtype auto is the one that the model was saved in")
+
+
+def _embedded() -> list[Finding]:
+    folder = cache_folder()
+    copies = sorted(path.parent for path in folder.glob("smollm2-*[0-9]/model.safetensors"))
+    findings = [
+        Finding("embedded model", "ok", f"{copy} (float32, {_size(_folder_size(copy))})")
+        for copy in copies
+    ]
+    try:
+        version = metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        text = f"{PACKAGE} is not installed; {HUB_NAME} would be downloaded instead"
+        return [*findings, Finding("embedded model", "note", text, INSTALL)]
+    if copies:
+        return findings
+    room = shutil.disk_usage(_existing(folder)).free
+    text = f"{PACKAGE} {version}; first use converts it into {folder} (20 s, 540 MB)"
+    if room < 1_200_000_000:  # the copy, and what is written beside it meanwhile
+        mend = "make room, or set AMULET_CACHE to another folder"
+        return [Finding("embedded model", "note", f"{text}; {_size(room)} are free there", mend)]
+    return [Finding("embedded model", "ok", text)]
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants
+
+    offline = " HF_HUB_OFFLINE is set: nothing is downloaded." if constants.HF_HUB_OFFLINE else ""
+    folder = Path(constants.HF_HUB_CACHE)
+    count = len(list(folder.glob("models--*")))
+    return Finding("hub", "ok", f"{count} models in {folder}.{offline}")
+
+
+def _extras() -> list[Finding]:
+    """One finding per extra, from the package's own metadata."""
+    groups: dict[str, list[Requirement]] = {}
+    for requirement in _declared():
+        for extra in re.findall(r"""extra == ["']([\w-]+)["']""", str(requirement.marker)):
+            groups.setdefault(extra, []).append(requirement)
+    findings = []
+    for extra, requirements in groups.items():
+        if extra in ("all", "dev"):  # made of the others; for working on Amulet itself
+            continue
+        problems = [problem for r in requirements if (problem := _problem(r))]
+        if problems:
+            mend = f"pip install '{DISTRIBUTION}[{extra}]'"
+            findings.append(Finding(f"extra {extra}", "note", "; ".join(problems), mend))
+        else:
+            found = ", ".join(f"{r.name} {metadata.version(r.name)}" for r in requirements)
+            findings.append(Finding(f"extra {extra}", "ok", found))
+    return findings
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,85 @@
+"""Keys and values of ended rows, kept for the next prompt that begins with the same ids.
+
+The next turn of a conversation repeats the whole conversation, so only what is new must be
+prefilled. An entry is found by its ids alone: a prompt can only ever reuse what it contains itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+LEAST = 16  # shorter prefixes are computed faster than kept
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """One row's ids and, per layer, its keys and values `[kv_heads, len(ids), head_dim]`."""
+
+    ids: tuple[int, ...]
+    buffers: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+class Prefixes:
+    """The most recently used rows, up to a number of bytes.
+
+    Args:
+        limit: bytes that may be held; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._rows: list[KeptRow] = []  # the most recently used last
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(row.nbytes for row in self._rows)
+
+    def keep(self, row: KeptRow) -> None:
+        """Add a row; those that it continues, and the longest unused, make room for it."""
+        if len(row.ids) < LEAST or row.nbytes > self.limit:
+            return
+        self._rows = [kept for kept in self._rows if row.ids[: len(kept.ids)] != kept.ids]
+        self._rows.append(row)
+        while self.nbytes > self.limit:
+            self._rows.pop(0)
+
+    def find(self, ids: Sequence[int]) -> tuple[KeptRow | None, int]:
+        """Return the row that shares most leading ids with a prompt, and how many these are."""
+        best, length = None, 0
+        for row in self._rows:
+            shared = shared_length(row.ids, ids)
+            if shared > length:
+                best, length = row, shared
+        if best is None or length < LEAST:
+            return None, 0
+        self._rows.remove(best)
+        self._rows.append(best)
+        return best, length
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows.clear()
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many leading ids two sequences have in common."""
+    shortest = min(len(one), len(other))
+    if tuple(one[:shortest]) == tuple(other[:shortest]):
+        return shortest
+    low, high = 0, shortest  # halving: comparing slices is much faster than a loop over the ids
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tuple(one[:middle]) == tuple(other[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low

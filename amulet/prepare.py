@@ -1,0 +1,248 @@
+"""From a `Request` to what is decoded: the `Generation`, and the `Answer` that collects it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from amulet.answer import Answer
+from amulet.errors import PromptTooLongError, RequestError, TemplateError
+from amulet.generation import Generation
+from amulet.grammar import Grammar
+from amulet.preference import Preference, Steering
+from amulet.prompts import Prompts, encode_chat, encode_text
+from amulet.request import Request
+from amulet.sampling import Sampling
+from amulet.spans import Calls, Scanner, Spans, find_thinking
+from amulet.template import ChatTemplate
+from amulet.tools import (
+    FALLBACK,
+    find_dialect,
+    forced_grammar,
+    functions_of,
+    no_tools_error,
+    tool_schemas,
+)
+from amulet.tools.base import Dialect, Function, Schema
+from amulet.tools.fallback import as_text
+from amulet.tools.response import ResponseTemplate
+
+_PROBE: Schema = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """A request's tools: what the template gets, what may be called, and in which dialect."""
+
+    messages: Sequence[dict[str, Any]]
+    schemas: list[Schema]  # for the template
+    functions: list[Function]
+    dialect: Dialect | None = None
+    template: str = ""  # what the dialect was found in
+    is_fallback: bool = False
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """What all requests to one model have in common.
+
+    Attributes:
+        tokenizer: the model's.
+        steering: strength, floor and placement for requests that don't give their own.
+        window: the context window in tokens; None where none is known.
+        end_ids: ids that end an answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    steering: Steering
+    window: int | None
+    end_ids: frozenset[int]
+
+    def prepare(self, request: Request) -> tuple[Generation, Answer, Steering | None]:
+        """Return the generation, what collects its tokens, and the steering in force.
+
+        Raises:
+            RequestError: the request can't be decoded as given.
+        """
+        tools = self._tools(request)
+        grammar = self._grammar(request, tools)
+        # What a machine reads is decoded plainly: then the base row is all it takes.
+        is_plain = grammar is not None and (
+            grammar is not request.grammar or not request.steer_grammar
+        )
+        preferences = () if is_plain else request.preference
+        steering = request.steering(self.steering) if preferences else None
+        prompts = self._encode(request, tools, preferences, steering)
+        scanner = self._scanner(request, tools, prompts)
+        rows = [*prompts.preferred, prompts.base]
+        weights: list[float] = []
+        if steering is not None:
+            # Strength alone says how hard: weights that sum to more than 1 share it.
+            share = (1.0 + steering.strength) / max(1.0, sum(abs(p.weight) for p in preferences))
+            weights = [share * p.weight for p in preferences]
+            # The prompt alone needs no base row, where no part is to be decoded plainly.
+            if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
+                rows, weights = [prompts.preferred[0]], []
+        matcher = grammar.matcher(self.tokenizer, self.end_ids) if grammar is not None else None
+        answer = Answer(self.tokenizer, request.stop, scanner, matcher, request.parallel_tool_calls)
+        generation = Generation(
+            prompts=rows,
+            weights=weights,
+            floor=steering.floor if steering is not None else 0.0,
+            max_new_tokens=self._limit(request, max(map(len, rows))),
+            sampling=Sampling(
+                request.temperature,
+                request.top_k,
+                request.top_p,
+                request.min_p,
+                request.repetition_penalty,
+            ),
+            seed=request.seed,
+            end_ids=self.end_ids,
+            processors=request.logits_processor,
+            trace=request.trace,
+            top_logprobs=request.top_logprobs,
+        )
+        answer.lead(generation)
+        return generation, answer, steering
+
+    def encode(self, request: Request) -> list[int]:
+        """Return the base prompt of a request, as token ids."""
+        return self._encode(request, self._tools(request), (), None).base
+
+    def _tools(self, request: Request) -> _Tools:
+        """Find how the template takes the tools; turn them and the history to text if it can't."""
+        messages = request.messages or ()
+        if request.prompt is not None:
+            return _Tools(messages, [], [])
+        schemas = tool_schemas(request.tools or ())
+        functions = functions_of(schemas, request.tool_choice)
+        if request.tool_choice == "none":
+            schemas, functions = [], []
+        used = any(
+            message.get("role") == "tool" or message.get("tool_calls") for message in messages
+        )
+        if not schemas and not (used and request.tools_prompt == "fallback"):
+            return _Tools(messages, [], [])
+        template = ChatTemplate(self.tokenizer, schemas or [_PROBE], dict(request.template_options))
+        knows = _knows_tools(template)
+        dialect = find_dialect(template.source) if knows else None
+        if dialect is not None or (knows and self._has_response_template):
+            return _Tools(messages, schemas, functions, dialect, template.source)
+        if request.tools_prompt != "fallback":
+            raise no_tools_error(
+                "In which form the model calls tools can't be told from its chat template."
+                if knows
+                else "The chat template ignores tools: the model would never see them."
+            )
+        default = template.dialect().default_system
+        chat = as_text(messages, schemas, default)
+        return _Tools(chat, [], functions, FALLBACK if functions else None, is_fallback=True)
+
+    @property
+    def _has_response_template(self) -> bool:
+        return getattr(self.tokenizer, "response_template", None) is not None
+
+    def _grammar(self, request: Request, tools: _Tools) -> Grammar | None:
+        """Return the grammar of the answer: the request's, forced calls, or either of the two."""
+        if not tools.functions or (request.tool_choice == "auto" and request.grammar is None):
+            return request.grammar
+        if tools.dialect is None:
+            raise no_tools_error(
+                "Calls can't be forced: in which form the model calls tools can't be told."
+            )
+        forced = request.tool_choice != "auto"
+        if forced and request.grammar is not None:
+            raise RequestError(
+                f"tool_choice={request.tool_choice!r} and a grammar: the answer can't be both; "
+                'give one of them, or tool_choice="auto".'
+            )
+        # A named tool is called once, as where the option comes from; a model that never learnt to
+        # call tools doesn't know when to stop either.
+        parallel = request.parallel_tool_calls and request.tool_choice in ("auto", "any")
+        parallel = parallel and not tools.is_fallback
+        return forced_grammar(
+            self.tokenizer,
+            tools.dialect,
+            tools.functions,
+            parallel,
+            request.grammar,
+            tools.template,
+        )
+
+    def _scanner(self, request: Request, tools: _Tools, prompts: Prompts) -> Scanner:
+        if request.prompt is not None:
+            return Spans(None)
+        if self._has_response_template and request.grammar is None and not tools.is_fallback:
+            return ResponseTemplate(self.tokenizer, prompts.base, tools.schemas)
+        calls = None
+        if tools.dialect is not None and tools.functions:
+            calls = Calls(tools.dialect, tuple(function.name for function in tools.functions))
+        options = dict(request.template_options)
+        source = ChatTemplate(self.tokenizer, tools.schemas or None, options).source
+        thinking = find_thinking(source)
+        opened = thinking is not None and self._is_open(thinking, tools.messages, prompts.base)
+        return Spans(thinking, opened, calls)
+
+    def _is_open(
+        self, thinking: tuple[str, str], messages: Sequence[dict[str, Any]], prompt: list[int]
+    ) -> bool:
+        """Tell whether the prompt ends inside a thinking span: the model goes on in it."""
+        opening, closing = thinking
+        last = messages[-1]
+        if last["role"] == "assistant":  # it is continued
+            written = str(last.get("content") or "")
+            return written.rfind(opening) > written.rfind(closing)
+        tail = str(self.tokenizer.decode(prompt[-32:], skip_special_tokens=False))
+        return tail.rstrip().endswith(opening)
+
+    def _encode(
+        self,
+        request: Request,
+        tools: _Tools,
+        preferences: Sequence[Preference],
+        steering: Steering | None,
+    ) -> Prompts:
+        placement = (steering or self.steering).placement
+        if request.prompt is not None:
+            return encode_text(self.tokenizer, request.prompt, preferences, placement)
+        return encode_chat(
+            self.tokenizer,
+            list(tools.messages),
+            preferences,
+            placement,
+            tools=tools.schemas or None,
+            template_options=request.template_options,
+        )
+
+    def _limit(self, request: Request, prompt_tokens: int) -> int:
+        """How many tokens there is room for; an answer may be cut by the window, a prompt not."""
+        if self.window is None:
+            return request.max_new_tokens
+        room = self.window - prompt_tokens
+        if room < 1:
+            raise PromptTooLongError(
+                f"The prompt has {prompt_tokens} tokens (the preference included) and the model's "
+                f"context window {self.window}, so no answer fits; shorten the prompt."
+            )
+        return min(request.max_new_tokens, room)
+
+
+def _knows_tools(template: ChatTemplate) -> bool:
+    """Tell whether a chat template shows the model the tools: does it render them?"""
+    chat = [{"role": "user", "content": "x"}]
+    plain = ChatTemplate(template.tokenizer, None, template.options)
+    try:
+        return template.render(chat) != plain.render(chat)
+    except TemplateError:
+        return True  # it wants other messages: the request's own will tell

@@ -1,0 +1,240 @@
+"""What every dialect of tool calls shares: the names a dialect file has, and how JSON is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from amulet.grammar import SPACING
+
+PieceKind: TypeAlias = Literal["text", "reasoning", "name", "arguments", "end"]
+Schema: TypeAlias = dict[str, Any]
+Mark: TypeAlias = Callable[[str], str]
+"""Turns a marker such as `<tool_call>` into a Lark term: its token where it is one, else text."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer, by what it is.
+
+    "text" and "reasoning" are prose. A call is a "name" (once it is known), pieces of the JSON of
+    its "arguments", and an "end" whose `text` is the call as the model wrote it; with an `error`
+    the call can't be read, and there may have been no name.
+    """
+
+    kind: PieceKind
+    text: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A tool that may be called: its name and the JSON schema of its arguments."""
+
+    name: str
+    parameters: Schema
+
+
+class CallReader(Protocol):
+    """Reads one section of calls, piece by piece."""
+
+    def push(self, text: str) -> list[Piece]:
+        """Take the next text of the section."""
+
+    def finish(self) -> list[Piece]:
+        """The section is over: return what is left, at least an error if there was no call."""
+
+
+class Dialect(Protocol):
+    """The names that each file of a dialect has."""
+
+    NAME: str
+    """What it is called in messages."""
+    SPANS: tuple[tuple[str, str], ...]
+    """Markers that open and close a section of calls; "" closes at the answer's end."""
+    EXTRA: tuple[str, ...]
+    """Further markers inside a section that may be special tokens."""
+
+    def detect(self, template: str) -> bool:
+        """Tell whether a chat template asks for calls in this dialect."""
+
+    def starts(self, text: str, names: Sequence[str]) -> bool | None:
+        """Tell whether an answer's beginning is a call without a marker; None: can't tell yet."""
+
+    def reader(self) -> CallReader:
+        """Return what reads a section."""
+
+    def grammar(
+        self, functions: Sequence[Function], parallel: bool, mark: Mark, template: str
+    ) -> str:
+        """Return a Lark grammar of one call or, with `parallel`, of one or more."""
+
+
+class JsonCalls:
+    """Reads calls written as JSON objects with a name and arguments, streaming the arguments.
+
+    Whatever is between the objects (a list's brackets, commas, line ends) is skipped. The name may
+    be under "name" or "function", or one object deeper under "function"; the arguments under
+    "arguments" or "parameters", as an object or as JSON in a string.
+    """
+
+    def __init__(self) -> None:
+        self._between = ""
+        self._found = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._raw = ""
+        self._depth = 0
+        self._quoted = self._escaped = False
+        self._token = ""  # the key or value being read at the object's own level
+        self._key: str | None = None
+        self._name: str | None = None
+        self._arguments: str | None = None
+        self._streaming = False
+
+    def push(self, text: str) -> list[Piece]:
+        out: list[Piece] = []
+        for character in text:
+            self._take(character, out)
+        return joined(out)
+
+    def finish(self) -> list[Piece]:
+        out: list[Piece] = []
+        if self._depth:
+            self._end(out, whole=False)
+        elif not self._found:
+            out.append(Piece("end", self._between.strip(), "expected a JSON object"))
+        return out
+
+    def _take(self, character: str, out: list[Piece]) -> None:
+        if not self._depth:
+            if character == "{":
+                self._found, self._depth, self._raw = True, 1, "{"
+            else:
+                self._between += character
+            return
+        self._raw += character
+        if self._quoted:
+            self._escaped, was_escaped = character == "\\" and not self._escaped, self._escaped
+            self._quoted = character != '"' or was_escaped
+        elif character == '"':
+            self._quoted = True
+        elif character in "{[":
+            self._depth += 1
+            if character == "{" and self._depth == 2 and self._key == "function":
+                self._depth, self._key, self._token = 1, None, ""
+                return
+        elif character in "}]":
+            self._depth -= 1
+            if not self._depth:
+                self._value_is_over(out)
+                self._end(out, whole=True)
+                return
+        elif self._depth == 1 and character == ":" and self._key is None:
+            self._key, self._token = _loads(self._token) or "", ""
+            return
+        elif self._depth == 1 and character == ",":
+            self._value_is_over(out)
+            return
+        self._token += character
+        if self._streaming:
+            if self._depth > 1 or character in "}]":  # not the space behind the value
+                out.append(Piece("arguments", character))
+        elif (
+            self._name is not None
+            and self._key in ("arguments", "parameters")
+            and self._token.strip() == "{"
+        ):
+            self._streaming = True
+            out.append(Piece("arguments", "{"))
+
+    def _value_is_over(self, out: list[Piece]) -> None:
+        value, key = self._token.strip(), self._key
+        self._key, self._token = None, ""
+        if key in ("arguments", "parameters"):
+            self._arguments = value
+            if self._name is not None and not self._streaming:
+                out.append(Piece("arguments", _as_object(value)))
+            self._streaming = False
+        elif key in ("name", "function") and self._name is None:
+            name = _loads(value)
+            if isinstance(name, str) and name:
+                self._name = name
+                out.append(Piece("name", name))
+                if self._arguments is not None:
+                    out.append(Piece("arguments", _as_object(self._arguments)))
+
+    def _end(self, out: list[Piece], whole: bool) -> None:
+        if not whole and self._name is not None and self._streaming and self._depth == 1:
+            whole = True  # only the closing brace is missing
+        if not whole:
+            out.append(Piece("end", self._raw, "the call is cut off"))
+        elif self._name is None:
+            out.append(Piece("end", self._raw, 'expected a "name"'))
+        else:
+            if self._arguments is None and not self._streaming:
+                out.append(Piece("arguments", "{}"))
+            out.append(Piece("end", self._raw))
+        self._reset()
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _as_object(value: str) -> str:
+    """Return arguments as the JSON of an object: unwrapped from a string, `{}` for null."""
+    parsed = _loads(value)
+    if isinstance(parsed, str):
+        return parsed or "{}"
+    return "{}" if value in ("null", "") else value
+
+
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces with neighbours of arguments made one."""
+    out: list[Piece] = []
+    for piece in pieces:
+        if out and out[-1].kind == piece.kind == "arguments":
+            out[-1] = Piece("arguments", out[-1].text + piece.text)
+        else:
+            out.append(piece)
+    return out
+
+
+# ---- grammars ----
+
+
+def json_objects(functions: Sequence[Function], key: str) -> str:
+    """Return Lark rules: `object` is a JSON object that calls one of the functions."""
+    names = " | ".join(f"object_{i}" for i in range(len(functions)))
+    rules = [f"object: {names}"]
+    for i, function in enumerate(functions):
+        head = f'{{"name": {json.dumps(function.name)}, "{key}": '
+        rules.append(f'object_{i}: {json.dumps(head)} arguments_{i} "}}"')
+        rules.append(arguments_rule(i, function))
+    return "\n".join(rules)
+
+
+def arguments_rule(i: int, function: Function) -> str:
+    """Return the Lark rule `arguments_<i>`: the JSON of a function's arguments."""
+    return f"arguments_{i}: {json_term(arguments_schema(function))}"
+
+
+def arguments_schema(function: Function) -> Schema:
+    """Return the schema of the arguments; undeclared ones are permitted only where it says so."""
+    schema: Schema = {"type": "object", **function.parameters}
+    schema.setdefault("properties", {})
+    if not any(key in schema for key in ("additionalProperties", "patternProperties", "allOf")):
+        schema["additionalProperties"] = False
+    return schema
+
+
+def json_term(schema: Schema) -> str:
+    """Return a Lark term for JSON that is valid against a schema."""
+    return "%json " + json.dumps({**schema, "x-guidance": dict(SPACING)})

