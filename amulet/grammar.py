@@ -230,3 +230,19 @@ def _text(name: str, given: object) -> str:
     if not isinstance(given, str) or not given:
         raise RequestError(f"a {name} of type {type(given).__name__}: expected non-empty text.")
     return given
+
+
+def closed(schema: Any) -> Any:
+    """Return a JSON schema whose objects have the listed keys and no others.
+
+    A class's schema permits further keys, and a small model goes on inventing some. An object that
+    says itself what else it permits is left as it is.
+    """
+    if isinstance(schema, Mapping):
+        inner = {name: closed(value) for name, value in schema.items()}
+        says = ("additionalProperties", "patternProperties", "allOf")
+        is_listed = isinstance(inner.get("properties"), dict) and inner.get("type") == "object"
+        if is_listed and not any(name in inner for name in says):
+            inner["additionalProperties"] = False
+        return inner
+    return [closed(entry) for entry in schema] if isinstance(schema, list) else schema

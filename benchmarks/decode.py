@@ -35,8 +35,11 @@ PREFERENCE = Preference("Talk like a pirate.")
 
 def contenders(dtype: torch.dtype) -> dict[str, Callable[[int], None]]:
     """Return functions that decode exactly n tokens, by name; each loads nothing more."""
-    theirs = Amulet.embedded(dtype=dtype, pack=False)  # the model as Transformers has it
-    ours = Amulet.embedded(dtype=dtype)
+    # Nothing is kept from one answer to the next: each pays its own prefill.
+    theirs = Amulet.embedded(
+        dtype=dtype, pack=False, prefix_cache_bytes=0
+    )  # as Transformers has it
+    ours = Amulet.embedded(dtype=dtype, prefix_cache_bytes=0)
     chat = [{"role": "user", "content": QUESTION}]
     prompts = encode_chat(theirs.tokenizer, chat, [PREFERENCE], "system")
     base, preferred = torch.tensor([prompts.base]), torch.tensor([prompts.preferred[0]])

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet import Amulet, DecodeError, Grammar, MissingPackageError, Reply, RequestError
-from amulet.grammar import converted_tokenizer
+from amulet.grammar import closed, converted_tokenizer
 from tests.models import IM_END, ScriptedModel
 
 END = frozenset({IM_END})
@@ -194,3 +194,20 @@ def test_a_small_model_writes_valid_json(
         assert isinstance(person["name"], str)
         assert isinstance(person["age"], int)
         assert person["kind"] in ("adult", "child")
+
+
+def test_closed_schemas_permit_no_further_keys_unless_they_say_so() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "inner": {"type": "object", "properties": {"a": {"type": "integer"}}},
+            "open": {"type": "object", "properties": {}, "additionalProperties": True},
+            "any": {"type": "object"},
+        },
+    }
+    shut = closed(schema)
+    assert shut["additionalProperties"] is False
+    assert shut["properties"]["inner"]["additionalProperties"] is False
+    assert shut["properties"]["open"]["additionalProperties"] is True
+    assert shut["properties"]["any"] == {"type": "object"}
+    assert "additionalProperties" not in schema, "the given schema is left alone"

@@ -1,0 +1,79 @@
+"""The one rule of where a preference comes from: call > conversation > user > constructor.
+
+Each setting (preference, strength, floor, placement) is looked for on its own, from the nearest
+level outwards. None is "not given" and inherits; a preference of "" (or an empty list) is given,
+and means off, so a nested call can refuse what it would inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from amulet.preference import Placement, PreferenceLike
+
+Source: TypeAlias = Literal["call", "conversation", "user", "constructor"]
+SOURCES: tuple[Source, ...] = get_args(Source)
+SETTINGS = ("preference", "strength", "floor", "placement")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is in force for one answer.
+
+    Attributes:
+        preference: as it was given; None where nobody gave one, "" where somebody said "off".
+        strength, floor, placement: None takes the model's default.
+        source: the level that the preference is from; None where nobody gave one.
+    """
+
+    preference: PreferenceLike = None
+    strength: float | None = None
+    floor: float | None = None
+    placement: Placement | None = None
+    source: Source | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings that were given, by name, without their source."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+def choose(
+    *,
+    call: Mapping[str, Any] | None = None,
+    conversation: Mapping[str, Any] | None = None,
+    user: Mapping[str, Any] | None = None,
+    constructor: Mapping[str, Any] | None = None,
+) -> Chosen:
+    """Return the settings in force, each from the nearest level that gives it.
+
+    Args:
+        call: settings of the call itself, or bound to the model.
+        conversation: settings of the thread or session.
+        user: settings of the person, whatever the thread.
+        constructor: settings of the model object.
+            Of each mapping only the keys in `SETTINGS` are read; None inherits.
+
+    >>> choose(call={"strength": 1.0}, user={"preference": "Be brief."}).source
+    'user'
+    >>> choose(call={"preference": ""}, user={"preference": "Be brief."}).preference
+    ''
+    """
+    levels: dict[Source, Mapping[str, Any]] = {
+        "call": call or {},
+        "conversation": conversation or {},
+        "user": user or {},
+        "constructor": constructor or {},
+    }
+    found: dict[str, Any] = {}
+    for source in SOURCES:
+        for name in SETTINGS:
+            value = levels[source].get(name)
+            if value is None or name in found:
+                continue
+            found[name] = value
+            if name == "preference":
+                found["source"] = source
+    return Chosen(**found)

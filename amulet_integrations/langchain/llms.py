@@ -1,0 +1,255 @@
+"""`AmuletLLM`: a LangChain completion model, prompt in and text out, with a preference."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from pydantic import Field
+
+from amulet.errors import RequestError
+from amulet.request import Reply, Request
+from amulet_integrations._preference import SETTINGS, Chosen
+from amulet_integrations.langchain import replies
+from amulet_integrations.langchain.options import (
+    OUTPUT,
+    PASSED_BY_LANGCHAIN,
+    SAMPLING,
+    AmuletOptions,
+    refuse_unknown,
+    together,
+)
+
+CALL_OPTIONS = (
+    *(*SETTINGS, "preference_source", "max_new_tokens"),
+    *(*SAMPLING, *OUTPUT, *PASSED_BY_LANGCHAIN),
+)
+TRACING = ("tags", "metadata", "run_name", "run_id")
+
+
+class AmuletLLM(AmuletOptions, BaseLLM):
+    """Continues raw prompts, without a chat template; for instruct models prefer `ChatAmulet`.
+
+    A preference comes from the nearest of: the call, `config["configurable"]`, the user, the
+    constructor. It is written at the head of the prompt (placement "system") or at its end.
+
+    >>> llm = AmuletLLM(model="Qwen/Qwen3-0.6B-Base", preference="Rhyme.", max_tokens=40)
+    >>> llm.invoke("The sea is")
+    """
+
+    # Of the call that a copy of this object answers: LangChain's cache sees an LLM's own
+    # parameters, but not the keywords of a call.
+    call: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return super().invoke(input, config, stop=stop, **self._folded(config, kwargs))
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return await super().ainvoke(input, config, stop=stop, **self._folded(config, kwargs))
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        yield from super().stream(input, config, stop=stop, **self._folded(config, kwargs))
+
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        pieces = super().astream(input, config, stop=stop, **self._folded(config, kwargs))
+        async for piece in pieces:
+            yield piece
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Continue many prompts in shared forward passes; each keeps its config and its errors."""
+        configs = together(config, len(inputs))
+        return Runnable.batch(self, inputs, configs, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """See `batch`."""
+        return await Runnable.abatch(
+            self, inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
+
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Continue many prompts in shared forward passes."""
+        model, tracing = self._for_call(kwargs)
+        return super(AmuletLLM, model).generate(prompts, stop, callbacks, **tracing)
+
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """See `generate`."""
+        model, tracing = self._for_call(kwargs)
+        return await super(AmuletLLM, model).agenerate(prompts, stop, callbacks, **tracing)
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        requests, chosen, choices = self._requests(prompts, stop, kwargs)
+        return self._result(self.engine.batch(requests), chosen, choices)
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        requests, chosen, choices = self._requests(prompts, stop, kwargs)
+        return self._result(await self.engine.abatch(requests), chosen, choices)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        request, chosen = self._one_request(prompt, stop, kwargs)
+        with self.engine.start(request) as stream:
+            for event in filter(replies.says_something, stream.events()):
+                piece = replies.text_chunk(event)
+                if run_manager is not None:
+                    run_manager.on_llm_new_token(piece.text, chunk=piece)
+                yield piece
+            info = replies.llm_metadata(stream.reply, str(self.model), chosen)
+            yield GenerationChunk(text="", generation_info=info)
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        request, chosen = self._one_request(prompt, stop, kwargs)
+        stream = self.engine.astart(request)
+        try:
+            async for event in stream.events():
+                if not replies.says_something(event):
+                    continue
+                piece = replies.text_chunk(event)
+                if run_manager is not None:
+                    await run_manager.on_llm_new_token(piece.text, chunk=piece)
+                yield piece
+            info = replies.llm_metadata(stream.reply, str(self.model), chosen)
+            yield GenerationChunk(text="", generation_info=info)
+        finally:
+            await stream.aclose()
+
+    def _one_request(
+        self, prompt: str, stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[Request, Chosen]:
+        requests, chosen, choices = self._requests([prompt], stop, kwargs)
+        if choices > 1:
+            raise RequestError(f"n={choices}: a stream has one answer; use generate().")
+        return requests[0], chosen
+
+    def _requests(
+        self, prompts: Sequence[str], stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[list[Request], Chosen, int]:
+        options = {**self.call, **kwargs}
+        refuse_unknown(options, CALL_OPTIONS, "The call")
+        choices = self._choices(options)
+        chosen = self.chosen(options, {})
+        fields = self._request_fields(options, stop, chosen)
+        requests = [
+            Request(prompt=prompt, **{**fields, **seed})
+            for prompt in prompts
+            for seed in self._seeds(fields, choices)
+        ]
+        return requests, chosen, choices
+
+    def _result(self, answers: Sequence[Any], chosen: Chosen, choices: int) -> LLMResult:
+        model = str(self.model)
+        generations = [replies.text_generation(reply, model, chosen) for reply in answers]
+        return LLMResult(
+            generations=[
+                list[Generation](generations[start : start + choices])
+                for start in range(0, len(generations), choices)
+            ],
+            llm_output={"model_name": model, "token_usage": _total(answers)},
+        )
+
+    def _for_call(self, kwargs: Mapping[str, Any]) -> tuple[AmuletLLM, dict[str, Any]]:
+        folded = self._folded(None, kwargs)
+        tracing = {name: folded.pop(name) for name in TRACING if name in folded}
+        refuse_unknown(folded, CALL_OPTIONS, "The call")
+        return self.model_copy(update={"call": {**self.call, **folded}}), tracing
+
+    def _folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return self.fold(kwargs, ensure_config(config).get("configurable") or {})
+
+    @property
+    def _llm_type(self) -> str:
+        return "amulet"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, "call": self.call}
+
+
+def _total(answers: Sequence[Reply]) -> dict[str, int]:
+    return {
+        "prompt_tokens": sum(reply.usage.prompt_tokens for reply in answers),
+        "completion_tokens": sum(reply.usage.completion_tokens for reply in answers),
+        "total_tokens": sum(reply.usage.total_tokens for reply in answers),
+        "base_prompt_tokens": sum(reply.usage.base_prompt_tokens for reply in answers),
+    }

@@ -1,0 +1,327 @@
+"""`PreferenceMemory`: what each user and each conversation asked for, kept in a LangGraph store."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from itertools import count
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langgraph.store.base import BaseStore, Item
+from typing_extensions import TypedDict, Unpack
+
+from amulet.errors import RequestError
+from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
+from amulet_integrations._preference import SETTINGS, Source, choose
+
+ROOT = "preferences"
+KEPT = 8  # preferences per entry: each costs a row of every later answer, so old ones make room
+PAGE = 100  # items per read while listing
+
+Settings: TypeAlias = dict[str, Any]
+"""Some of preference, strength, floor and placement, as JSON; what is missing inherits."""
+
+
+class Push(TypedDict, total=False):
+    """How hard, and where; see `Steering`."""
+
+    strength: float | None
+    floor: float | None
+    placement: Placement | None
+
+
+# Merging reads and then writes. These keep the parallel tool calls of one process from losing
+# each other's wish; between processes the last write wins, for stores have no compare-and-set.
+_merging = threading.Lock()
+_amerging: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+class PreferenceMemory:
+    """Preferences per user, per conversation, or per user's conversation, in any `BaseStore`.
+
+    `set`, `merge`, `get` and `forget` take `user_id`, `thread_id` or both, and touch exactly that
+    entry: nothing of one user's is ever found under another's id. Ids are any non-empty text.
+    Each method has an async twin: `aset`, `amerge`, `aget`, `aforget`, `alist`, `arecall`.
+
+    Args:
+        store: in-memory, SQLite, Postgres: whatever the graph has. The sync methods need a sync
+            store and the async ones an async store; `InMemoryStore` is both.
+
+    >>> memory = PreferenceMemory(InMemoryStore())
+    >>> memory.set("Be brief.", user_id="anna", strength=3.0)
+    >>> memory.get(user_id="anna")
+    {'preference': ['Be brief.'], 'strength': 3.0}
+    """
+
+    def __init__(self, store: BaseStore) -> None:
+        if not isinstance(store, BaseStore):
+            raise RequestError(
+                f"PreferenceMemory: a store of type {type(store).__name__}: expected a LangGraph "
+                "BaseStore, such as InMemoryStore(), SqliteStore or PostgresStore."
+            )
+        self.store = store
+
+    def set(
+        self,
+        preference: PreferenceLike = None,
+        *,
+        user_id: str | None = None,
+        thread_id: str | None = None,
+        **push: Unpack[Push],
+    ) -> None:
+        """Replace what is kept; a preference of "" keeps "off", None inherits.
+
+        Raises:
+            RequestError: an id, a preference or a range is not valid; nothing is written.
+        """
+        place = _place(user_id, thread_id)
+        self.store.put(*place, _settings(preference, push), index=False)
+
+    async def aset(
+        self,
+        preference: PreferenceLike = None,
+        *,
+        user_id: str | None = None,
+        thread_id: str | None = None,
+        **push: Unpack[Push],
+    ) -> None:
+        """`set` for an async store."""
+        place = _place(user_id, thread_id)
+        await self.store.aput(*place, _settings(preference, push), index=False)
+
+    def merge(
+        self,
+        preference: PreferenceLike = None,
+        *,
+        user_id: str | None = None,
+        thread_id: str | None = None,
+        **push: Unpack[Push],
+    ) -> Settings:
+        """Add to what is kept, and return the outcome.
+
+        The same text again replaces the earlier one; of more than 8 preferences the oldest go.
+        A preference of "" switches off. Strength, floor and placement replace the kept ones.
+
+        Raises:
+            RequestError: an id, a preference or a range is not valid; nothing is written.
+        """
+        place = _place(user_id, thread_id)
+        given = _settings(preference, push)
+        with _merging:
+            merged = merge_settings(_read(self.store.get(*place)), given)
+            self.store.put(*place, merged, index=False)
+        return merged
+
+    async def amerge(
+        self,
+        preference: PreferenceLike = None,
+        *,
+        user_id: str | None = None,
+        thread_id: str | None = None,
+        **push: Unpack[Push],
+    ) -> Settings:
+        """`merge` for an async store."""
+        place = _place(user_id, thread_id)
+        given = _settings(preference, push)
+        async with _amerging.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+            merged = merge_settings(_read(await self.store.aget(*place)), given)
+            await self.store.aput(*place, merged, index=False)
+        return merged
+
+    def get(self, *, user_id: str | None = None, thread_id: str | None = None) -> Settings:
+        """Return what is kept in exactly this entry; `{}` where nothing is."""
+        return _read(self.store.get(*_place(user_id, thread_id)))
+
+    async def aget(self, *, user_id: str | None = None, thread_id: str | None = None) -> Settings:
+        """`get` for an async store."""
+        return _read(await self.store.aget(*_place(user_id, thread_id)))
+
+    def forget(self, *, user_id: str | None = None, thread_id: str | None = None) -> None:
+        """Delete exactly this entry; what lies further out counts again. Unknown ids are fine."""
+        self.store.delete(*_place(user_id, thread_id))
+
+    async def aforget(self, *, user_id: str | None = None, thread_id: str | None = None) -> None:
+        """`forget` for an async store."""
+        await self.store.adelete(*_place(user_id, thread_id))
+
+    def list(self, *, user_id: str | None = None) -> dict[str | None, Settings]:
+        """Return a user's entries by thread id; None is the entry for all of the user's threads.
+
+        Without `user_id`: the entries of threads that were kept without a user.
+        """
+        namespace = _namespace(user_id)
+        found: dict[str | None, Settings] = {}
+        for offset in count(0, PAGE):
+            page = self.store.search(namespace, limit=PAGE, offset=offset)
+            found.update(_entries(page, namespace))
+            if len(page) < PAGE:
+                break
+        return found
+
+    async def alist(self, *, user_id: str | None = None) -> dict[str | None, Settings]:
+        """`list` for an async store."""
+        namespace = _namespace(user_id)
+        found: dict[str | None, Settings] = {}
+        for offset in count(0, PAGE):
+            page = await self.store.asearch(namespace, limit=PAGE, offset=offset)
+            found.update(_entries(page, namespace))
+            if len(page) < PAGE:
+                break
+        return found
+
+    def recall(
+        self, *, user_id: str | None = None, thread_id: str | None = None
+    ) -> dict[Source, Settings]:
+        """Return the settings of the levels "conversation" and "user", as `choose` takes them.
+
+        A conversation's are those kept for the user's thread; where there are none, those kept
+        for the thread whoever speaks in it.
+        """
+        kept = [self.get(**ids) if ids else {} for ids in _lookups(user_id, thread_id)]
+        return {"conversation": kept[0] or kept[1], "user": kept[2]}
+
+    async def arecall(
+        self, *, user_id: str | None = None, thread_id: str | None = None
+    ) -> dict[Source, Settings]:
+        """`recall` for an async store."""
+        kept = [await self.aget(**ids) if ids else {} for ids in _lookups(user_id, thread_id)]
+        return {"conversation": kept[0] or kept[1], "user": kept[2]}
+
+
+def with_memory(chain: Runnable[Any, Any], memory: PreferenceMemory) -> Runnable[Any, Any]:
+    """Return the chain, answering each session, thread or user as its memory says.
+
+    For chains without agent middleware, above all `RunnableWithMessageHistory`: the ids are
+    `user_id` and `session_id` (or `thread_id`) of `config["configurable"]`, and what is kept for
+    them is handed to every model in the chain by the same route. Settings of the call win.
+
+    >>> memory.set("Be brief.", thread_id="monday")
+    >>> chat = with_memory(RunnableWithMessageHistory(chain, get_session_history, ...), memory)
+    >>> chat.invoke({"question": "Hi!"}, {"configurable": {"session_id": "monday"}})
+    """
+
+    def remembering(_: Any, config: RunnableConfig) -> Runnable[Any, Any]:
+        call = config.get("configurable", {})
+        return _configured(chain, call, memory.recall(**_ids(call)))
+
+    async def aremembering(_: Any, config: RunnableConfig) -> Runnable[Any, Any]:
+        call = config.get("configurable", {})
+        return _configured(chain, call, await memory.arecall(**_ids(call)))
+
+    return RunnableLambda(remembering, aremembering, name="with_memory")
+
+
+def _configured(
+    chain: Runnable[Any, Any], call: Settings, kept: dict[Source, Settings]
+) -> Runnable[Any, Any]:
+    settings = choose(call=call, **kept).as_dict()
+    # The lambda makes the config ambient: classic chains don't hand theirs to the model.
+    return RunnableLambda(lambda _: chain).with_config(configurable={**call, **settings})
+
+
+def _ids(configurable: Settings) -> dict[str, Any]:
+    thread_id = configurable.get("session_id", configurable.get("thread_id"))
+    return {"user_id": configurable.get("user_id"), "thread_id": thread_id}
+
+
+def merge_settings(kept: Settings, given: Settings) -> Settings:
+    """Return `kept` with `given` added; see `PreferenceMemory.merge`."""
+    merged = {**kept, **given}
+    if given.get("preference") and kept.get("preference"):
+        added = normal_preferences(given["preference"])
+        said_again = {preference.text.casefold() for preference in added}
+        earlier = normal_preferences(kept["preference"])
+        remaining = [wish for wish in earlier if wish.text.casefold() not in said_again]
+        merged["preference"] = as_json([*remaining, *added][-KEPT:])
+    return merged
+
+
+def as_json(preference: PreferenceLike) -> list[str | dict[str, Any]] | str:
+    """Return preferences as plain JSON: a list of texts and dicts; "" where they are off.
+
+    Raises:
+        RequestError: something else than text, `Preference`, its dict, or a list of them.
+    """
+    return [
+        wish.text if wish.weight == 1.0 else wish.model_dump()
+        for wish in normal_preferences(preference)
+    ] or ""
+
+
+def _settings(preference: PreferenceLike, push: Push) -> Settings:
+    settings: Settings = {name: value for name, value in push.items() if value is not None}
+    Steering(**settings)  # checks names and ranges
+    if preference is not None:
+        settings = {"preference": as_json(preference), **settings}
+    if not settings:
+        raise RequestError(
+            'Nothing was given to keep: give a preference ("" is off), strength, floor or '
+            "placement; to delete an entry use forget()."
+        )
+    return settings
+
+
+def _read(item: Item | None) -> Settings:
+    if item is None:
+        return {}
+    settings = {name: item.value[name] for name in SETTINGS if name in item.value}
+    preference = settings.pop("preference", None)
+    try:
+        return _settings(preference, Push(**settings))  # type: ignore[typeddict-item]
+    except RequestError as error:
+        raise RequestError(
+            f"The store's entry {item.key!r} in {item.namespace} is not a preference: {error}"
+        ) from error
+
+
+def _lookups(user_id: str | None, thread_id: str | None) -> list[dict[str, str]]:
+    """The user's thread, the thread, the user: the ids of each, `{}` where one is not known."""
+    user = {} if user_id is None else {"user_id": user_id}
+    thread = {} if thread_id is None else {"thread_id": thread_id}
+    return [{**user, **thread} if user and thread else {}, thread, user]
+
+
+def _place(user_id: str | None, thread_id: str | None) -> tuple[tuple[str, str], str]:
+    """Return the namespace and key of an entry."""
+    if user_id is None and thread_id is None:
+        raise RequestError("Whose preference? Give user_id, thread_id, or both.")
+    key = "all threads" if thread_id is None else f"thread {_label('thread_id', thread_id)}"
+    return _namespace(user_id), key
+
+
+def _namespace(user_id: str | None) -> tuple[str, str]:
+    # "=" alone is nobody's label: `_label` writes a "=" as "=3D".
+    return ROOT, "=" if user_id is None else _label("user_id", user_id)
+
+
+def _label(name: str, identity: object) -> str:
+    """Write an id so that no store can misread it: not as a path, a wildcard or a control code.
+
+    Stores join labels by ".", and search them with LIKE or GLOB. Different ids stay different.
+    """
+    if not isinstance(identity, str) or not identity.strip():
+        raise RequestError(
+            f"{name}={identity!r}: expected non-empty text. Without it the preference would be "
+            "shared by everybody whose id is not known."
+        )
+    raw = identity.encode("utf-8", "surrogatepass")
+    return re.sub(rb"[^A-Za-z0-9-]", lambda byte: b"=%02X" % byte[0][0], raw).decode()
+
+
+def _identity(label: str) -> str:
+    raw = re.sub(rb"=(..)", lambda code: bytes([int(code[1], 16)]), label.encode())
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _entries(page: list[Any], namespace: tuple[str, str]) -> dict[str | None, Settings]:
+    """The entries of one page by thread id; a store that searches by prefix may give others'."""
+    return {
+        _identity(item.key.removeprefix("thread ")) if item.key != "all threads" else None: _read(
+            item
+        )
+        for item in page
+        if item.namespace == namespace
+    }

@@ -1,0 +1,142 @@
+"""LangChain messages <-> the chat dicts that Transformers' templates read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from amulet.errors import RequestError
+from amulet_integrations._preference import SETTINGS
+
+# Blocks that repeat what a message holds elsewhere (its tool calls), or that only some other
+# provider reads; a template has no place for them.
+SKIPPED = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call"}
+SKIPPED |= {"redacted_thinking", "non_standard", "server_tool_call", "server_tool_result"}
+REASONING = {"reasoning": "reasoning", "thinking": "thinking"}
+
+
+def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Return the chat dicts of LangChain messages.
+
+    Content blocks become one text. An assistant's reasoning goes to `reasoning_content`, its tool
+    calls to `tool_calls` with arguments as dicts; a tool's result carries the name of its tool.
+
+    Raises:
+        RequestError: a message that can't be shown to a text model, such as an image.
+    """
+    names: dict[str | None, str] = {}
+    chat = []
+    for message in messages:
+        if isinstance(message, AIMessage):
+            names.update({call["id"]: call["name"] for call in message.tool_calls})
+            chat.append(_assistant(message))
+        elif isinstance(message, ToolMessage):
+            name = message.name or names.get(message.tool_call_id, "")
+            entry = {"role": "tool", "content": _text(message), "name": name}
+            chat.append({**entry, "tool_call_id": message.tool_call_id})
+        elif isinstance(message, FunctionMessage):
+            chat.append({"role": "tool", "content": _text(message), "name": message.name})
+        else:
+            chat.append({"role": _role(message), "content": _text(message)})
+    return chat
+
+
+def stated_settings(messages: Sequence[BaseMessage]) -> dict[str, Any]:
+    """Return the settings that the conversation itself carries, the latest first.
+
+    A message may state them in its `additional_kwargs`, as in
+    `HumanMessage("Hi", additional_kwargs={"preference": "Be brief."})`. Chat histories and
+    checkpointers keep them with the message, so they stay with the conversation.
+    """
+    stated: dict[str, Any] = {}
+    for message in reversed(messages):
+        if isinstance(message, HumanMessage | SystemMessage):
+            for name in SETTINGS:
+                if (value := message.additional_kwargs.get(name)) is not None:
+                    stated.setdefault(name, value)
+    return stated
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, HumanMessage):
+        return "user"
+    if isinstance(message, SystemMessage):
+        return "system"
+    if isinstance(message, ChatMessage):
+        return {"human": "user", "ai": "assistant"}.get(message.role, message.role)
+    raise RequestError(
+        f"a message of type {type(message).__name__}: expected a system, human, AI, tool, function "
+        "or chat message."
+    )
+
+
+def _assistant(message: AIMessage) -> dict[str, Any]:
+    text = _text(message)
+    calls = [
+        {
+            "type": "function",
+            "id": call["id"] or f"call_{position}",
+            "function": {"name": call["name"], "arguments": call["args"]},
+        }
+        for position, call in enumerate(message.tool_calls)
+    ]
+    # What the model wrote as a call and could not be read: it sees its own mistake.
+    text += "".join(str(call["args"] or "") for call in message.invalid_tool_calls)
+    entry: dict[str, Any] = {"role": "assistant", "content": text}
+    if reasoning := _reasoning(message):
+        entry["reasoning_content"] = reasoning
+    if calls:
+        entry["tool_calls"] = calls
+    return entry
+
+
+def _text(message: BaseMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(_block_text(block, message.type) for block in message.content)
+
+
+def _block_text(block: str | Mapping[str, Any], role: str) -> str:
+    if isinstance(block, str):
+        return block
+    kind = block.get("type")
+    if kind in ("text", "input_text", "output_text", "text-plain"):
+        return str(block.get("text", ""))
+    if kind == "json":
+        return json.dumps(block.get("json"), ensure_ascii=False)
+    if kind == "tool_result":
+        return _nested(block.get("content"), role)
+    if kind in SKIPPED or kind in REASONING:
+        return ""
+    raise RequestError(
+        f"a {role} message has a content block of type {kind!r}: this model reads text only. Leave "
+        "the block out, or describe it in words."
+    )
+
+
+def _nested(content: Any, role: str) -> str:
+    blocks = content if isinstance(content, list) else [content or ""]
+    return "".join(_block_text(block, role) for block in blocks)
+
+
+def _reasoning(message: AIMessage) -> str:
+    if isinstance(kept := message.additional_kwargs.get("reasoning_content"), str):
+        return kept
+    if isinstance(message.content, str):
+        return ""
+    return "".join(
+        str(block.get(REASONING[block["type"]], ""))
+        for block in message.content
+        if isinstance(block, dict) and block.get("type") in REASONING
+    )

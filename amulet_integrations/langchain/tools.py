@@ -1,0 +1,102 @@
+"""What LangChain calls tools, tool choice and response format, in the decoder's terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import TypeAdapter
+
+from amulet.errors import RequestError
+
+SAME_CHOICE = {"required": "any", True: "any", False: "none"}
+
+
+def tool_schemas(
+    tools: Sequence[Mapping[str, Any] | type | Callable[..., Any] | BaseTool],
+) -> list[dict[str, Any]]:
+    """Return the tools in OpenAI's form, whatever form LangChain takes them in.
+
+    Raises:
+        RequestError: something that is no tool, or a tool that only a provider's server runs.
+    """
+    schemas = []
+    for tool in tools:
+        if isinstance(tool, Mapping) and tool.get("type") == "function" and "function" in tool:
+            schemas.append(dict(tool))
+            continue
+        try:
+            schema = convert_to_openai_tool(tool)
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"tools: {tool!r} is no tool: {error}") from None
+        if "function" not in schema:
+            raise RequestError(
+                f"tools: {tool!r} runs on a provider's server; give a function or a schema."
+            )
+        schemas.append(schema)
+    return schemas
+
+
+def normal_choice(choice: Any, schemas: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return "auto", "any", "none" or a tool's name; None where nothing was chosen.
+
+    Args:
+        choice: that, or True/"required" for "any", or a dict that names the tool.
+        schemas: the tools in OpenAI's form.
+
+    Raises:
+        RequestError: the name is not among the tools.
+    """
+    names = [schema["function"]["name"] for schema in schemas]
+    if isinstance(choice, Mapping):
+        choice = (choice.get("function") or choice).get("name") or choice.get("type")
+    if choice is None or choice in ("auto", "any", "none") or choice in names:
+        return None if choice is None else str(choice)
+    if choice in SAME_CHOICE:
+        return SAME_CHOICE[choice]
+    raise RequestError(
+        f"tool_choice={choice!r}: expected 'auto', 'any', 'none' or one of the tools: "
+        f"{', '.join(names) or 'there are none'}."
+    )
+
+
+def response_schema(response_format: Any) -> dict[str, Any] | None:
+    """Return the JSON schema that a response format asks for; {} for any object, None for text.
+
+    Args:
+        response_format: OpenAI's dict (`json_schema`, `json_object`, `text`), or a Pydantic class,
+            TypedDict, dataclass or JSON schema itself.
+    """
+    if isinstance(response_format, Mapping):
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {}
+        if kind == "json_schema" and "json_schema" in response_format:
+            inner = response_format["json_schema"]
+            return dict(inner.get("schema", inner))
+        if "properties" in response_format or "$defs" in response_format or kind == "object":
+            return dict(response_format)
+    if isinstance(response_format, Mapping | type):
+        return json_schema(response_format)
+    raise RequestError(
+        f"response_format={response_format!r}: expected {{'type': 'json_schema', 'json_schema': "
+        "...}}, {'type': 'json_object'}, {'type': 'text'}, or a schema."
+    )
+
+
+def json_schema(schema: Mapping[str, Any] | type) -> dict[str, Any]:
+    """Return the JSON schema of a Pydantic class, TypedDict, dataclass, tool or JSON schema."""
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        return dict(schema.model_json_schema())
+    if dataclasses.is_dataclass(schema):
+        return dict(TypeAdapter(schema).json_schema())
+    given = dict(schema) if isinstance(schema, Mapping) else schema
+    try:
+        return dict(convert_to_json_schema(given))
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"schema={schema!r}: {error}") from None

@@ -1,0 +1,150 @@
+"""A call's keywords and settings as a `Request`; what nobody would read is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+from amulet.errors import RequestError
+from amulet.model import Amulet
+from amulet.request import Request
+from amulet_integrations._preference import SETTINGS
+
+EMBEDDED = "embedded"
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "tools_prompt")
+# Names of `Request` that a call may give; `max_tokens` is `max_new_tokens` there.
+PASSED_ON = (
+    *SAMPLING[1:],
+    *TOOLS,
+    "stop",
+    "trace",
+    "top_logprobs",
+    "logits_processor",
+    "template_options",
+    "grammar",
+    "steer_grammar",
+)
+CALL = (*SETTINGS, "max_tokens", "max_new_tokens", "enable_thinking", *PASSED_ON)
+
+HINTS = {
+    "model_name": "use model",
+    "model_id": "use model",
+    "tokenizer_name": "use amulet=Amulet(model, tokenizer)",
+    "tokenizer": "use amulet=Amulet(model, tokenizer)",
+    "context_window": "leave it out: it is read from the model",
+    "generate_kwargs": "give temperature, top_p, ... by name",
+    "do_sample": "use temperature: 0 is greedy, above 0 samples",
+    "num_predict": "use max_tokens",
+    "max_completion_tokens": "use max_tokens",
+    "num_output": "use max_tokens",
+    "is_chat_model": "leave it out: it is read from the tokenizer's chat template",
+    "is_function_calling_model": 'use tools_prompt="fallback" where the template knows no tools',
+    "stopping_ids": "use stop, with strings",
+    "device_map": "give it to the constructor",
+    "base_url": "leave it out: the model runs in this process",
+    "api_key": "leave it out: the model runs in this process",
+    "request_timeout": "leave it out: the model runs in this process",
+    "json_mode": "use structured_predict() or as_structured_llm()",
+    "format": "use structured_predict() or as_structured_llm()",
+    "response_format": "use structured_predict() or as_structured_llm()",
+    "thinking": "use enable_thinking",
+    "additional_kwargs": "give the options by name",
+}
+
+_loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes to the engine for one call.
+
+    Attributes:
+        request: the request.
+        raw: what the response says of it: model, stage, source of the preference.
+        react: the answer begins with thoughts and actions, which are decoded plainly.
+    """
+
+    request: Request
+    raw: dict[str, Any] = field(default_factory=dict)
+    react: bool = False
+
+
+def refuse_unknown(options: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise `RequestError` for the first option that nobody would read, naming the close match."""
+    names = list(known)
+    for name in options:
+        if name in names:
+            continue
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
+        raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
+
+
+def request_fields(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Request` except its source and preference.
+
+    Args:
+        call: the call's keywords; None is "not given".
+        defaults: the model object's own, by the same names.
+
+    Raises:
+        RequestError: an option is unknown, or given under two names.
+    """
+    refuse_unknown(call, CALL, "AmuletLLM")
+    given = {name: value for name, value in call.items() if value is not None}
+    if "max_tokens" in given and "max_new_tokens" in given:
+        raise RequestError("max_tokens and max_new_tokens are one option: give one of them.")
+    if "max_new_tokens" in given:
+        given["max_tokens"] = given.pop("max_new_tokens")
+    merged = {**{name: value for name, value in defaults.items() if value is not None}, **given}
+    fields = {name: merged[name] for name in PASSED_ON if name in merged}
+    if "max_tokens" in merged:
+        fields["max_new_tokens"] = merged["max_tokens"]
+    if "enable_thinking" in merged:
+        options = merged.get("template_options") or {}
+        fields["template_options"] = {**options, "enable_thinking": merged["enable_thinking"]}
+    return fields
+
+
+def tool_choice(given: Any, required: bool) -> str:
+    """Return a tool choice in any of the usual spellings as "auto", "any", "none" or a name.
+
+    Raises:
+        RequestError: it is none of them.
+    """
+    if given is None:
+        return "any" if required else "auto"
+    if isinstance(given, Mapping):
+        function = given.get("function")
+        given = function.get("name") if isinstance(function, Mapping) else given.get("name")
+    if not isinstance(given, str) or not given:
+        raise RequestError(
+            f'tool_choice={given!r}: expected "auto", "any", "none" or the name of a tool.'
+        )
+    return "any" if given == "required" or (given == "auto" and required) else given
+
+
+def load(name: str, options: Mapping[str, Any]) -> Amulet:
+    """Return the `Amulet` of a name; two models of one name share their weights."""
+    key = repr((name, sorted(options.items(), key=lambda item: item[0])))
+    amulet = _loaded.get(key)
+    if amulet is None:
+        load = Amulet.embedded if name == EMBEDDED else _from_pretrained(name)
+        amulet = _loaded[key] = load(**options)
+    return amulet
+
+
+def _from_pretrained(name: str) -> Any:
+    return lambda **options: Amulet.from_pretrained(name, **options)
+
+
+def knows_tools(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer's chat template has a place for tools."""
+    source = getattr(tokenizer, "chat_template", None) or ""
+    templates = source.values() if isinstance(source, Mapping) else [source]
+    return any("tools" in template for template in templates)

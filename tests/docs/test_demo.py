@@ -1,0 +1,63 @@
+"""`make demo`: it runs without a terminal, and its steered answers are what was asked for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from amulet import Amulet
+
+PROMPTED, STEERED = "preference in the prompt only", "steered"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[ModuleType]:
+    """The example as a module; the folder of examples is on the path, as when it is run."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import rag_two_people
+
+        yield rag_two_people
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def test_minilm_finds_the_passage(demo: ModuleType) -> None:
+    store = demo.InMemoryVectorStore.from_documents(demo.load_passages(), demo.MiniLM())
+    expected = {
+        demo.QUESTION: "The Saturday market / What to eat",
+        "May my dog come on the ferry?": "The lake ferry / Dogs",
+        "When does the lighthouse open?": "The old lighthouse / Visiting",
+    }
+    found = {
+        question: demo.title(store.similarity_search(question, k=1)[0]) for question in expected
+    }
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_steering_shows(
+    demo: ModuleType,
+    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls: cls(*smollm)))
+    answers = demo.main()
+    printed = capsys.readouterr().out
+    assert "Passages: The Saturday market / What to eat" in printed
+    assert len(re.findall(r"\d+ words, \d+ ms", printed)) == 6
+    ada, ben = answers["Ada"], answers["Ben"]
+    assert ada["plain"] == ben["plain"]
+    assert len(ada[STEERED].split()) <= 25  # greedy, but rounding differs between processors
+    assert "smoked trout" in ada[STEERED]
+    assert len(ada[PROMPTED].split()) > 40  # for one short sentence
+    assert ben[STEERED].startswith("1. Smoked trout")
+    assert "1." not in ben[PROMPTED]  # no list at all

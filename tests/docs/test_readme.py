@@ -1,0 +1,44 @@
+"""Every Python snippet of the README runs as it stands, on the embedded model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from amulet import Amulet
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+NEED_THE_HUB = [
+    'amulet = Amulet.from_pretrained("Qwen/Qwen3-0.6B", dtype="auto", device_map="auto")'
+]
+
+
+def test_only_downloads_are_left_out() -> None:
+    skipped = re.findall(r"^```python no-run\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert [snippet.splitlines()[-1] for snippet in skipped] == NEED_THE_HUB
+    assert README.count("```python") == len(SNIPPETS) + len(skipped)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1][:40])
+def test_snippet_runs(
+    snippet: str,
+    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def embedded(cls: type[Amulet], **options: object) -> Amulet:
+        return cls(*smollm, **options)  # type: ignore[arg-type]  # loaded once for all tests
+
+    monkeypatch.setattr(Amulet, "embedded", classmethod(embedded))
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    root = Path(__file__).parents[2]
+    assert [target for target in targets if not (root / target).exists()] == []

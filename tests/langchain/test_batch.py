@@ -1,0 +1,181 @@
+"""Many at once: shared forward passes, each item its own; the event loop never blocked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+import torch
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import RunnableParallel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from amulet import Amulet, RequestError
+from amulet_integrations.langchain import AmuletLLM, ChatAmulet
+from tests.langchain.scripted import scripted_chat
+from tests.models import ScriptedModel, byte_tokenizer
+
+ANSWERS = {f"q{number}": f"answer {number} in {'x' * 20}" for number in range(8)}
+QUESTIONS = list(ANSWERS)
+STEPS = 33  # forward passes of one answer, its prefill included
+
+
+class SlowModel(ScriptedModel):
+    """Takes ten milliseconds a step, as a real model does: threads have the time to join."""
+
+    def forward(
+        self, input_ids: torch.Tensor, past_key_values: Any = None, **options: Any
+    ) -> CausalLMOutputWithPast:
+        time.sleep(0.01)
+        return super().forward(input_ids, past_key_values=past_key_values, **options)
+
+
+def slow(answers: Any) -> ChatAmulet:
+    tokenizer = byte_tokenizer()
+    model: Any = SlowModel(tokenizer, answers)
+    return ChatAmulet(amulet=Amulet(model, tokenizer))
+
+
+def passes(chat: Any) -> int:
+    """Forward passes since the last look."""
+    calls = chat.engine.model.calls
+    count = len(calls)
+    calls.clear()
+    return count
+
+
+def chat() -> ChatAmulet:
+    return slow(ANSWERS)
+
+
+def test_eight_in_a_batch_take_the_steps_of_one() -> None:
+    model = chat()
+    alone = model.invoke("q0").content
+    one = passes(model)
+    replies = model.batch(QUESTIONS)
+    assert [reply.content for reply in replies] == list(ANSWERS.values())
+    assert replies[0].content == alone
+    assert passes(model) < one + 16  # a prefill each at most; alone it would be eight times one
+
+
+async def test_abatch_and_concurrent_tasks_share_too() -> None:
+    model = chat()
+    await model.ainvoke("q0")
+    one = passes(model)
+    replies: list[Any] = await model.abatch(list(QUESTIONS))
+    assert [reply.content for reply in replies] == list(ANSWERS.values())
+    assert passes(model) < one + 16
+    replies = await asyncio.gather(*(model.ainvoke(question) for question in QUESTIONS))
+    assert [reply.content for reply in replies] == list(ANSWERS.values())
+    assert passes(model) < one + 16
+
+
+async def test_generate_with_many_chats_shares_too() -> None:
+    model = chat()
+    model.invoke("q0")
+    one = passes(model)
+    chats: list[Any] = [[HumanMessage(question)] for question in QUESTIONS]
+    result = model.generate(chats)
+    assert [row[0].text for row in result.generations] == list(ANSWERS.values())
+    assert result.run is not None
+    assert len({info.run_id for info in result.run}) == 8
+    assert passes(model) < one + 16
+    result = await model.agenerate(chats)
+    assert [row[0].text for row in result.generations] == list(ANSWERS.values())
+    assert passes(model) < one + 16
+
+
+def test_branches_of_a_parallel_share_and_keep_their_preferences() -> None:
+    model = slow({"system\nA": "A says " + "x" * 20, "": "plain is " + "y" * 20})
+    text = StrOutputParser()
+    both: Any = RunnableParallel(a=model.bind(preference="A") | text, b=model | text)
+    assert both.invoke("x") == {"a": "A says " + "x" * 20, "b": "plain is " + "y" * 20}
+    assert passes(model) < 1.5 * STEPS
+
+
+def test_each_item_has_its_own_config_callbacks_and_error() -> None:
+    class Ends(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def on_llm_end(self, response: Any, **_: Any) -> None:
+            self.heard.append(response.generations[0][0].text)
+
+    model = scripted_chat({"system\nA": "A!", "system\nB": "B!", "": "plain"})
+    first, second = Ends(), Ends()
+    configs: Any = [
+        {"callbacks": [first], "configurable": {"preference": "A"}},
+        {"callbacks": [second], "configurable": {"preference": "B"}},
+        {},
+        {"configurable": {"placement": "nowhere", "preference": "A"}},
+    ]
+    replies: list[Any] = model.batch(["x"] * 4, configs, return_exceptions=True)
+    assert [reply.content for reply in replies[:3]] == ["A!", "B!", "plain"]
+    assert isinstance(replies[3], RequestError)
+    assert (first.heard, second.heard) == (["A!"], ["B!"])
+    with pytest.raises(RequestError, match="placement='nowhere'"):
+        model.batch(["x"] * 4, configs)
+
+
+def test_the_callers_limit_and_empty_batches() -> None:
+    model = chat()
+    limited: Any = {"max_concurrency": 1}
+    assert [r.content for r in model.batch(QUESTIONS[:2], limited)] == list(ANSWERS.values())[:2]
+    assert limited == {"max_concurrency": 1}
+    assert model.batch([]) == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_the_event_loop_goes_on_while_tokens_come(streaming: bool) -> None:
+    model = slow("z" * 40)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    if streaming:
+        seen = [(piece.content, ticks) async for piece in model.astream("x")]
+        assert "".join(str(text) for text, _ in seen) == "z" * 40
+        assert seen[0][1] < seen[20][1] < seen[-1][1]
+    else:
+        assert (await model.ainvoke("x")).content == "z" * 40
+    ticking.cancel()
+    assert ticks > 20
+
+
+async def test_cancelling_a_task_or_leaving_a_stream_stops_the_decode() -> None:
+    model = slow("z" * 200)
+    task = asyncio.create_task(model.ainvoke("x"))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    stream: Any = model.astream("x")
+    assert (await anext(stream)).content == "z"
+    await stream.aclose()
+    await asyncio.sleep(0.05)
+    count = len(model.engine.model.calls)  # type: ignore[arg-type]
+    assert count < 60
+    await asyncio.sleep(0.1)
+    assert len(model.engine.model.calls) == count  # type: ignore[arg-type]
+
+
+def test_an_llms_batch_shares_with_a_preference_and_an_error_per_item() -> None:
+    tokenizer = byte_tokenizer()
+    scripted: Any = SlowModel(tokenizer, ANSWERS)
+    llm = AmuletLLM(amulet=Amulet(scripted, tokenizer))
+    llm.invoke("q0")
+    one = passes(llm)
+    assert llm.batch([f"{question}\n" for question in QUESTIONS]) == list(ANSWERS.values())
+    assert passes(llm) < one + 16
+    result = llm.generate([f"{question}\n" for question in QUESTIONS])
+    assert [row[0].text for row in result.generations] == list(ANSWERS.values())
+    assert passes(llm) < one + 16

@@ -1,0 +1,121 @@
+"""LangChain messages as the chat dicts of Transformers' templates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from amulet import RequestError
+from amulet_integrations.langchain.messages import stated_settings, to_chat
+
+CALL = {"name": "add", "args": {"a": 1}, "id": "c1", "type": "tool_call"}
+CHAT_CALL = {
+    "type": "function",
+    "id": "c1",
+    "function": {"name": "add", "arguments": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (SystemMessage("s"), {"role": "system", "content": "s"}),
+        (HumanMessage("h", name="ann"), {"role": "user", "content": "h"}),
+        (AIMessage("a"), {"role": "assistant", "content": "a"}),
+        (ChatMessage(role="human", content="h"), {"role": "user", "content": "h"}),
+        (ChatMessage(role="developer", content="d"), {"role": "developer", "content": "d"}),
+        (
+            FunctionMessage(name="add", content="3"),
+            {"role": "tool", "content": "3", "name": "add"},
+        ),
+        (
+            HumanMessage(["one ", {"type": "text", "text": "two"}]),
+            {"role": "user", "content": "one two"},
+        ),
+        (
+            HumanMessage([{"type": "tool_result", "content": [{"type": "text", "text": "3"}]}]),
+            {"role": "user", "content": "3"},
+        ),
+        (
+            AIMessage("", tool_calls=[CALL]),
+            {"role": "assistant", "content": "", "tool_calls": [CHAT_CALL]},
+        ),
+        (
+            AIMessage(
+                [{"type": "text", "text": "t"}, {"type": "tool_use", "id": "c1"}],
+                tool_calls=[CALL],
+            ),
+            {"role": "assistant", "content": "t", "tool_calls": [CHAT_CALL]},
+        ),
+        (
+            AIMessage("a", additional_kwargs={"reasoning_content": "why"}),
+            {"role": "assistant", "content": "a", "reasoning_content": "why"},
+        ),
+        (
+            AIMessage([{"type": "reasoning", "reasoning": "why"}, {"type": "text", "text": "a"}]),
+            {"role": "assistant", "content": "a", "reasoning_content": "why"},
+        ),
+        (
+            AIMessage([{"type": "thinking", "thinking": "why"}, {"type": "text", "text": "a"}]),
+            {"role": "assistant", "content": "a", "reasoning_content": "why"},
+        ),
+        (
+            AIMessage(
+                "",
+                invalid_tool_calls=[
+                    {
+                        "name": "add",
+                        "args": '{"a": ',
+                        "id": "c1",
+                        "error": "cut",
+                        "type": "invalid_tool_call",
+                    }
+                ],
+            ),
+            {"role": "assistant", "content": '{"a": '},
+        ),
+    ],
+)
+def test_a_message_becomes_a_dict(message: BaseMessage, expected: dict[str, Any]) -> None:
+    assert to_chat([message]) == [expected]
+
+
+def test_a_tools_result_gets_the_name_of_its_call() -> None:
+    history = [AIMessage("", tool_calls=[CALL]), ToolMessage("3", tool_call_id="c1")]
+    assert to_chat(history)[1] == {
+        "role": "tool",
+        "content": "3",
+        "name": "add",
+        "tool_call_id": "c1",
+    }
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "audio", "file", "video"])
+def test_what_a_text_model_can_not_read_is_refused(kind: str) -> None:
+    with pytest.raises(RequestError, match=f"a human message has a content block of type '{kind}'"):
+        to_chat([HumanMessage([{"type": kind}])])
+
+
+def test_an_unknown_kind_of_message_is_refused() -> None:
+    with pytest.raises(RequestError, match="a message of type RemoveMessage"):
+        to_chat([RemoveMessage(id="1")])
+
+
+def test_the_latest_message_that_states_a_setting_counts_and_answers_do_not() -> None:
+    history = [
+        SystemMessage("s", additional_kwargs={"preference": "A", "strength": 1.0}),
+        HumanMessage("h", additional_kwargs={"preference": "B"}),
+        AIMessage("a", additional_kwargs={"preference": "C"}),
+    ]
+    assert stated_settings(history) == {"preference": "B", "strength": 1.0}

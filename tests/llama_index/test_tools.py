@@ -1,0 +1,256 @@
+"""Tools, agents and structured prediction: machine-read output is plain and always valid."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
+from llama_index.core.memory import Memory
+from llama_index.core.program import FunctionCallingProgram
+from llama_index.core.tools import FunctionTool
+from llama_index.core.workflow import Context
+from pydantic import BaseModel, Field
+
+from amulet.errors import DecodeError, RequestError, TemplateError
+from amulet_integrations.llama_index import (
+    AmuletLLM,
+    PreferenceMemoryBlock,
+    preference,
+    preference_of,
+    set_preference,
+)
+from tests.llama_index.doubles import PLAIN, STEERED, WISH, calling, scripted
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"Sun in {city}."
+
+
+TOOLS = [FunctionTool.from_defaults(add), FunctionTool.from_defaults(weather)]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+TWO = CALL + '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+
+
+def selected(llm: AmuletLLM, response: Any) -> list[tuple[str, dict[str, Any]]]:
+    calls = llm.get_tool_calls_from_response(response, error_on_no_tool_call=False)
+    return [(call.tool_name, call.tool_kwargs) for call in calls]
+
+
+async def test_chat_with_tools() -> None:
+    llm = calling({"": CALL}, preference=WISH)
+    one = [("add", {"a": 2, "b": 3})]
+    response = llm.chat_with_tools(TOOLS, user_msg="2 + 3?")
+    assert selected(llm, response) == one
+    assert response.raw["finish_reason"] == "tool_calls"
+    assert response.message.content is None
+    assert selected(llm, await llm.achat_with_tools(TOOLS, user_msg="2 + 3?")) == one
+    pieces = list(llm.stream_chat_with_tools(TOOLS, user_msg="2 + 3?"))
+    assert selected(llm, pieces[-1]) == one
+    pieces = [p async for p in await llm.astream_chat_with_tools(TOOLS, user_msg="2 + 3?")]
+    assert selected(llm, pieces[-1]) == one
+    assert [tool["function"]["name"] for tool in llm.amulet.last.tools] == ["add", "weather"]
+    assert llm.amulet.last.tool_choice == "auto"
+
+
+def test_parallel_calls_only_where_allowed() -> None:
+    llm = calling({"": TWO})
+    both = llm.chat_with_tools(TOOLS, user_msg="?", allow_parallel_tool_calls=True)
+    assert selected(llm, both) == [("add", {"a": 2, "b": 3}), ("weather", {"city": "Rome"})]
+    first = llm.chat_with_tools(TOOLS, user_msg="?")
+    assert selected(llm, first) == [("add", {"a": 2, "b": 3})]
+    assert len(first.message.additional_kwargs["tool_calls"]) == 1
+
+
+def test_a_required_tool_is_enforced_by_grammar() -> None:
+    llm = calling({"": 'Rome"}'})  # would rather say this than call
+    assert selected(llm, llm.chat_with_tools(TOOLS, user_msg="?")) == []
+    response = llm.chat_with_tools(TOOLS, user_msg="?", tool_required=True, max_tokens=200)
+    assert len(selected(llm, response)) == 1
+    assert llm.amulet.last.tool_choice == "any"
+    for choice in ("weather", {"type": "function", "function": {"name": "weather"}}):
+        response = llm.chat_with_tools(TOOLS, user_msg="?", tool_choice=choice, max_tokens=200)
+        assert selected(llm, response) == [("weather", {"city": "Rome"})]
+
+
+def test_no_call_is_an_error_that_says_what_was_said() -> None:
+    llm = calling({"": "Five."})
+    with pytest.raises(RequestError, match=r"called no tool; it said 'Five\.'"):
+        llm.get_tool_calls_from_response(llm.chat_with_tools(TOOLS, user_msg="?"))
+
+
+def test_a_call_that_is_cut_off_is_an_error_that_says_so() -> None:
+    llm = calling({"": CALL}, max_tokens=30)
+    response = llm.chat_with_tools(TOOLS, user_msg="?", tool_required=True)
+    assert selected(llm, response) == []
+    with pytest.raises(DecodeError, match=r"cut off \(finish reason 'length'\)"):
+        llm.get_tool_calls_from_response(response)
+
+
+def test_predict_and_call() -> None:
+    llm = calling({"": CALL})
+    assert str(llm.predict_and_call(TOOLS, user_msg="2 + 3?")) == "5"
+
+
+def test_a_template_without_tools_is_an_error_unless_there_is_the_fallback() -> None:
+    with pytest.raises(TemplateError, match="fallback"):
+        scripted({"": CALL}).chat_with_tools(TOOLS, user_msg="?")
+    llm = scripted({"": CALL}, tools_prompt="fallback")
+    assert selected(llm, llm.chat_with_tools(TOOLS, user_msg="?")) == [("add", {"a": 2, "b": 3})]
+
+
+# ---- agents ----
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_function_agent(streaming: bool) -> None:
+    llm = calling({"<tool_response>\n5": PLAIN, "": CALL})
+    agent = FunctionAgent(tools=TOOLS, llm=llm, streaming=streaming)
+    result = await agent.run("2 + 3?")
+    assert str(result) == PLAIN
+    assert [(call.tool_name, call.tool_output.content) for call in result.tool_calls] == [
+        ("add", "5")
+    ]
+    with preference(WISH):
+        await agent.run("2 + 3?")
+    assert llm.amulet.steered == [False, False, True, True]
+
+
+async def test_agents_take_the_preference_of_their_context_and_memory() -> None:
+    llm = calling({WISH: STEERED, "": PLAIN})
+    agent = FunctionAgent(tools=TOOLS, llm=llm)
+    context = Context(agent)
+    await set_preference(context, WISH)
+    with await preference_of(context):
+        assert str(await agent.run("Hi", ctx=context)) == STEERED
+    assert str(await agent.run("Hi")) == PLAIN
+    block = PreferenceMemoryBlock()
+    block.set("anna", WISH)
+    memory = Memory.from_defaults(session_id="anna", memory_blocks=[block])
+    assert str(await agent.run("Hi", memory=memory)) == STEERED
+
+
+THOUGHT = 'Thought: I need a tool.\nAction: add\nAction Input: {"a": 2, "b": 3}'
+FINAL = "Thought: I can answer.\nAnswer: The sum of two and three is five."
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_react_agent_steers_only_after_answer(streaming: bool) -> None:
+    # The steered continuation is picked by the preference in the prompt and the "Answer:" before.
+    said = {WISH: " Five.", "Observation: 5": FINAL, "": THOUGHT}
+    llm = scripted(said)
+    agent = ReActAgent(tools=TOOLS, llm=llm, streaming=streaming)
+    plain = await agent.run("2 + 3?")
+    assert str(plain) == "The sum of two and three is five."
+    assert llm.amulet.steered == [False, False]
+    with preference(WISH):
+        steered = await agent.run("2 + 3?")
+    assert str(steered) == "Five."
+    assert [call.tool_output.content for call in steered.tool_calls] == ["5"]
+    # thought and action; thought; answer
+    assert llm.amulet.steered[2:] == [False, False, True]
+    assert llm.amulet.last.messages[-1] == {
+        "role": "assistant",
+        "content": "Thought: I can answer.\nAnswer:",
+    }
+
+
+async def test_react_agent_takes_the_preference_of_its_memory() -> None:
+    llm = scripted({WISH: " Five.", "": FINAL})
+    block = PreferenceMemoryBlock()
+    block.set("anna", WISH)
+    memory = Memory.from_defaults(session_id="anna", memory_blocks=[block])
+    agent = ReActAgent(tools=TOOLS, llm=llm)
+    assert str(await agent.run("2 + 3?", memory=memory)) == "Five."
+
+
+async def test_agent_workflow_hands_off() -> None:
+    hand = (
+        '<tool_call>\n{"name": "handoff", "arguments": {"to_agent": "adder", '
+        '"reason": "sums"}}\n</tool_call>'
+    )
+    llm = calling({"You add.": CALL, "You greet.": hand})
+    done = calling({WISH: STEERED, "<tool_response>\n5": PLAIN, "": CALL})
+    greeter = FunctionAgent(
+        name="greeter", description="greets", system_prompt="You greet.", llm=llm,
+        can_handoff_to=["adder"],
+    )  # fmt: skip
+    adder = FunctionAgent(
+        name="adder", description="adds", system_prompt="You add.", llm=done, tools=TOOLS
+    )
+    workflow = AgentWorkflow(agents=[greeter, adder], root_agent="greeter")
+    result = await workflow.run("2 + 3?")
+    assert (str(result), result.current_agent_name) == (PLAIN, "adder")
+
+
+# ---- structured prediction ----
+
+
+class Person(BaseModel):
+    """A person."""
+
+    name: str
+    age: int = Field(ge=0, le=200)
+
+
+ASK = PromptTemplate("Who is {who}?")
+ANNA = '{"name": "Anna", "age": 30}'
+
+
+async def test_structured_predict() -> None:
+    llm = scripted({"": ANNA}, preference=WISH)
+    anna = Person(name="Anna", age=30)
+    assert llm.structured_predict(Person, ASK, who="she") == anna
+    assert await llm.astructured_predict(Person, ASK, who="she") == anna
+    partial = [p.model_dump() for p in llm.stream_structured_predict(Person, ASK, who="she")]
+    assert partial[0] == {"name": None, "age": None}
+    assert {"name": "An", "age": None} in partial
+    assert partial[-1] == anna.model_dump()
+    stream = await llm.astream_structured_predict(Person, ASK, who="she")
+    assert [p async for p in stream][-1] == anna
+    assert llm.as_structured_llm(Person).complete("Who?").raw == anna
+    with preference(WISH):
+        assert llm.as_structured_llm(Person).chat([ChatMessage("Who?")]).raw == anna
+    assert not any(llm.amulet.steered)
+    schema = json.dumps(Person.model_json_schema())
+    assert llm.amulet.requests[0].messages == (
+        {"role": "user", "content": f"Who is she?\n\nAnswer in JSON of this schema:\n{schema}"},
+    )
+
+
+def test_the_grammar_makes_any_model_valid() -> None:
+    llm = scripted({"": 'Anna"'}, max_tokens=300)  # no brace, no key, no number
+    assert llm.structured_predict(Person, ASK, who="she") == Person(name="Anna", age=0)
+
+
+def test_json_that_is_cut_off_is_an_error() -> None:
+    llm = scripted({"": ANNA}, max_tokens=9)
+    with pytest.raises(DecodeError, match=r"Person was cut off after 9 tokens"):
+        llm.structured_predict(Person, ASK, who="she")
+
+
+def test_function_calling_program() -> None:
+    call = f'<tool_call>\n{{"name": "Person", "arguments": {ANNA}}}\n</tool_call>'
+    llm = calling({"": call}, preference=WISH)
+    program = FunctionCallingProgram.from_defaults(Person, prompt=ASK, llm=llm)
+    assert program(who="she") == Person(name="Anna", age=30)
+    assert list(program.stream_call(who="she"))[-1] == Person(name="Anna", age=30)
+    assert [request.tool_choice for request in llm.amulet.requests] == ["any", "any"]
+    assert not any(llm.amulet.steered)
+
+
+def test_calls_come_as_blocks() -> None:
+    llm = calling({"": CALL})
+    (block,) = llm.chat_with_tools(TOOLS, user_msg="?").message.blocks
+    assert isinstance(block, ToolCallBlock)
+    assert (block.tool_name, block.tool_kwargs) == ("add", {"a": 2, "b": 3})
+    assert block.tool_call_id
