@@ -1,0 +1,1 @@
+"""Both integrations, run through one table."""
