@@ -73,7 +73,7 @@ class Driver:
             if generation in self._waiting:
                 self._waiting.remove(generation)
             if not self._busy:
-                self._sweep()
+                self._engine.sweep()
 
     @staticmethod
     def _has_news(generation: Generation, known: int) -> bool:
@@ -97,7 +97,7 @@ class Driver:
             raise
         finally:
             with self._changed:
-                self._sweep()
+                self._engine.sweep()
                 self._busy = False
                 self._changed.notify_all()
 
@@ -125,10 +125,6 @@ class Driver:
             if rows and rows + len(self._waiting[0].prompts) > self._max_rows:
                 return None
             return self._waiting.popleft()
-
-    def _sweep(self) -> None:
-        if any(generation.done for generation in self._engine.running):
-            self._engine.sweep()
 
 
 def _for_caller(error: BaseException) -> AmuletError:

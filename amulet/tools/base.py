@@ -72,6 +72,22 @@ class Dialect(Protocol):
         """Return a Lark grammar of one call or, with `parallel`, of one or more."""
 
 
+class Quotes:
+    """Tells, character by character, what of a JSON text stands in a string."""
+
+    def __init__(self) -> None:
+        self._open = self._escaped = False
+
+    def hold(self, character: str) -> bool:
+        """Take the next character; return whether it is in a string or one of its quotes."""
+        if self._open:
+            self._escaped, was_escaped = character == "\\" and not self._escaped, self._escaped
+            self._open = character != '"' or was_escaped
+            return True
+        self._open = character == '"'
+        return self._open
+
+
 class JsonCalls:
     """Reads calls written as JSON objects with a name and arguments, streaming the arguments.
 
@@ -88,7 +104,7 @@ class JsonCalls:
     def _reset(self) -> None:
         self._raw = ""
         self._depth = 0
-        self._quoted = self._escaped = False
+        self._quotes = Quotes()
         self._token = ""  # the key or value being read at the object's own level
         self._key: str | None = None
         self._name: str | None = None
@@ -117,11 +133,8 @@ class JsonCalls:
                 self._between += character
             return
         self._raw += character
-        if self._quoted:
-            self._escaped, was_escaped = character == "\\" and not self._escaped, self._escaped
-            self._quoted = character != '"' or was_escaped
-        elif character == '"':
-            self._quoted = True
+        if self._quotes.hold(character):
+            pass  # no bracket, colon or comma of the JSON itself
         elif character in "{[":
             self._depth += 1
             if character == "{" and self._depth == 2 and self._key == "function":

@@ -12,6 +12,7 @@ from amulet.tools.base import (
     JsonCalls,
     Mark,
     Piece,
+    Quotes,
     arguments_rule,
     joined,
     json_objects,
@@ -111,15 +112,12 @@ class _Object:
     def __init__(self) -> None:
         self.text = ""
         self._depth = 0
-        self._quoted = self._escaped = False
+        self._quotes = Quotes()
 
     def closes(self, character: str) -> bool:
         self.text += character
-        if self._quoted:
-            self._escaped, was_escaped = character == "\\" and not self._escaped, self._escaped
-            self._quoted = character != '"' or was_escaped
-        elif character == '"':
-            self._quoted = True
+        if self._quotes.hold(character):
+            pass
         elif character in "{[":
             self._depth += 1
         elif character in "}]":

@@ -12,7 +12,7 @@ from langchain_core.language_models import LangSmithParams, LanguageModelInput, 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from pydantic import Field
 
@@ -314,9 +314,6 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         )
 
     # --- what LangChain asks about the model
-
-    def _folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return self.fold(kwargs, ensure_config(config).get("configurable") or {})
 
     def _should_stream(self, **kwargs: Any) -> bool:
         several = self._choices(kwargs) > 1 and not kwargs.get("stream")  # stream() itself refuses

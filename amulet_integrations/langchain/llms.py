@@ -9,7 +9,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import Field
 
 from amulet.errors import RequestError
@@ -233,9 +233,6 @@ class AmuletLLM(AmuletOptions, BaseLLM):
         tracing = {name: folded.pop(name) for name in TRACING if name in folded}
         refuse_unknown(folded, CALL_OPTIONS, "The call")
         return self.model_copy(update={"call": {**self.call, **folded}}), tracing
-
-    def _folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return self.fold(kwargs, ensure_config(config).get("configurable") or {})
 
     @property
     def _llm_type(self) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +14,7 @@ from amulet.errors import RequestError
 from amulet.model import Amulet
 from amulet.preference import Placement, describe
 from amulet.request import Request
+from amulet_integrations import _options
 from amulet_integrations._preference import SETTINGS, SOURCES, Chosen, Source, choose
 from amulet_integrations.langchain.identity import fingerprint
 
@@ -187,12 +187,13 @@ class AmuletOptions(BaseModel):
 
     # --- a call's settings
 
-    def fold(self, kwargs: Mapping[str, Any], configurable: Mapping[str, Any]) -> dict[str, Any]:
+    def _folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the call's keywords with the conversation's settings from the config in them.
 
         LangChain's cache and callbacks see the keywords of a call, not its config: what is folded
         in here can't leak from one user's cached answer to another's.
         """
+        configurable = ensure_config(config).get("configurable") or {}
         chosen = choose(**_levels(self.pinned, kwargs, configurable))
         folded = {name: value for name, value in kwargs.items() if name not in SETTINGS}
         folded.update(chosen.as_dict())
@@ -201,7 +202,7 @@ class AmuletOptions(BaseModel):
         return folded
 
     def chosen(self, kwargs: Mapping[str, Any], conversation: Mapping[str, Any]) -> Chosen:
-        """Return the settings in force for a call whose keywords went through `fold`."""
+        """Return the settings in force for a call whose keywords went through `_folded`."""
         levels = _levels(self.pinned, kwargs, conversation)
         own = {**self._settings(), **given(levels.pop("constructor", {}))}
         return choose(**levels, constructor=own)
@@ -284,13 +285,8 @@ def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise `RequestError` for the first option that nobody would read, naming the close match."""
-    for name in options:
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
-        raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
+    """Refuse options with the hints for users of this framework; see the shared function."""
+    _options.refuse_unknown(options, known, where, HINTS)
 
 
 def _levels(

@@ -28,6 +28,7 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
 from amulet.errors import AmuletError, DecodeError, RequestError
+from amulet.grammar import closed
 from amulet_integrations.llama_index import options, streams, structured
 from amulet_integrations.llama_index.messages import to_chat_response, to_completion_response
 from amulet_integrations.llama_index.settings import AmuletSettings
@@ -276,8 +277,7 @@ class AmuletLLM(AmuletSettings):
         return {
             "messages": messages,
             "tools": [
-                structured.closed(tool.metadata.to_openai_tool(skip_length_check=True))
-                for tool in tools
+                closed(tool.metadata.to_openai_tool(skip_length_check=True)) for tool in tools
             ],
             "tool_choice": options.tool_choice(tool_choice, required),
             "parallel_tool_calls": allow_parallel_tool_calls,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from weakref import WeakValueDictionary
 from amulet.errors import RequestError
 from amulet.model import Amulet
 from amulet.request import Request
+from amulet_integrations import _options
 from amulet_integrations._preference import SETTINGS
 
 EMBEDDED = "embedded"
@@ -75,14 +75,8 @@ class Plan:
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raise `RequestError` for the first option that nobody would read, naming the close match."""
-    names = list(known)
-    for name in options:
-        if name in names:
-            continue
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
-        raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
+    """Refuse options with the hints for users of this framework; see the shared function."""
+    _options.refuse_unknown(options, known, where, HINTS)
 
 
 def request_fields(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 
 from amulet.errors import DecodeError, RequestError
-from amulet.grammar import Grammar
+from amulet.grammar import Grammar, closed
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -103,20 +103,6 @@ class _Growing:
             return None
         self._known = found
         return self._cls.model_validate(found)
-
-
-def closed(schema: Any) -> Any:
-    """Return a JSON schema whose objects have the listed keys and no others.
-
-    A pydantic class ignores further keys, so its schema permits them, and a small model goes on
-    inventing some. A schema that says what it permits is left as it is.
-    """
-    if isinstance(schema, Mapping):
-        inner = {name: closed(value) for name, value in schema.items()}
-        if isinstance(inner.get("properties"), dict) and inner.get("type") == "object":
-            return {"additionalProperties": False, **inner}
-        return inner
-    return [closed(entry) for entry in schema] if isinstance(schema, list) else schema
 
 
 def _schema(output_cls: type[BaseModel]) -> dict[str, Any]:
