@@ -28,8 +28,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install ## Answer two people's questions from the same documents, each to their preference.
 	$(BIN)/python examples/rag_two_people.py
 
-test: install ## Run the tests, offline.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+# One thread each: processes that share cores and wait for each other's threads crawl.
+test: install ## Run the tests, offline, on all cores.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: install ## Check style, format and the direction of imports.
 	$(BIN)/ruff check .

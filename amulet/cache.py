@@ -40,6 +40,8 @@ class RowCache(Cache):
         have_rows, have_columns = self._capacity
         if rows <= have_rows and columns <= have_columns:
             return
+        if have_rows and rows > have_rows:  # each growth copies everything, so there are to be few
+            rows = max(rows, 2 * have_rows)
         columns = -(-max(columns, have_columns) // COLUMN_STEP) * COLUMN_STEP
         self._capacity = (max(rows, have_rows), columns)
         for buffers in (self._keys, self._values):
@@ -101,16 +103,32 @@ class RowCache(Cache):
         """Bytes held."""
         return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
 
-    def masks(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Masks:
+    def buffers(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return keys and values of the pass's rows, `[rows, kv_heads, columns, dim]` per layer."""
+        rows = slice(self._first, self._first + len(self._starts))
+        return (
+            [keys[rows] for keys in self._keys if keys is not None],
+            [values[rows] for values in self._values if values is not None],
+        )
+
+    def masks(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        always: bool = False,
+    ) -> Masks:
         """Return the attention mask of the pass in the form that the model's forward expects.
 
         A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
-        full and sliding attention; None where plain causal attention is already right.
+        full and sliding attention; None where plain causal attention is already right, unless it
+        is `always` asked for.
         """
         text = config.get_text_config()
-        kinds = layer_kinds(text)
-        additive = config._attn_implementation == "eager"
-        made = {kind: self._mask(kind, text, dtype if additive else None, device) for kind in kinds}
+        additive = dtype if config._attn_implementation == "eager" else None
+        made = {
+            kind: self._mask(kind, text, additive, device, always) for kind in layer_kinds(text)
+        }
         if getattr(text, "layer_types", None):
             return made
         return next(iter(made.values()))
@@ -121,13 +139,14 @@ class RowCache(Cache):
         config: PretrainedConfig,
         additive: torch.dtype | None,
         device: torch.device,
+        always: bool,
     ) -> torch.Tensor | None:
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         level = len(set(self._starts)) == 1  # all rows at the same position
         causal = level and (self._width == 1 or self._starts[0] == 0)
         chunk = config.attention_chunk_size if kind == "chunked_attention" else None
         within = self.columns <= min(window or self.columns, chunk or self.columns)
-        if causal and within and additive is None:
+        if causal and within and additive is None and not always:
             return None
         query = self._positions.to(device)[:, None, :, None]
         column = torch.arange(self.columns, device=device)

@@ -14,7 +14,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from amulet import __version__
-from amulet.embedded import HUB_NAME, INSTALL, PACKAGE, cache_folder
+from amulet.cache_folder import cache_folder
+from amulet.embedded import HUB_NAME, INSTALL, PACKAGE
 
 DISTRIBUTION = "amulet-integrations"
 STARTED_WITH = ("torch", "transformers", "accelerate", "safetensors")

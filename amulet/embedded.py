@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amulet.cache_folder import cache_folder
 from amulet.errors import MissingPackageError, ModelError
 from amulet.loading import load_pretrained
 
@@ -88,16 +89,6 @@ def embedded_folder() -> Path:
             "room there, or set AMULET_CACHE to a folder that can be written."
         ) from error
     return folder
-
-
-def cache_folder() -> Path:
-    """Return the folder of Amulet's own cached files; it need not exist."""
-    given = os.environ.get("AMULET_CACHE")
-    if given:
-        return Path(given).expanduser()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("amulet")
 
 
 def _gguf_file() -> Path | None:

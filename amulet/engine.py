@@ -7,21 +7,26 @@ rows are combined into one distribution, one token is chosen from it and appende
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from amulet.attention import grouped
 from amulet.cache import RowCache, cache_argument, check_supported
+from amulet.choice import append_token, choose_tokens
+from amulet.compiled import LEAST_ROWS, CompiledStep
+from amulet.drafts import NARROW, Draft
 from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
-from amulet.mixture import Mixture, take_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
-from amulet.sampling import choose, penalise
 
 CHUNK = 2048  # tokens of a prompt in one forward pass
 CHUNK_BESIDE_OTHERS = 256  # the same while answers are running: they wait for it
+DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
+COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
 
 
@@ -32,11 +37,23 @@ class Engine:
         model: a causal language model that `check_supported` accepts.
         prefix_bytes: how much of ended rows' keys and values may be kept for later prompts that
             begin alike; 0 keeps nothing.
+        compile: compile the decode step; "auto" does once decoding has taken `COMPILE_AFTER`.
+        drafts: guess what an answer will copy from its prompt, and check it in one pass.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefix_bytes: int = 0,
+        compile: bool | Literal["auto"] = False,
+        drafts: bool = False,
+    ) -> None:
         check_supported(model)
         self.model = model
+        self.compile = compile
+        self.drafts = drafts
+        self._compiled = CompiledStep(model)
+        self._seconds = 0.0  # spent on the forward passes of steps
         self.running: list[Generation] = []
         # True while tokens are handed over: an interrupt elsewhere loses nothing, as the step is
         # simply made again.
@@ -102,14 +119,52 @@ class Engine:
             len(generation.prompts[i]) + len(generation.token_ids) - 1
             for generation, i in self._owners
         ]
+        drafts = self._draft(len(ids))
+        width = 1 + max(map(len, drafts.values()))
+        if width > 1:
+            for row, (generation, _) in enumerate(self._owners):
+                ids[row] += drafts[generation]
+                ids[row] += [0] * (width - len(ids[row]))
         try:
-            self._cache.reserve(len(ids), max(starts) + 1)
-            logits = self._forward(ids, starts, first=0)[:, -1]  # [rows, vocab]
+            self._cache.reserve(len(ids), max(starts) + width)
+            logits = self._decode(ids, starts)  # [rows, width, vocab]
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(len(ids), max(starts)) from error
-        order = [row for generation in self.running for row in generation.rows]
-        self._decide(self.running, logits, order)
+        self._accept(drafts, logits)
         self.sweep()
+
+    def _draft(self, rows: int) -> dict[Generation, list[int]]:
+        """Guess what each running generation will go on with; see `Draft`."""
+        drafts: dict[Generation, list[int]] = {generation: [] for generation in self.running}
+        # Nobody's answer may grow beyond its limit, not even by tokens that are thrown away.
+        limit = min(g.max_new_tokens - len(g.token_ids) for g in self.running) - 1
+        limit = min(limit, DRAFT_TOKENS // rows - 1) if self.drafts else 0
+        if limit >= NARROW:
+            for generation in self.running:
+                if generation.draft is None:
+                    generation.draft = Draft(generation.prompts[-1])
+                drafts[generation] = generation.draft.propose(generation.token_ids, limit)
+        return drafts
+
+    def _accept(self, drafts: dict[Generation, list[int]], logits: torch.Tensor) -> None:
+        """Decode a token of each generation, and one more for each that its draft foretold.
+
+        Args:
+            drafts: what was guessed of each.
+            logits: `[rows, width, vocab]`, after each row's last token and its guessed ones.
+        """
+        going = list(self.running)
+        for place in range(logits.shape[1]):
+            order = [row for generation in going for row in generation.rows]
+            self._decide(going, logits[:, place], order)
+            ended = [g for g in going if g.done or drafts[g][place : place + 1] != g.token_ids[-1:]]
+            for generation in ended:
+                if generation.draft is not None and drafts[generation]:
+                    length = len(generation.token_ids)
+                    generation.draft.learn(len(drafts[generation]), place, length)
+            going = [generation for generation in going if generation not in ended]
+            if not going:
+                return
 
     def retire(self, generation: Generation, reason: str = "cancelled") -> None:
         """End a generation now; its rows leave the batch."""
@@ -240,6 +295,28 @@ class Engine:
             raise
         return not filling.done
 
+    def _decode(self, ids: list[list[int]], starts: list[int]) -> torch.Tensor:
+        """Pass each row's new tokens, of the same number each; return logits of all of them.
+
+        Compiled where that is wanted; a step that checks drafts is not, as it would take a graph
+        of its own.
+        """
+        begun = time.perf_counter()
+        logits, rows = None, len(ids)
+        if self._compiles() and len(ids[0]) == 1 and (rows > 1 or not self._filling):
+            spare = max(LEAST_ROWS - rows, 0)  # rows that nobody has
+            self._cache.reserve(rows + spare, max(starts) + 1)
+            self._cache.begin(0, starts + [0] * spare, 1)
+            logits = self._compiled(ids + [[0]] * spare, self._cache)
+        if logits is None:
+            logits = self._forward(ids, starts, 0, list(range(len(ids[0]))))
+        self._seconds += time.perf_counter() - begun
+        return logits[:rows]
+
+    def _compiles(self) -> bool:
+        due = self._seconds > COMPILE_AFTER if self.compile == "auto" else self.compile
+        return due and not self._compiled.broken
+
     def _forward(
         self,
         ids: Sequence[Sequence[int]],
@@ -247,107 +324,37 @@ class Engine:
         first: int,
         keep: list[int] | None = None,
     ) -> torch.Tensor:
-        """One pass over rows `first ...`; return float logits `[rows, kept positions, vocab]`."""
+        """One pass over rows `first ...`; return logits `[rows, kept positions, vocab]`."""
         device, model = self.device, self.model
         self._cache.begin(first, starts, len(ids[0]))
         options: dict[str, Any] = {self._cache_argument: self._cache}
         if self._keeps_logits:
             options["logits_to_keep"] = 1 if keep is None else torch.tensor(keep, device=device)
-        logits: torch.Tensor = model(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=self._cache.positions.to(device),
-            attention_mask=self._cache.masks(model.config, model.dtype, device),
-            use_cache=True,
-            **options,
-        ).logits
+        masks = self._cache.masks(model.config, model.dtype, device)
+        with grouped(model.config):
+            logits: torch.Tensor = model(
+                input_ids=torch.tensor(ids, device=device),
+                position_ids=self._cache.positions.to(device),
+                attention_mask=masks,
+                use_cache=True,
+                **options,
+            ).logits
         if not self._keeps_logits:
             logits = logits[:, -1:] if keep is None else logits[:, keep]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits
 
     def _decide(
         self, generations: Sequence[Generation], logits: torch.Tensor, order: Sequence[int]
     ) -> None:
-        """Combine, cut, choose and append one token per generation.
-
-        Args:
-            generations: whose tokens are chosen.
-            logits: float `[rows, vocab]`.
-            order: the rows of the first generation, then those of the second, ...
-        """
-        logits = take_rows(logits, order)
-        mix = Mixture(
-            logits,
-            [generation.weights for generation in generations],
-            [len(generation.prompts) for generation in generations],
-        )
-        mix.cut(
-            [generation.floor for generation in generations],
-            [self._allowed(generation, logits) for generation in generations],
-        )
-        scores = mix.scores
-        if any(generation.trace for generation in generations):
-            scores = scores.clone()  # the trace shows them as they are before the penalties
-        for i, generation in enumerate(generations):
-            if generation.error is None:
-                self._process(generation, scores[i])
-        chosen = choose(
-            scores,
-            [generation.sampling for generation in generations],
-            [generation.generator for generation in generations],
-        )
-        token_ids = chosen.tolist()  # the step's one transfer to the host
+        """Choose one token per generation, as `choose_tokens` does, and append it."""
+        token_ids, mix = choose_tokens(generations, logits, order)
         self.committing = True
         for i, (generation, token_id) in enumerate(zip(generations, token_ids, strict=True)):
             if generation.error is None:
                 if generation.trace:
                     generation.scores.append(mix.trace(i, token_id, generation.top_logprobs))
-                self._append(generation, token_id)
+                append_token(generation, token_id)
         self.committing = False
-
-    def _allowed(self, generation: Generation, logits: torch.Tensor) -> torch.Tensor | None:
-        """Ask a generation's grammar for the permitted ids; a failure is that generation's."""
-        if generation.allowed is None:
-            return None
-        try:
-            mask = generation.allowed()
-        except Exception as error:
-            generation.error = error
-            return None
-        return None if mask is None else mask.to(logits.device)
-
-    def _process(self, generation: Generation, scores: torch.Tensor) -> None:
-        """Apply a generation's own processors and repetition penalty to its scores, in place."""
-        try:
-            if generation.seen is not None:
-                penalty = generation.sampling.repetition_penalty
-                scores.copy_(penalise(scores, generation.seen, penalty))
-            if generation.processors:
-                ids = torch.tensor(
-                    [generation.prompts[0] + generation.token_ids], device=scores.device
-                )
-                for processor in generation.processors:
-                    scores.copy_(processor(ids, scores[None].clone())[0])
-        except Exception as error:
-            generation.error = error
-
-    def _append(self, generation: Generation, token_id: int) -> None:
-        generation.token_ids.append(token_id)
-        if generation.seen is not None:
-            generation.seen[token_id] = True
-        if token_id in generation.end_ids:
-            generation.finish_reason = "stop"
-            return
-        try:
-            stopped = generation.on_token is not None and generation.on_token(token_id)
-        except Exception as error:
-            generation.error = error
-            return
-        if generation.done:  # cancelled meanwhile
-            return
-        if stopped:
-            generation.finish_reason = "stop"
-        elif len(generation.token_ids) >= generation.max_new_tokens:
-            generation.finish_reason = "length"
 
     def _out_of_memory(self, rows: int, tokens: int) -> DecodeError:
         return OutOfMemoryError(

@@ -6,9 +6,10 @@ AmuletError
 │   └── TemplateError             the chat template is missing or refuses the messages
 ├── ModelError                    the model or tokenizer can't be loaded or isn't supported
 │   └── MissingPackageError (ImportError)   an optional package is not installed
-└── DecodeError (RuntimeError)    decoding started and could not go on
-    ├── OutOfMemoryError          the device has no room for the batch
-    └── InterruptedDecodeError    another caller's interrupt ended the shared step
+├── DecodeError (RuntimeError)    decoding started and could not go on
+│   ├── OutOfMemoryError          the device has no room for the batch
+│   └── InterruptedDecodeError    another caller's interrupt ended the shared step
+└── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
 Each message says what was given, what was expected and how to mend it.
 """
@@ -50,3 +51,7 @@ class OutOfMemoryError(DecodeError):
 
 class InterruptedDecodeError(DecodeError):
     """Another caller's interrupt (Ctrl-C) ended the step that this request shared."""
+
+
+class EvaluationError(AmuletError):
+    """An evaluation's question file, rule, method, run folder or judge can't be used as given."""

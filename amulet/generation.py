@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor
 
+from amulet.drafts import Draft
 from amulet.mixture import TokenScores
 from amulet.sampling import Sampling
 
@@ -56,6 +57,7 @@ class Generation:
     rows: list[int] = field(default_factory=list, init=False, repr=False)
     generator: torch.Generator | None = field(default=None, init=False, repr=False)
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)
+    draft: Draft | None = field(default=None, init=False, repr=False)
 
     @property
     def done(self) -> bool:

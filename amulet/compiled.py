@@ -1,0 +1,159 @@
+"""One decode step as compiled code: `torch.compile` of the model over the rows of the KV cache.
+
+One graph serves every number of rows and every length; nothing is compiled again during a chat.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from amulet.attention import grouped
+from amulet.cache import Masks, RowCache, cache_argument
+from amulet.cache_folder import cache_folder
+
+logger = logging.getLogger("amulet")
+
+LEAST_ROWS = 2  # a graph for one row would be another graph; a second row costs nearly nothing
+
+
+class CompiledStep:
+    """The forward pass of one token per row; falls back to None, with one line in the log.
+
+    Args:
+        model: a model whose attention is `sdpa`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._argument = cache_argument(model)
+        self._compiled: Any = None
+        self.broken = model.config._attn_implementation != "sdpa"
+
+    def __call__(self, ids: Sequence[Sequence[int]], cache: RowCache) -> torch.Tensor | None:
+        """Return logits `[rows, 1, vocab]` of the pass that `cache.begin` announced.
+
+        None where the model can't be compiled: nothing is lost then, the pass can be made anew.
+        """
+        if self.broken:
+            return None
+        device = self._model.device
+        masks = cache.masks(self._model.config, self._model.dtype, device, always=True)
+        keys, values = cache.buffers()
+        arguments = (
+            torch.tensor(ids, device=device),
+            cache.positions.to(device),
+            masks,
+            keys,
+            values,
+            cache.columns,
+        )
+        try:
+            with grouped(self._model.config):
+                if self._compiled is None:
+                    return self._first(arguments)
+                logits: torch.Tensor = self._compiled(*arguments)
+                return logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.broken = True
+            said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+            logger.warning(
+                "The decode step can't be compiled and runs uncompiled: %s: %.300s",
+                type(error).__name__,
+                said,
+            )
+            return None
+
+    def _first(self, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """Compile, which the first call does."""
+        # PyTorch keeps compiled code in the temporary folder, which a restart empties.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+        compiled = torch.compile(self._step, dynamic=True, fullgraph=True)
+        start = time.perf_counter()
+        with warnings.catch_warnings():  # the compiler's own, which nobody here can mend
+            warnings.simplefilter("ignore")
+            logits: torch.Tensor = compiled(*arguments)
+        logger.info("Compiled the decode step in %.0f s.", time.perf_counter() - start)
+        self._compiled = compiled
+        return logits
+
+    def _step(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        masks: Masks,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        columns: int,
+    ) -> torch.Tensor:
+        cache = _StepCache(keys, values, positions, columns)
+        logits: torch.Tensor = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=masks,
+            use_cache=True,
+            **{self._argument: cache},
+        ).logits
+        return logits
+
+
+class _StepCache(Cache):
+    """`RowCache` as the compiler sees it: tensors and one number."""
+
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        positions: torch.Tensor,
+        columns: int,
+    ) -> None:
+        super().__init__(layers=[])
+        self._keys, self._values = keys, values
+        self._positions, self._columns = positions, columns
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys[rows, :, self._positions] = key_states.transpose(1, 2)
+        values[rows, :, self._positions] = value_states.transpose(1, 2)
+        return keys[:, :, : self._columns], values[:, :, : self._columns]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._columns - 1
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self._columns - 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._columns, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self._keys)

@@ -1,0 +1,225 @@
+"""Steps made faster decode the same tokens: with drafts, compiled, with grouped attention."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from amulet.attention import grouped
+from amulet.drafts import Draft
+from amulet.engine import Engine
+from amulet.generation import Generation
+from amulet.packing import pack_linears
+from amulet.sampling import Sampling
+from tests.models import KINDS, Kind, random_model
+from tests.oracles.reference import generate
+from tests.oracles.test_decode import TOKENS, ids, plain, run, steered
+
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
+
+
+class _Foretold(Draft):
+    """Proposes what is known to come, with mistakes at random places."""
+
+    def __init__(self, tokens: Sequence[int], seed: int) -> None:
+        super().__init__([])
+        self.tokens, self.rng, self.right = tokens, random.Random(seed), 0
+
+    def propose(self, answer: Sequence[int], limit: int) -> list[int]:
+        draft = list(self.tokens[len(answer) : len(answer) + min(limit, self.rng.randrange(9))])
+        if draft and self.rng.random() < 0.5:
+            place = self.rng.randrange(len(draft))
+            draft[place] = (draft[place] + 1) % 256
+        return draft
+
+    def learn(self, proposed: int, accepted: int, answer_length: int) -> None:
+        self.right += accepted
+
+
+def _passes(engine: Engine) -> list[int]:
+    """Return a list that will hold the width of every pass."""
+    widths: list[int] = []
+    forward = engine._forward
+
+    def counted(new: Sequence[Sequence[int]], *rest: object) -> torch.Tensor:
+        widths.append(len(new[0]))
+        return forward(new, *rest)  # type: ignore[arg-type]
+
+    engine._forward = counted  # type: ignore[method-assign]
+    return widths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_change_no_token(kind: Kind, temperature: float) -> None:
+    model = random_model(kind, dtype=torch.float64)
+    rng = random.Random(kind)
+    prompt, base, other = ids(rng, 30), ids(rng, 12), ids(rng, 21)
+    options = {"sampling": Sampling(temperature=temperature), "seed": 5, "floor": 0.01}
+
+    def fresh() -> list[Generation]:
+        return [steered(prompt, base, 2.0, **options), plain(other, **options)]
+
+    expected = fresh()
+    run(Engine(model), expected)
+    drafted = fresh()
+    for i, generation in enumerate(drafted):
+        generation.draft = _Foretold(expected[i].token_ids, i)
+    engine = Engine(model, drafts=True)
+    widths = _passes(engine)
+    run(engine, drafted)
+    assert [g.token_ids for g in drafted] == [g.token_ids for g in expected]
+    assert sum(g.draft.right for g in drafted) > 20  # type: ignore[union-attr]
+    assert max(widths[2:]) > 3, "no step checked a draft"
+
+
+def test_drafts_keep_what_is_collected_per_token_and_end_where_they_should() -> None:
+    model = random_model("llama", dtype=torch.float64)
+    rng = random.Random(2)
+    prompt, base = ids(rng, 30), ids(rng, 12)
+    reference = steered(prompt, base, 2.0)
+    reference.end_ids = frozenset()
+    run(Engine(model), [reference])
+    tokens = reference.token_ids
+
+    def collected(drafts: bool) -> Generation:
+        seen: list[int] = []
+
+        def on_token(token_id: int) -> bool:
+            seen.append(token_id)
+            return len(seen) == 23
+
+        generation = steered(prompt, base, 2.0, trace=True, top_logprobs=2, on_token=on_token)
+        generation.end_ids = frozenset()
+        if drafts:
+            generation.draft = _Foretold(tokens, 1)
+        run(Engine(model, drafts=drafts), [generation])
+        assert seen == generation.token_ids == tokens[:23]
+        assert generation.finish_reason == "stop"
+        return generation
+
+    for drafted, single in zip(collected(True).scores, collected(False).scores, strict=True):
+        assert drafted.unsteered_id == single.unsteered_id
+        assert drafted.steered == pytest.approx(single.steered, abs=1e-9)
+        assert [i for i, _ in drafted.top] == [i for i, _ in single.top]
+
+
+def test_an_answer_that_copies_its_prompt_takes_fewer_steps() -> None:
+    model = random_model("gemma3", dtype=torch.float64)
+    rng = random.Random(3)
+    start = ids(rng, 40)
+    first = plain(start)
+    run(Engine(model), [first])
+    prompt = start + first.token_ids[:40]
+    engine = Engine(model, drafts=True)
+    widths = _passes(engine)
+    generation = plain(prompt)
+    run(engine, [generation])
+    assert generation.token_ids == generate(model, prompt, TOKENS)
+    assert len(widths) < len(generation.token_ids), widths
+
+
+def test_draft_checks_do_not_go_beyond_a_limit() -> None:
+    model = random_model("llama", dtype=torch.float64)
+    prompt = ids(random.Random(4), 30)
+    expected = plain(prompt)
+    expected.end_ids, expected.max_new_tokens = frozenset(), 30
+    run(Engine(model), [expected])
+    generation = plain(prompt)
+    generation.end_ids, generation.max_new_tokens = frozenset(), 10
+    generation.draft = _Foretold(expected.token_ids, 0)
+    engine = Engine(model, drafts=True)
+    widths = _passes(engine)
+    run(engine, [generation])
+    assert generation.token_ids == expected.token_ids[:10]
+    assert generation.finish_reason == "length"
+    decoded = 1
+    for width in widths[1:]:
+        assert decoded + width <= 10
+        decoded += 1
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_compiled_step_decodes_what_transformers_does(
+    kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One graph for one row and many, level or not, short and long."""
+    model = random_model(kind, dtype=torch.float64)
+    rng = random.Random(kind)
+    engine = Engine(model, compile=True)
+    widths = _passes(engine)
+    caplog.set_level(logging.INFO, "amulet")
+    for lengths in ((40,), (20, 33, 64)):
+        prompts = [ids(rng, length) for length in lengths]
+        pair = [ids(rng, 50), ids(rng, 17)]
+        generations = [plain(prompt) for prompt in prompts] + [steered(*pair, 2.0)]
+        run(engine, generations)
+        for prompt, generation in zip(prompts, generations, strict=False):
+            assert generation.token_ids == generate(model, prompt, TOKENS)
+        guided = generate(model, pair[0], TOKENS, base=pair[1], strength=2.0)
+        assert generations[-1].token_ids == guided
+    lines = [record.getMessage() for record in caplog.records if record.name == "amulet"]
+    assert len(lines) == 1
+    assert lines[0].startswith("Compiled the decode step")
+    assert 1 not in widths, "a step ran uncompiled"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_step_uses_packed_weights() -> None:
+    model = random_model("qwen2")
+    pack_linears(model)
+    prompt = ids(random.Random(6), 30)
+    eager, compiled = plain(prompt), plain(prompt)
+    run(Engine(model), [eager])
+    engine = Engine(model, compile=True)
+    widths = _passes(engine)
+    run(engine, [compiled])
+    assert compiled.token_ids == eager.token_ids
+    assert 1 not in widths
+
+
+def test_what_can_not_be_compiled_runs_uncompiled_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("No C++ compiler found.\n\n" + "Long explanation. " * 50)
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model = random_model("llama", dtype=torch.float64)
+    prompt = ids(random.Random(7), 30)
+    generation = plain(prompt)
+    run(Engine(model, compile=True), [generation])
+    assert generation.token_ids == generate(model, prompt, TOKENS)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        "The decode step can't be compiled and runs uncompiled: RuntimeError: No C++ compiler "
+        "found. Long explanation."
+    )
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_grouped_attention_gives_what_sdpa_gives(kind: Kind, width: int) -> None:
+    model = random_model(kind, dtype=torch.float64)
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    tokens = torch.tensor([ids(random.Random(8), width), ids(random.Random(9), width)])
+    mask = torch.ones(2, 1, width, width, dtype=torch.bool).tril()
+    mask[1, :, :, 0] = False
+    mask[1, :, 0, 0] = True
+    with torch.inference_mode():
+        expected = model(tokens, attention_mask=mask).logits
+        with grouped(model.config):
+            assert model.config._attn_implementation == "amulet_grouped"
+            found = model(tokens, attention_mask=mask).logits
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found, expected)
