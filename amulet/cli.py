@@ -1,4 +1,4 @@
-"""The command line: `amulet chat`, `amulet compare`, `amulet doctor`; arguments to requests.
+"""The command line: chat, compare and doctor here, and what the sub-packages add; no logic.
 
 Torch is imported once a command needs the model, so that `amulet --help` answers at once.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from amulet import __version__
+from amulet.console import Device, DType, Model, load, one_line, readable_errors
 from amulet.errors import AmuletError
+from amulet.evaluation.cli import register as register_eval
+from amulet.evaluation.report_cli import register as register_report
+from amulet.evaluation.tune_cli import register as register_tune
 from amulet.request import Request
 
 if TYPE_CHECKING:
@@ -31,17 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="NAME",
-        help="Hub id or folder; without it the embedded SmolLM2-135M-Instruct.",
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
-DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 _PREFERENCE = typer.Option(
     "--preference",
     "-p",
@@ -106,9 +99,9 @@ def chat(
         "temperature": temperature,
         "seed": seed,
     }
-    with _readable_errors():
+    with readable_errors():
         _check(options)
-        Chat(_load(model, device, dtype), options).run()
+        Chat(load(model, device, dtype), options).run()
 
 
 @app.command()
@@ -129,9 +122,9 @@ def compare(
     shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     prompted = {**shared, "preference": preference, "placement": placement, "floor": floor}
     steered = {**prompted, "strength": strength}
-    with _readable_errors():
+    with readable_errors():
         _check(steered)
-        amulet = _load(model, device, dtype)
+        amulet = load(model, device, dtype)
         gain = amulet.steering.strength if strength is None else strength
         answers = [
             Answer("plain", shared),
@@ -260,7 +253,7 @@ class Chat:
                 elif line:
                     self._answer(line)
             except AmuletError as error:
-                self._note(_one_line(error), style="red")
+                self._note(one_line(error), style="red")
 
     def _answer(self, question: str) -> None:
         """Stream one answer; what Ctrl-C leaves of it stays in the conversation."""
@@ -321,24 +314,6 @@ def _check(options: dict[str, Any]) -> Request:
     return Request(messages=({"role": "user", "content": "?"},), **options)
 
 
-def _load(model: str | None, device: str | None, dtype: str) -> Amulet:
-    Console(stderr=True).print(f"Loading {model or 'the embedded model'} ...", style="dim")
-    from amulet import Amulet
-
-    if model is None:
-        return Amulet.embedded(device=device, dtype=dtype)
-    return Amulet.from_pretrained(model, device=device, dtype=dtype)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    try:
-        yield
-    except AmuletError as error:
-        message = Text(f"error: {_one_line(error)}", style="red")
-        Console(stderr=True).print(message, soft_wrap=True)
-        raise typer.Exit(1) from None
+register_eval(app)
+register_report(app)
+register_tune(app)

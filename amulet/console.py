@@ -1,0 +1,100 @@
+"""What the commands share: options, loading with a note, progress, errors as one red line.
+
+Torch is imported once a command needs the model, so that `amulet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from amulet.errors import AmuletError
+
+if TYPE_CHECKING:
+    from amulet import Amulet
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Hub id or folder; without it the embedded SmolLM2-135M-Instruct.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
+DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+
+
+def load(model: str | None, device: str | None, dtype: str, **options: Any) -> Amulet:
+    """Load a model, or the embedded one, and say so on standard error.
+
+    Args:
+        model, device, dtype: as the options of that name.
+        options: what else `Amulet.from_pretrained` takes.
+    """
+    Console(stderr=True).print(f"Loading {model or 'the embedded model'} ...", style="dim")
+    from amulet import Amulet
+
+    if model is None:
+        return Amulet.embedded(device=device, dtype=dtype, **options)
+    return Amulet.from_pretrained(model, device=device, dtype=dtype, **options)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with the time left on standard error; yields `tell(done, total)`.
+
+    What was done before the first `tell` doesn't count towards the pace.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # A batch ends its answers in bursts: half a minute, the default, says little of the pace.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as progress:
+        task = progress.add_task(what, total=None)
+        started = False
+
+        def tell(done: int, total: int) -> None:
+            nonlocal started
+            if started:
+                progress.update(task, completed=done, total=total)
+            else:
+                started = True
+                progress.reset(task, completed=done, total=total)
+
+        yield tell
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Print an `AmuletError` as one red line and leave with exit code 1."""
+    try:
+        yield
+    except AmuletError as error:
+        message = Text(f"error: {one_line(error)}", style="red")
+        Console(stderr=True).print(message, soft_wrap=True)
+        raise typer.Exit(1) from None

@@ -1,0 +1,1 @@
+"""Compare ways of decoding: questions, methods, judges, runs and their report."""

@@ -1,0 +1,129 @@
+"""Means with bootstrap intervals over questions, alone and as paired differences.
+
+Answers to one question resemble each other, so whole questions are drawn, not answers. Drawn and
+summed with numpy, which Transformers brings along; SciPy's bootstrap knows no clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from amulet.errors import EvaluationError
+
+Values: TypeAlias = "Sequence[float] | Mapping[Any, float | Sequence[float]]"
+_Floats: TypeAlias = "npt.NDArray[np.float64]"
+
+_DRAWN_AT_ONCE = 2**20  # indices; bounds the memory whatever the number of questions
+
+
+def interval(
+    values_by_question: Values, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the mean of some values and its percentile interval: `(mean, low, high)`.
+
+    Args:
+        values_by_question: one value per question, or a mapping from the question to its value or
+            values. Every value counts alike, so a question with more of them counts for more.
+        level: the interval's probability, between 0 and 1.
+        resamples: how often the questions are drawn, with replacement; at least 1.
+        seed: of the draws; the same one gives the same interval.
+
+    With one question low and high are the mean: that says nothing of how questions differ. With
+    fewer than some twenty a percentile interval is too narrow.
+
+    Raises:
+        EvaluationError: no values, one that is not finite, or a level or count out of range.
+
+    >>> interval([1.0, 1.0, 1.0])
+    (1.0, 1.0, 1.0)
+    """
+    if not 0.0 < level < 1.0:
+        raise EvaluationError(f"level={level!r}: expected between 0 and 1, such as 0.95.")
+    if resamples < 1:
+        raise EvaluationError(f"resamples={resamples!r}: expected 1 or more.")
+    groups = [_array(values) for values in _groups(values_by_question)]
+    if not groups:
+        raise EvaluationError("An interval needs values of at least one question; none was given.")
+    smallest = min(float(group.min()) for group in groups)
+    # Less the smallest: equal values then sum to exactly 0, not to 0 give or take a rounding.
+    sums = np.array([(group - smallest).sum() for group in groups])
+    counts = np.array([group.size for group in groups], dtype=np.float64)
+    mean = smallest + float(sums.sum() / counts.sum())
+    drawn = smallest + _resample(sums, counts, resamples, seed)
+    tail = (1.0 - level) / 2.0
+    low, high = (float(value) for value in np.quantile(drawn, [tail, 1.0 - tail]))
+    # Few resamples or a low level can leave the mean of the data outside the quantiles.
+    return mean, min(low, mean), max(high, mean)
+
+
+def difference(
+    values: Values,
+    others: Values,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return the mean of `values − others`, paired by question, and its interval.
+
+    Args:
+        values, others: as for `interval`, over the same questions, and with as many values, in
+            the same order, for each.
+        level, resamples, seed: as for `interval`.
+
+    Raises:
+        EvaluationError: as for `interval`, or the two can't be paired.
+    """
+    if isinstance(values, Mapping) != isinstance(others, Mapping):
+        raise EvaluationError(
+            "A paired difference needs two sequences or two mappings by question, not one of each."
+        )
+    if not (isinstance(values, Mapping) and isinstance(others, Mapping)):
+        return interval(_subtract(values, others), level, resamples, seed)
+    for name in [*values, *others]:
+        if name not in values or name not in others:
+            raise EvaluationError(
+                f"Question {name!r} has values on one side of the difference only: compare over "
+                "the questions that both sides answered."
+            )
+    by_question = {name: _subtract(values[name], others[name], name) for name in values}
+    return interval(by_question, level, resamples, seed)
+
+
+def _groups(values: Values) -> list[object]:
+    given = list(values.values()) if isinstance(values, Mapping) else list(values)
+    return [group for group in given if not (isinstance(group, Sequence) and not group)]
+
+
+def _array(values: object) -> _Floats:
+    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if not np.isfinite(array).all():
+        wrong = array[~np.isfinite(array)][0]
+        raise EvaluationError(f"An interval needs finite values, and one is {wrong}: leave it out.")
+    return array
+
+
+def _subtract(values: object, others: object, name: object = None) -> list[float]:
+    left, right = _array(values), _array(others)
+    if left.size != right.size:
+        where = "" if name is None else f" for question {name!r}"
+        raise EvaluationError(
+            f"{left.size} values can't be paired with {right.size}{where}: expected as many on "
+            "both sides."
+        )
+    return [float(value) for value in left - right]
+
+
+def _resample(sums: _Floats, counts: _Floats, resamples: int, seed: int) -> _Floats:
+    """Return the means of `resamples` draws of whole questions, `[resamples]`."""
+    draw = np.random.default_rng(seed)
+    questions = len(sums)
+    step = max(1, _DRAWN_AT_ONCE // questions)
+    means = []
+    for start in range(0, resamples, step):
+        index = draw.integers(questions, size=(min(step, resamples - start), questions))
+        means.append(sums[index].sum(axis=1) / counts[index].sum(axis=1))
+    return np.concatenate(means)

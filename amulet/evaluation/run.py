@@ -1,0 +1,322 @@
+"""A run folder: what was asked of which model, every answer, every score; survives `kill -9`.
+
+    run.json             what was run: model, settings, questions, preferences, methods, versions
+    answers.jsonl        one answer a line, written as soon as it is decoded
+    scores/<name>.jsonl  one judge's values for one answer a line
+
+Nothing in it names a place on the machine, so the folder can be moved. A line is complete once its
+newline is there; a last line without one (the process was killed) counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from amulet.errors import EvaluationError
+from amulet.preference import describe
+
+FORMAT = 1
+
+_Record = TypeVar("_Record", bound="BaseModel")
+
+
+class Answer(BaseModel):
+    """One answer of a run, with everything that it was decoded under.
+
+    Attributes:
+        key: "set/index/preference/method"; no two answers of a run share it.
+        strength, floor, placement, adapt: None where the method has none.
+        seed: of the draw, where the answer was sampled.
+        token_ids: every decoded id, the end-of-turn id included.
+        finish_reason: "stop" or "length".
+        changed: share of tokens, 0 to 1, in which steering changed the choice; None if not steered.
+        log_probability: mean over its tokens under the plain model, nats; None where not known.
+        steered_tokens: (text, steered minus base log-probability) per token, with a trace.
+        seconds: wall time that the answer cost; answers decoded together share theirs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    set: str
+    index: int | str
+    question: str
+    preference: str
+    preference_text: str
+    method: str
+    strength: float | None = None
+    floor: float | None = None
+    placement: str | None = None
+    adapt: str | None = None
+    seed: int = 0
+    answer: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    changed: float | None = None
+    log_probability: float | None = None
+    steered_tokens: tuple[tuple[str, float], ...] | None = None
+    seconds: float = 0.0
+
+
+class SetMeta(BaseModel):
+    """A question set of a run: its name and how many questions were taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    count: int
+    digest: str = ""
+
+
+class PreferenceMeta(BaseModel):
+    """A preference of a run; `rule` names the rule that checks it, if one does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    text: str
+    rule: str | None = None
+
+
+class MethodMeta(BaseModel):
+    """A method of a run; what a method doesn't have is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    strength: float | None = None
+    floor: float | None = None
+    placement: str | None = None
+    adapt: str | None = None
+
+
+class Meta(BaseModel):
+    """What `run.json` holds.
+
+    Attributes:
+        model, revision, dtype: the model as it was given, and the commit where the hub has one.
+        versions, machine: of the session that began the run.
+        settings: max_new_tokens, temperature, top_p, seed, system_prompt, as_published, ...
+        created: when, ISO 8601 in UTC.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    model: str
+    revision: str | None = None
+    dtype: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    sets: tuple[SetMeta, ...] = ()
+    preferences: tuple[PreferenceMeta, ...] = ()
+    methods: tuple[MethodMeta, ...] = ()
+    created: str = ""
+
+
+# What may differ between the session that began a run and the one that goes on with it.
+_FREE = ("created", "versions", "machine")
+
+
+class Run:
+    """A run folder, opened for reading and appending; `Run.create` begins one or goes on with it.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        EvaluationError: no run is there, or one that this version can't read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.meta = _read_meta(self.folder)
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], meta: Meta) -> Run:
+        """Begin a run, or go on with the same run.
+
+        Raises:
+            EvaluationError: the folder holds a run with other settings (names the first that
+                differs), or something that is no run.
+        """
+        path = Path(folder)
+        if not (path / "run.json").exists():
+            if path.is_dir() and any(path.iterdir()) and not (path / "run.json.part").exists():
+                raise EvaluationError(
+                    f"{str(folder)!r} holds files, but no run.json: expected an empty or new "
+                    "folder, or one of a run to go on with."
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            part = path / "run.json.part"  # a kill while writing must not leave half a run.json
+            part.write_text(meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            part.replace(path / "run.json")
+            return cls(path)
+        run = cls(path)
+        _check_same(run.meta, meta, str(folder))
+        return run
+
+    def answers(self) -> list[Answer]:
+        """Return the answers so far, in the order in which they were written."""
+        return list(_read_lines(self.folder / "answers.jsonl", Answer))
+
+    def append_answer(self, *answers: Answer) -> None:
+        """Write answers; they are in the file when this returns."""
+        append_lines(
+            self.folder / "answers.jsonl", [answer.model_dump(mode="json") for answer in answers]
+        )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing answers to this run; a killed one's lock is gone.
+
+        Raises:
+            EvaluationError: another process is at it.
+        """
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise EvaluationError(
+                f"Another process is writing to {str(self.folder)!r}: wait for it or end it."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def scores(self, name: str) -> dict[str, dict[str, float]]:
+        """Return one judge's values by answer key; empty where it has not judged yet.
+
+        Where an answer was judged again, its last line counts.
+        """
+        lines = _read_lines(self.folder / "scores" / f"{name}.jsonl", _Score)
+        return {score.key: score.values for score in lines}
+
+    def append_scores(self, name: str, key: str, values: Mapping[str, float]) -> None:
+        """Write one judge's values for one answer."""
+        record = {"key": key, "values": dict(values)}
+        append_lines(self.folder / "scores" / f"{name}.jsonl", [record])
+
+    def score_names(self) -> list[str]:
+        """Return the names of the judges that have scored answers of this run, sorted."""
+        return sorted(path.stem for path in (self.folder / "scores").glob("*.jsonl"))
+
+
+class _Score(BaseModel):
+    key: str
+    values: dict[str, float]
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to a JSONL file, in one write, after taking off a torn last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with open(path, "a+b") as file:
+        _take_off_torn_line(file)
+        file.write(lines.encode("utf-8", "replace"))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, record) of a JSONL file; a torn last line and a missing file are empty.
+
+    Raises:
+        EvaluationError: a complete line is no JSON object.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise EvaluationError(
+                    f"{path.name}, line {number}: expected a JSON object; take the line out and "
+                    "run again to have it made anew."
+                )
+            yield number, record
+
+
+def _read_lines(path: Path, record_type: type[_Record]) -> Iterator[_Record]:
+    for number, record in read_lines(path):
+        try:
+            yield record_type.model_validate(record)
+        except ValidationError as error:
+            raise EvaluationError(f"{path.name}, line {number}: {describe(error)}") from None
+
+
+def _take_off_torn_line(file: Any) -> None:
+    """Cut an open binary file after its last newline, and stand at its end."""
+    end = file.seek(0, os.SEEK_END)
+    if not end:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    position, rest = end, b""
+    while position and b"\n" not in rest:
+        step = min(position, 65536)
+        position -= step
+        file.seek(position)
+        rest = file.read(step) + rest
+    file.truncate(position + rest.rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+def _read_meta(folder: Path) -> Meta:
+    path = folder / "run.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"{str(folder)!r} is no run: it has no run.json. `amulet eval --out FOLDER` makes one."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{str(path)!r} can't be read: {error}") from None
+    given = data.get("format") if isinstance(data, dict) else None
+    if given != FORMAT:
+        raise EvaluationError(
+            f"{str(path)!r} has format {given!r}: this version reads format {FORMAT}."
+        )
+    try:
+        return Meta.model_validate(data)
+    except ValidationError as error:
+        raise EvaluationError(f"{str(path)!r}: {describe(error)}") from None
+
+
+def _check_same(old: Meta, new: Meta, folder: str) -> None:
+    """Raise for the first setting in which two runs differ, and name it."""
+    was, given = (_flat(meta.model_dump(mode="json", exclude=set(_FREE))) for meta in (old, new))
+    for name in dict.fromkeys([*was, *given]):
+        if was.get(name) != given.get(name):
+            raise EvaluationError(
+                f"{folder!r} is a run with {name}={was.get(name)!r}, not {given.get(name)!r}: "
+                "go on with it under the settings that it began with, or give another --out."
+            )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Turn nested dicts and lists into one dict with names such as "settings.seed"."""
+    if isinstance(value, dict):
+        pairs = [(f"{name}.{key}" if name else str(key), entry) for key, entry in value.items()]
+    elif isinstance(value, list):
+        pairs = [
+            (f"{name}.{entry.get('name', i) if isinstance(entry, dict) else i}", entry)
+            for i, entry in enumerate(value)
+        ]
+    else:
+        return {name: value}
+    return {key: leaf for pair in pairs for key, leaf in _flat(pair[1], pair[0]).items()}

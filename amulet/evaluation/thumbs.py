@@ -1,0 +1,265 @@
+"""Fits strength and weights from thumbs: pairs of answers, and which of the two was liked better.
+
+The decoder answers from `π ∝ r·Π (p_i/r)^w_i`. That is the best policy for somebody whose reward
+for a token is `Σ w_i·(log p_i − log r)`, so the weights of the reward are the weights to decode
+with. An answer's score is the mean of that reward over its tokens, and the chance that answer a is
+preferred to b is the logistic function of the difference of their scores (Bradley-Terry):
+
+    f_i(y) = mean_t (log p_i(y_t) − log r(y_t)),      P(a over b) = σ( Σ w_i·(f_i(a) − f_i(b)) )
+
+The exact log π would subtract a normaliser per token that depends on w: it needs whole rows over
+the vocabulary for every w tried. Without it the model is linear in w, one forward pass per row is
+enough for all w, and the fit is convex. The mean instead of the sum keeps a long answer from
+outweighing all others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from amulet.errors import EvaluationError
+from amulet.evaluation.run import read_lines
+from amulet.gain import game_gain
+from amulet.preference import Placement, Preference, Steering, describe
+from amulet.request import Request
+
+if TYPE_CHECKING:
+    from amulet import Amulet
+
+SPREAD = 5.0  # standard deviation of the prior about the default weight; wide, so that data win
+LARGEST = 1.0 + game_gain()  # thumbs that all agree would push without end; the paper's push is it
+_FOLDS = 10
+
+
+class Thumb(BaseModel):
+    """One pair of answers to the same question, and the better one.
+
+    Args:
+        messages: the chat; or `question`, its only message.
+        preferences: the texts in force when the answers were shown, one or more.
+        a, b: the two answers.
+        chosen: "a" or "b".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    messages: tuple[dict[str, Any], ...] = ()
+    question: str = ""
+    preferences: tuple[str, ...] = Field(min_length=1)
+    a: str
+    b: str
+    chosen: Literal["a", "b"]
+
+    @field_validator("preferences")
+    @classmethod
+    def _preferences_differ(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        texts = tuple(text.strip() for text in given)
+        if not all(texts) or len(set(texts)) < len(texts):
+            raise ValueError("expected texts that are not empty and differ")
+        return texts
+
+    @model_validator(mode="after")
+    def _one_chat(self) -> Thumb:
+        if bool(self.messages) == bool(self.question.strip()):
+            raise ValueError("expected either messages or question")
+        return self
+
+    @property
+    def chat(self) -> tuple[dict[str, Any], ...]:
+        """The chat that both answers answer."""
+        return self.messages or ({"role": "user", "content": self.question},)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weights fitted to thumbs.
+
+    Attributes:
+        weights: w_i, one per preference; w = 1 + g for a single one.
+        deviations: their standard deviations, from the curvature at the fit.
+        agreement: share of thumbs, 0 to 1, that weights fitted to the *other* thumbs foretell.
+        log_loss: mean of −log P(chosen) under those same weights; ln 2 is a coin.
+    """
+
+    weights: tuple[float, ...]
+    deviations: tuple[float, ...]
+    agreement: float
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class TunedByThumbs:
+    """What thumbs say: how to decode for whoever gave them.
+
+    Attributes:
+        steering: for every class that takes one.
+        preferences: the texts with their weights, to be given together.
+        fit: the weights before they were bounded, and how well they foretell.
+        thumbs: how many there were.
+    """
+
+    steering: Steering
+    preferences: tuple[Preference, ...]
+    fit: Fit
+    thumbs: int
+
+
+def read_thumbs(path: str | os.PathLike[str]) -> list[Thumb]:
+    """Return the thumbs of a JSONL file.
+
+    Raises:
+        EvaluationError: there is no such file, it has none, or a line is not a thumb (says which).
+    """
+    if not Path(path).is_file():
+        raise EvaluationError(f"{str(path)!r}: no such file; expected JSON lines of thumbs.")
+    thumbs = []
+    for number, record in read_lines(Path(path)):
+        try:
+            thumbs.append(Thumb.model_validate(record))
+        except ValidationError as error:
+            raise EvaluationError(
+                f"{Path(path).name}, line {number}: {describe(error)} Expected "
+                '{"question": ..., "preferences": [...], "a": ..., "b": ..., "chosen": "a"}.'
+            ) from None
+    if not thumbs:
+        raise EvaluationError(f"{str(path)!r} has no thumbs: expected one JSON object a line.")
+    return thumbs
+
+
+def tune_by_thumbs(
+    amulet: Amulet,
+    thumbs: Sequence[Thumb],
+    *,
+    placements: Sequence[Placement] | None = None,
+    tell: Callable[[int, int], None] | None = None,
+) -> TunedByThumbs:
+    """Return the steering, and the weights of the preferences, that best explain thumbs.
+
+    Args:
+        amulet: the model that will answer; its own steering is where the fit starts from, and
+            gives the floor, of which thumbs say nothing.
+        thumbs: about 30 are enough for a few preferences.
+        placements: those to choose from, by log-loss on thumbs left out; None is the model's own.
+        tell: called with (pairs of answers scored, pairs in all).
+
+    Raises:
+        EvaluationError: there are no thumbs.
+    """
+    if not thumbs:
+        raise EvaluationError("No thumbs: expected at least one pair of answers.")
+    names = tuple(dict.fromkeys(text for thumb in thumbs for text in thumb.preferences))
+    places = tuple(placements or (amulet.steering.placement,))
+    prior = (1.0 + amulet.steering.strength) / len(names)
+    fits: dict[Placement, Fit] = {}
+    for index, placement in enumerate(places):
+        rows = []
+        for number, thumb in enumerate(thumbs, 1):
+            rows.append(_difference(amulet, thumb, names, placement))
+            if tell is not None:
+                tell(index * len(thumbs) + number, len(places) * len(thumbs))
+        fits[placement] = fit_weights(torch.tensor(rows, dtype=torch.float64), prior)
+    placement = min(places, key=lambda place: fits[place].log_loss)
+    strength, preferences = _as_steering(names, fits[placement].weights)
+    steering = Steering(strength=strength, floor=amulet.steering.floor, placement=placement)
+    return TunedByThumbs(steering, preferences, fits[placement], len(thumbs))
+
+
+def fit_weights(differences: torch.Tensor, prior: float, spread: float = SPREAD) -> Fit:
+    """Fit weights by logistic regression without intercept, with a normal prior.
+
+    Args:
+        differences: f(chosen) − f(other), nats per token, `[thumbs, preferences]`, float64; 0
+            where a preference was not in force.
+        prior: the weight that each preference has without data.
+        spread: standard deviation of the prior.
+    """
+    count = len(differences)
+    weights = _most_likely(differences, prior, spread)
+    chance = torch.sigmoid(differences @ weights)
+    precision = torch.eye(len(weights), dtype=differences.dtype) / spread**2
+    curvature = (differences * (chance * (1 - chance)).unsqueeze(1)).T @ differences + precision
+    margins = torch.zeros(count, dtype=differences.dtype)
+    folds = torch.arange(count) % min(count, _FOLDS)
+    for fold in range(min(count, _FOLDS)):
+        held_out = folds == fold
+        others = _most_likely(differences[~held_out], prior, spread)
+        margins[held_out] = differences[held_out] @ others
+    return Fit(
+        weights=tuple(weights.tolist()),
+        deviations=tuple(torch.linalg.inv(curvature).diagonal().sqrt().tolist()),
+        agreement=float((margins > 0).double().mean()),
+        log_loss=float(torch.nn.functional.softplus(-margins).mean()),
+    )
+
+
+def _most_likely(differences: torch.Tensor, prior: float, spread: float) -> torch.Tensor:
+    """Return the weights with the highest posterior; the problem is convex, so there is one."""
+    centre = torch.full((differences.shape[1],), prior, dtype=differences.dtype)
+    weights = centre.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        misfit = torch.nn.functional.softplus(-(differences @ weights)).sum()
+        value = misfit + ((weights - centre) / spread).square().sum() / 2
+        value.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)  # type: ignore[no-untyped-call]
+    return weights.detach()
+
+
+def _difference(
+    amulet: Amulet, thumb: Thumb, names: Sequence[str], placement: Placement
+) -> list[float]:
+    chosen, other = (thumb.a, thumb.b) if thumb.chosen == "a" else (thumb.b, thumb.a)
+    liked = features(amulet, thumb, chosen, placement)
+    disliked = features(amulet, thumb, other, placement)
+    by_name = {
+        name: better - worse
+        for name, better, worse in zip(thumb.preferences, liked, disliked, strict=True)
+    }
+    return [by_name.get(name, 0.0) for name in names]
+
+
+def features(amulet: Amulet, thumb: Thumb, answer: str, placement: Placement) -> list[float]:
+    """Return `mean_t (log p_i − log r)` of an answer for each of a thumb's preferences."""
+    from amulet.evaluation.scoring import answer_log_probabilities
+
+    ids = amulet.tokenizer.encode(answer, add_special_tokens=False, split_special_tokens=True)
+    end = amulet.tokenizer.eos_token_id
+    if end is not None and end in amulet.end_ids:
+        ids = [*ids, end]  # where an answer stops is part of it: brevity shows there
+    if not ids:
+        return [0.0] * len(thumb.preferences)
+    request = Request(
+        messages=thumb.chat,
+        preference=[Preference(text) for text in thumb.preferences],
+        placement=placement,
+    )
+    scores = answer_log_probabilities(amulet, request, ids)
+    return [float(mean) for mean in (scores.preferred - scores.base).double().mean(dim=-1)]
+
+
+def _as_steering(
+    names: Sequence[str], weights: Sequence[float]
+) -> tuple[float, tuple[Preference, ...]]:
+    """Return strength and weighted preferences whose product is the (bounded) fitted weights."""
+    push = math.fsum(map(abs, weights))
+    bounded = min(1.0, LARGEST / push) if push else 1.0
+    if len(names) == 1:  # its strength says all, and may steer away
+        return round(weights[0] * bounded - 1.0, 4), (Preference(names[0]),)
+    preferences = tuple(
+        Preference(name, weight=round(weight / push, 4) if push else 0.0)
+        for name, weight in zip(names, weights, strict=True)
+    )
+    return round(push * bounded - 1.0, 4), preferences
