@@ -6,6 +6,7 @@ Request -> Preparer -> Generation -> Driver -> Answer -> ReplyStream -> Reply
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ class Amulet:
     Args:
         model: a Transformers causal language model; it is used as it is, on its device.
         tokenizer: its tokenizer.
-        steering: strength, floor and placement for requests that don't give their own.
+        steering: strength, floor and placement for requests that don't give their own; or the
+            file of them that `amulet tune` writes.
         max_rows: rows decoded at once; a steered request takes two or more. Further requests wait.
         prefix_cache_bytes: memory for the keys and values of ended answers, so that the next turn
             of a conversation prefills only what is new. A prompt reuses only what it contains
@@ -49,7 +51,7 @@ class Amulet:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        steering: Steering = DEFAULT_STEERING,
+        steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
         compile: bool | Literal["auto"] = False,
@@ -61,7 +63,7 @@ class Amulet:
             raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
         self.model = model
         self.tokenizer = tokenizer
-        self.steering = steering
+        self.steering = steering if isinstance(steering, Steering) else Steering.read(steering)
         self.end_ids = end_ids(model, tokenizer)
         if compile not in (True, False, "auto"):
             raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
@@ -74,7 +76,7 @@ class Amulet:
         cls,
         name_or_path: str,
         *,
-        steering: Steering = DEFAULT_STEERING,
+        steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
         compile: bool | Literal["auto"] = False,
@@ -108,7 +110,7 @@ class Amulet:
     def embedded(
         cls,
         *,
-        steering: Steering = DEFAULT_STEERING,
+        steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
         compile: bool | Literal["auto"] = False,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -81,7 +84,23 @@ class Steering(BaseModel):
         cls, iterations: int = 60, alpha: float = 2.0, lam: float = 2.0, eta: float = 10.0
     ) -> Steering:
         """The paper's setting: the gain of its game, no floor, the system message."""
-        return cls(strength=game_gain(iterations, alpha, lam, eta), floor=0.0)
+        gain = game_gain(iterations, alpha, lam, eta)
+        return cls(strength=gain, floor=0.0, placement="system")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Steering:
+        """Read the JSON file that `amulet tune` writes.
+
+        Raises:
+            RequestError: the file can't be read, or holds something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RequestError(
+                f"steering={os.fspath(path)!r}: expected a JSON file with strength, floor and "
+                f"placement, as `amulet tune` writes it ({error})."
+            ) from error
 
 
 DEFAULT_STEERING = Steering()

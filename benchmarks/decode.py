@@ -1,140 +1,132 @@
-"""What a steered token costs: Amulet against Transformers' plain `generate` and its guidance.
+"""What a steered token costs against Transformers' plain `generate` and its guidance.
 
-Claim: on the embedded model a steered answer costs at most 1.10x (float32) and 1.06x (bfloat16)
-of plain `generate` per token, and is at least 1.8x faster than Transformers' own guidance.
+Claim: per token a steered answer costs at most 1.03 (bfloat16) or 1.07 (float32) of plain
+`generate`, compiled 0.58, with int8 weights 0.45; and guidance takes 1.9 and 2.8 times as long.
+Drafts are off and nothing is kept from one answer to the next. Compiled and int8 contenders take
+part in bfloat16 alone.
 
-The contenders take turns within each round, in one process and on the same prompts; a token's
-time is that of a long answer less that of a one-token answer, over the tokens between. Figures
-are medians over rounds, with the smallest and largest; ratios are taken round by round.
-
-    python benchmarks/decode.py [--rounds 5] [--tokens 48] [--dtype float32 --dtype bfloat16]
+    python -m benchmarks.decode [--model smollm2] [--dtype bfloat16] [--rounds 5] [--tokens 32]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import transformers
 
-from amulet import Amulet, Preference
+from amulet import Preference
+from amulet.preference import DEFAULT_STEERING
 from amulet.prompts import encode_chat
+from benchmarks import contenders, measure
+from benchmarks.measure import Claim, Times, at_least, at_most, name_of
 
 QUESTION = (
     "My neighbour wants to plant a small orchard behind her house. Explain which fruit trees do "
     "well in a cool and rainy place, how far apart they should stand, when to prune them, and "
     "what to do about birds. She has little time on workdays and no experience at all."
 )
+CHAT = [{"role": "user", "content": QUESTION}]
 PREFERENCE = Preference("Talk like a pirate.")
 
+PLAIN, GUIDANCE = "transformers plain", "transformers guidance"
+STEERED, COMPILED = "amulet steered", "amulet steered, compiled"
+INT8, INT8_COMPILED = "amulet steered, int8", "amulet steered, int8, compiled"
+UNPACKED = "amulet steered, not packed"
 
-def contenders(dtype: torch.dtype) -> dict[str, Callable[[int], None]]:
-    """Return functions that decode exactly n tokens, by name; each loads nothing more."""
-    # Nothing is kept from one answer to the next: each pays its own prefill.
-    theirs = Amulet.embedded(
-        dtype=dtype, pack=False, prefix_cache_bytes=0
-    )  # as Transformers has it
-    ours = Amulet.embedded(dtype=dtype, prefix_cache_bytes=0)
-    chat = [{"role": "user", "content": QUESTION}]
-    prompts = encode_chat(theirs.tokenizer, chat, [PREFERENCE], "system")
-    base, preferred = torch.tensor([prompts.base]), torch.tensor([prompts.preferred[0]])
-    print(f"prompts of {base.shape[1]} and {preferred.shape[1]} tokens, {dtype}")
+Runs = dict[str, Callable[[int], object]]
 
-    def generate(ids: torch.Tensor, n: int, **options: object) -> None:
-        out = theirs.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=n,
-            min_new_tokens=n,
-            do_sample=False,
-            **options,
-        )
-        assert out.shape[1] - ids.shape[1] == n
 
-    def guided(n: int) -> None:
-        generate(preferred, n, guidance_scale=3.0, negative_prompt_ids=base)
-
-    def answer(amulet: Amulet, n: int, preference: Preference | None) -> None:
-        never = transformers.LogitsProcessorList(
-            [transformers.SuppressTokensLogitsProcessor(sorted(amulet.end_ids), device="cpu")]
-        )
-        reply = amulet.chat(chat, preference=preference, max_new_tokens=n, logits_processor=never)
-        assert len(reply.token_ids) == n
-
+def peers(model: Any) -> Runs:
+    """Return Transformers' contenders over a model as it loads it."""
+    prompts = encode_chat(contenders.tokenizer(), CHAT, [PREFERENCE], "system")
+    base, preferred = prompts.base, prompts.preferred[0]
+    print(f"prompts of {len(base)} and {len(preferred)} tokens, {name_of(model.dtype)}")
+    strength = DEFAULT_STEERING.strength
     return {
-        "transformers plain": lambda n: generate(base, n),
-        "transformers guidance": guided,
-        "amulet plain": lambda n: answer(ours, n, None),
-        "amulet steered": lambda n: answer(ours, n, PREFERENCE),
-        "amulet steered, not packed": lambda n: answer(theirs, n, PREFERENCE),
+        PLAIN: lambda n: contenders.generate(model, base, n),
+        GUIDANCE: lambda n: contenders.guided(model, preferred, base, n, strength),
     }
 
 
-def measure(
-    runs: dict[str, Callable[[int], None]], rounds: int, tokens: int
-) -> dict[str, dict[str, list[float]]]:
-    """Return for each contender its milliseconds to the first token and per further token."""
-    times: dict[str, dict[str, list[float]]] = {n: {"first": [], "token": []} for n in runs}
-    for run in runs.values():
-        run(3)  # warm up
-    for _ in range(rounds):
-        for name, run in runs.items():
-            first, whole = (_milliseconds(run, n) for n in (1, tokens))
-            times[name]["first"].append(first)
-            times[name]["token"].append((whole - first) / (tokens - 1))
-    return times
+def amulets(name: str, dtype: torch.dtype, unpacked: Any, compiles: bool) -> Runs:
+    """Return Amulet's contenders; in bfloat16 int8 is among them, and compiled if asked for."""
 
+    def run(model: Any, preference: Preference | None, **options: Any) -> Callable[[int], object]:
+        amulet = contenders.amulet_over(model, **options)
+        return functools.partial(_answer, amulet, preference)
 
-def _milliseconds(run: Callable[[int], None], n: int) -> float:
-    start = time.perf_counter()
-    run(n)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):7.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def main() -> None:
-    """Measure, print a table and, as the last line, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
-    options = parser.parse_args()
-    result: dict[str, object] = {
-        "benchmark": "decode",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": "SmolLM2-135M-Instruct",
+    packed = contenders.load(name, dtype, pack=True)
+    runs: Runs = {
+        "amulet plain": run(packed, None),
+        STEERED: run(packed, PREFERENCE),
+        UNPACKED: run(unpacked, PREFERENCE),
     }
-    for dtype in options.dtype or ["float32", "bfloat16"]:
-        times = measure(contenders(getattr(torch, dtype)), options.rounds, options.tokens)
-        plain = times["transformers plain"]
-        figures: dict[str, object] = {}
-        print(f"{'ms':28} | first token | per token | per token against plain generate")
-        for name, own in times.items():
-            ratios = [a / b for a, b in zip(own["token"], plain["token"], strict=True)]
-            print(
-                f"{name:28} | {_spread(own['first'])} | {_spread(own['token'])} | {_spread(ratios)}"
-            )
-            figures[name] = {
-                "first_ms": statistics.median(own["first"]),
-                "token_ms": statistics.median(own["token"]),
-                "ratio": statistics.median(ratios),
-            }
-        guided = times["transformers guidance"]["token"]
-        faster = [a / b for a, b in zip(guided, times["amulet steered"]["token"], strict=True)]
-        print(f"steered is faster than guidance by {_spread(faster)}\n")
-        result[dtype] = {**figures, "faster_than_guidance": statistics.median(faster)}
-    print(json.dumps(result))
+    if dtype == torch.bfloat16:
+        int8 = contenders.load(name, dtype, pack="int8")
+        runs[INT8] = run(int8, PREFERENCE)
+        if compiles:
+            runs[COMPILED] = run(packed, PREFERENCE, compile=True)
+            runs[INT8_COMPILED] = run(int8, PREFERENCE, compile=True)
+    return runs
+
+
+def _answer(amulet: Any, preference: Preference | None, n: int) -> list[int]:
+    return contenders.chat(amulet, CHAT, n, preference=preference)
+
+
+def claims_of(dtype: torch.dtype, model: str, times: dict[str, Times]) -> list[Claim]:
+    """Return the claims on one dtype's times."""
+    what = f"{model}, {name_of(dtype)}, per token"
+    plain, guidance = times[PLAIN].token, times[GUIDANCE].token
+
+    def token(name: str) -> list[float]:
+        return times[name].token
+
+    eager_target = 1.03 if dtype == torch.bfloat16 else 1.07
+    claims = [
+        at_most(f"{what}: steered / plain `generate`", eager_target, token(STEERED), plain),
+        at_least(f"{what}: guidance / steered", 1.9, guidance, token(STEERED)),
+    ]
+    if INT8 in times:
+        claims.append(at_most(f"{what}: steered, int8 / plain", None, token(INT8), plain))
+    if COMPILED in times:
+        claims += [
+            at_most(f"{what}: steered, compiled / plain `generate`", 0.58, token(COMPILED), plain),
+            at_most(f"{what}: the same with int8", 0.45, token(INT8_COMPILED), plain),
+            at_least(f"{what}: guidance / steered, compiled", 2.8, guidance, token(COMPILED)),
+        ]
+    return claims
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print a table and, as the last line, JSON; return that."""
+    parser = measure.options_parser(__doc__, rounds=5, tokens=32)
+    parser.add_argument("--compile", choices=["on", "off"], help="(default on; with --quick off)")
+    options = measure.read_options(parser, arguments, dtypes=["bfloat16", "float32"])
+    compiles = (options.compile or ("off" if options.quick else "on")) == "on"
+    speed = measure.bandwidth(options.quick)
+    print(f"memory: read {speed['read']:.1f} GB/s, copy {speed['copy']:.1f} GB/s")
+    claims: list[Claim] = []
+    figures: dict[str, Any] = {"bandwidth_gb_s": speed}
+    for dtype in options.dtypes:
+        model = contenders.load(options.model, dtype)
+        runs = {**peers(model), **amulets(options.model, dtype, model, compiles)}
+        warm = measure.warm_up(runs)
+        times = measure.per_token(runs, options.rounds, options.tokens)
+        shown: dict[str, Any] = measure.print_times(times, PLAIN)
+        for name, own in shown.items():
+            size = contenders.weight_bytes(model, 1 if "int8" in name else None)
+            rate = size / own["token_ms"]["median"] / 1e6
+            own["warm_up_s"], own["bandwidth_share"] = warm[name], rate / speed["read"]
+        print(
+            "share of the memory's read bandwidth: "
+            + ", ".join(f"{name} {own['bandwidth_share']:.0%}" for name, own in shown.items())
+        )
+        figures[name_of(dtype)] = shown
+        claims += claims_of(dtype, options.model, times)
+    return measure.report("decode", options, claims, figures)
 
 
 if __name__ == "__main__":

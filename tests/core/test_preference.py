@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +159,17 @@ def test_the_default_and_the_papers_steering() -> None:
     paper = Steering.paper()
     assert (round(paper.strength, 4), paper.floor, paper.placement) == (4.6487, 0.0, "system")
     assert Steering.paper(10, alpha=1.0).strength == game_gain(10, alpha=1.0)
+
+
+def test_steering_is_read_from_the_file_that_tune_writes(tmp_path: Path) -> None:
+    path = tmp_path / "steering.json"
+    path.write_text(Steering(strength=1.5, floor=0.2, placement="user").model_dump_json())
+    assert Steering.read(path) == Steering(strength=1.5, floor=0.2, placement="user")
+    path.write_text('{"strength": "high"}')
+    with pytest.raises(RequestError, match="strength='high'"):
+        Steering.read(path)
+    path.write_text("[1]")
+    with pytest.raises(RequestError, match="expected a JSON file with strength"):
+        Steering.read(path)
+    with pytest.raises(RequestError, match=r"missing\.json"):
+        Steering.read(tmp_path / "missing.json")

@@ -1,0 +1,125 @@
+"""Steered decoding on a GPU: Llama shapes of 1B and 8B with random weights, bfloat16.
+
+Claims, at batch 1: steered costs at most 1.03 of Amulet's own plain per token, at most 0.5 of
+Transformers' plain `generate`, and reads weights and caches at 60 % of the memory's bandwidth or
+more; tokens per second of 64 steered users are shown. Without a GPU only `--quick` runs, a tiny
+shape on the CPU, to see that it does.
+
+    python -m benchmarks.gpu [--shape llama-1b --shape llama-8b] [--rounds 5] [--tokens 64]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from benchmarks import contenders, measure
+from benchmarks.decode import CHAT, PREFERENCE
+from benchmarks.measure import Claim, Spread, at_least, at_most, name_of
+from benchmarks.passages import rag_chat
+
+EAGER = "transformers plain"
+PLAIN, STEERED = "amulet plain", "amulet steered"
+COMPILED_PLAIN, COMPILED = "amulet plain, compiled", "amulet steered, compiled"
+
+
+def contenders_of(model: Any, chat: Any, compiles: bool) -> dict[str, Callable[[int], object]]:
+    """Return who decodes one answer."""
+    eager = contenders.amulet_over(model)
+    base = eager.encode_chat(chat)
+
+    def run(amulet: Any, preference: Any) -> Callable[[int], object]:
+        return lambda n: contenders.chat(amulet, chat, n, preference=preference)
+
+    runs: dict[str, Callable[[int], object]] = {
+        EAGER: lambda n: contenders.generate(model, base, n),
+        PLAIN: run(eager, None),
+        STEERED: run(eager, PREFERENCE),
+    }
+    if compiles:
+        compiled = contenders.amulet_over(model, compile=True)
+        runs[COMPILED_PLAIN] = run(compiled, None)
+        runs[COMPILED] = run(compiled, PREFERENCE)
+    return runs
+
+
+def many_users(model: Any, chats: Sequence[Any], options: Any) -> tuple[Spread, Spread]:
+    """Return tokens per second of all users, steered and together: prefill in, and decode alone."""
+    amulet = contenders.amulet_over(model, max_rows=2 * len(chats))
+
+    def together(n: int) -> None:
+        amulet.batch(
+            [{"messages": c, "preference": PREFERENCE, "max_new_tokens": n} for c in chats]
+        )
+
+    together(2)
+    times = measure.per_token({"users": together}, options.rounds, options.tokens)["users"]
+    whole = times.whole(options.tokens)
+    with_prefill = [len(chats) * options.tokens / ms * 1e3 for ms in whole]
+    return Spread.of(with_prefill), Spread.of([len(chats) / ms * 1e3 for ms in times.token])
+
+
+def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> Any:
+    """Return one shape's claims and figures."""
+    speed = measure.bandwidth(options.quick, device)
+    print(f"\n{shape}, {name_of(dtype)}; memory copies {speed['copy']:.0f} GB/s")
+    model = contenders.load(shape, dtype, device=device)
+    length = 64 if options.quick else 512
+    chat = CHAT if options.quick else rag_chat(contenders.tokenizer(), length, "Which is oldest?")
+    runs = contenders_of(model, chat, (options.compile or "on") == "on" and not options.quick)
+    warm = measure.warm_up(runs)
+    times = measure.per_token(runs, options.rounds, options.tokens)
+    shown: dict[str, Any] = measure.print_times(times, EAGER)
+    tokens = len(contenders.amulet_over(model).encode_chat(chat)) + options.tokens // 2
+    shares = {}
+    for name, own in times.items():
+        rows = 2 if "steered" in name else 1
+        size = contenders.weight_bytes(model)
+        size += rows * contenders.cache_bytes(model.config, dtype, tokens)
+        best = max(speed.values())
+        shares[name] = Spread.of([size / ms / 1e6 / best for ms in own.token])
+        shown[name] |= {"warm_up_s": warm[name], "bandwidth_share": asdict(shares[name])}
+    count = 4 if options.quick else 64
+    chats = [rag_chat(contenders.tokenizer(), length, "Which is oldest?", i) for i in range(count)]
+    rate, decode_rate = many_users(model, chats, options)
+    shown["users"] = {"tokens_per_s": asdict(rate), "decode_tokens_per_s": asdict(decode_rate)}
+    best_steered, best_plain = (COMPILED, COMPILED_PLAIN) if COMPILED in times else (STEERED, PLAIN)
+    steered, what = times[best_steered].token, f"{shape}, {name_of(dtype)}, {device}, per token"
+    return [
+        at_most(f"{what}: {best_steered} / own plain", 1.03, steered, times[best_plain].token),
+        at_most(f"{what}: {best_steered} / plain `generate`", 0.5, steered, times[EAGER].token),
+        Claim(f"{what}: share of bandwidth, {best_steered}", 0.6, shares[best_steered], False),
+        at_least(
+            f"{what}: plain `generate` / {STEERED}", None, times[EAGER].token, times[STEERED].token
+        ),
+        Claim(f"{shape}: {count} steered users, prefill included", None, rate, unit=" tokens/s"),
+        Claim(f"{shape}: the same, decoding alone", None, decode_rate, unit=" tokens/s"),
+    ], shown
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print a table and, as the last line, JSON; return that."""
+    parser = measure.options_parser(__doc__, rounds=5, tokens=64)
+    parser.add_argument("--shape", action="append", choices=["llama-1b", "llama-8b", "tiny"])
+    parser.add_argument("--compile", choices=["on", "off"], help="(default on; with --quick off)")
+    options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.quick:
+        sys.exit("No CUDA GPU is here; --quick runs a tiny shape on the CPU.")
+    claims: list[Claim] = []
+    figures: dict[str, Any] = {}
+    for shape in options.shape or (["tiny"] if options.quick else ["llama-1b", "llama-8b"]):
+        for dtype in options.dtypes:
+            of_shape, figures[f"{shape}, {name_of(dtype)}"] = measure_shape(
+                shape, dtype, device, options
+            )
+            claims += of_shape
+    return measure.report("gpu", options, claims, figures)
+
+
+if __name__ == "__main__":
+    main()
