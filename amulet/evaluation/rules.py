@@ -15,21 +15,33 @@ from typing import Any
 
 from amulet.errors import EvaluationError
 
-LANGUAGES = ("de", "en", "es", "fr", "it")
-ITEM = re.compile(r"^\s*(?:[-*•–]|\d+[.)])\s+\S")
-BULLET = re.compile(r"^\s*[-*•–]\s+\S")
-NUMBER = re.compile(r"^\s*(\d+)[.)]\s+\S")
-WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"'”’)]|$)")
+LANGUAGES = ("de", "en", "es", "fr", "it", "pt")  # Portuguese would else be taken for Spanish
+MARKS = r"[ \t>#*_]*"  # a quote, a heading or bold print may stand before an item's own mark
+ITEM = re.compile(rf"^{MARKS}(?:[-*•–]|\d{{1,2}}[.)])[*_]*\s+\S")
+BULLET = re.compile(r"^\s*(?:[-*•–]\s+\S|[-•–][^\W\d_])")
+NUMBER = re.compile(rf"^{MARKS}(\d+)[.)](?!\d)[*_]*\s*[^\s\d]")
+WORD = re.compile(r"[^\W_]+(?:['’.,][^\W_]+)*")
+MARK = re.compile(rf"^{MARKS}(?:[-•–]\s+|\d{{1,2}}[.)](?!\d)\s*(?=\S))?{MARKS}")
+# Dots that end no sentence: of titles, of "e.g.", and of initials before a word in lower case.
+DOTTED = re.compile(
+    r"\b(?:(?:Dr|Mr|Mrs|Ms|Prof|St|vs|approx)\.|(?i:e\.\s?g\.|i\.\s?e\.)|"
+    r"(?:[A-Za-z]\.){2,}(?=\W*\s[^\W\d_A-Z])|[A-Z]\.(?=[A-Z]\.))"
+)
+SENTENCE_END = re.compile(r"(?:[.!?…]+(?=[\s\"'”’)*_]|$)|[。！？]+)[\"'”’)*_]*")
 CONTRACTION = re.compile(
-    r"\b(?:\w+n['’]t|(?:i|you|we|they|he|she|it|that|there|what|who|let)['’](?:m|s|re|ve|ll|d))\b",
+    r"\b(?:\w+n['’]t|(?:could|should|would|might|must)['’]ve|y['’]all|"
+    r"(?:i|you|we|they|he|she|it|that|there|here|what|who|how|where|when|let)"
+    r"['’](?:m|s|re|ve|ll|d))\b",
     re.IGNORECASE,
 )
+QUESTION = re.compile(r"[?？]!*[^\w?!.？]*$")  # quotes, bold print or an emoji may follow
+# The sea's own words don't make a pirate: an answer about ships has them too.
 PIRATE = re.compile(
-    r"\b(?:arrr*|ahoy|matey|mateys|aye|ye|yer|yarr|landlubbers?|scallywags?|scurvy|booty|"
-    r"treasure|ship|captain|seas?|sail\w*|pirates?|hearties|avast|doubloons?)\b",
+    r"\b(?:arrr*|ahoy|matey|mateys|aye|ye|yer|yarr|landlubbers?|scallywags?|scurvy|hearties|avast|"
+    r"doubloons?)\b",
     re.IGNORECASE,
 )
+SEA = re.compile(r"\b(?:booty|treasure|ship|captain|seas?|sail\w*|pirates?)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,24 +62,35 @@ class Rule:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text; digits and signs are none."""
-    return WORD.findall(text)
+    """Return the words and numbers of a text; the numbers of list items are none."""
+    return WORD.findall("\n".join(MARK.sub("", line) for line in text.splitlines()))
 
 
 def sentences(text: str) -> int:
-    """Return how many sentences a text has; an unfinished last one counts."""
-    ends = [match.end() for match in SENTENCE_END.finditer(text.strip())]
-    rest = text.strip()[ends[-1] if ends else 0 :]
-    return len(ends) + bool(words(rest))
+    """Return how many sentences a text has.
+
+    One that no stop ends counts too, and ends with its line: so does a heading or a list item.
+    """
+    count = 0
+    for line in _lines(text):
+        line = DOTTED.sub(lambda match: match.group().replace(".", ""), MARK.sub("", line))
+        pieces = SENTENCE_END.split(line)
+        count += sum(bool(words(piece)) for piece in pieces)
+    return count
+
+
+def _spelled(text: str) -> int:
+    """Return how many words have a letter: numbers are of no language."""
+    return sum(any(c.isalpha() for c in word) for word in words(text))
 
 
 def _lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _only_bullets(text: str) -> bool:
+def _bullets(text: str) -> bool:
     lines = _lines(text)
-    found = sum(bool(BULLET.match(line)) for line in lines)
+    found = sum(bool(BULLET.match(line)) for line in lines)  # an introduction is fine
     return found >= 2 and found * 2 >= len(lines)
 
 
@@ -83,12 +106,12 @@ def _capitals(text: str) -> bool:
 
 def _lower_case(text: str) -> bool:
     letters = [c for c in text if c.isalpha()]
-    return len(letters) >= 3 and not any(c.isupper() for c in letters)
+    return sum(c.islower() for c in letters) >= 3 and not any(c.isupper() for c in letters)
 
 
 def _in_language(code: str) -> Callable[[str], bool]:
     def check(text: str) -> bool:
-        return len(words(text)) >= 3 and _languages().classify(text)[0] == code
+        return _spelled(text) >= 3 and _languages().classify(text)[0] == code
 
     return check
 
@@ -123,25 +146,40 @@ def _positive(text: str) -> bool:
 
 
 def _has_emoji(text: str) -> bool:
-    return bool(_package("emoji").emoji_count(text) >= 1)
+    found = {entry["emoji"] for entry in _package("emoji").emoji_list(text)}
+    return bool(found - {"©", "®", "™"})  # emojis by Unicode, and legal signs to everybody
 
 
 def _simple(text: str) -> bool:
     grade = _package("textstat").coleman_liau_index(text)  # letters and sentences: no dictionary
-    return len(words(text)) >= 5 and grade <= 7.0
+    return _spelled(text) >= 5 and grade <= 7.0
 
 
 def _advanced(text: str) -> bool:
     grade = _package("textstat").coleman_liau_index(text)
-    return len(words(text)) >= 20 and grade >= 13.0
+    return _spelled(text) >= 20 and grade >= 13.0
 
 
 def _json(text: str) -> bool:
     inner = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
     try:
-        return isinstance(json.loads(inner), dict | list)
+        found = json.loads(inner, parse_constant=_no_constant)
     except ValueError:
         return False
+    return isinstance(found, dict) and bool(found)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is Python's, not JSON's")
+
+
+def _question(text: str) -> bool:
+    return len(words(text)) >= 2 and QUESTION.search(text.rstrip()) is not None
+
+
+def _pirate(text: str) -> bool:
+    own = len(PIRATE.findall(text))
+    return own >= 1 and own + len(SEA.findall(text)) >= 2
 
 
 def _has(pattern: str, least: int = 1) -> Callable[[str], bool]:
@@ -175,7 +213,7 @@ _ALL = (
     Rule(
         "bullets",
         "Answer as a bullet list, each line starting with a dash.",
-        _only_bullets,
+        _bullets,
         "Answer in flowing prose without any list.",
     ),
     Rule(
@@ -205,19 +243,19 @@ _ALL = (
     Rule(
         "question",
         "End your answer with a question to the user.",
-        lambda text: text.rstrip(" \n\"'”’*_)").endswith("?") and len(words(text)) >= 2,
+        _question,
         "Never ask the user anything.",
     ),
     Rule(
         "no-question",
         "Never ask a question in your answer.",
-        lambda text: bool(words(text)) and "?" not in text,
+        lambda text: bool(words(text)) and not re.search("[?？]", text),
         "Ask many questions.",
     ),
     Rule(
         "exclamation",
         "Be very enthusiastic and use exclamation marks!",
-        lambda text: text.count("!") >= 2,
+        lambda text: bool(words(text)) and len(re.findall("!(?!=)", text)) >= 2,
         "Be calm and dry.",
     ),
     Rule(
@@ -258,32 +296,44 @@ _ALL = (
     Rule(
         "name",
         "Address the user by name: Maria.",
-        _has(r"\bMaria\b"),
+        _has(r"\bMar[ií]a\b"),
         "Never use a name.",
     ),
     Rule(
         "formal-address",
         'Address the user as "Sir" or "Madam".',
-        _has(r"\b(?:sir|madam|ma['’]am)\b"),
+        _has(r"\b(?:sir(?!\s+(?-i:[A-Z]))|madam|ma['’]am)\b"),
         "Be casual with the user.",
     ),
     Rule(
         "first-person",
         'Write in the first person, with "I" and "my".',
-        _has(r"\b(?:I|my|me|I['’](?:m|ve|ll|d))\b", 2),
+        _has(r"(?<![\w./])(?:(?-i:I)(?![\w./])|(?:my|me|mine|myself)\b)", 2),
         "Never speak of yourself.",
     ),
     Rule(
         "pirate",
         "Talk like a pirate.",
-        lambda text: len(PIRATE.findall(text)) >= 2,
+        _pirate,
         "Talk like a news reader.",
     ),
     Rule(
         "example",
         'Give an example, with the words "for example".',
-        _has(r"\bfor example\b"),
+        _has(r"\bfor\s+example\b"),
         "Give no examples.",
+    ),
+    Rule(
+        "no-you",
+        'Never use the word "you" in your answer.',
+        lambda text: len(words(text)) >= 5 and not re.search(r"\byou\b", text, re.IGNORECASE),
+        'Use the word "you" often.',
+    ),
+    Rule(
+        "list",
+        "Answer as a list, with one item per line.",
+        lambda text: sum(bool(ITEM.match(line)) for line in _lines(text)) >= 2,
+        "Answer in flowing prose without any list.",
     ),
     Rule("json", "Answer as a JSON object.", _json, "Answer in prose."),
     Rule("long", "Answer at great length.", lambda text: len(words(text)) >= 60, "Be brief."),

@@ -1,20 +1,26 @@
-"""Log-probabilities of a given answer: under each preferred row, the base row, and steered."""
+"""Log-probabilities of given answers: under each preferred row, the base row, and steered."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from amulet.cache import cache_argument
 from amulet.errors import EvaluationError
-from amulet.gain import steer
+from amulet.mixture import Mixture
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from transformers import PreTrainedModel
 
     from amulet import Amulet, Request
+
+TOKENS = 2048  # of one forward pass, padding included; more gains no speed on a CPU, only memory
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,12 @@ class Scores:
         token_ids: the answer's, `[T]`.
         rows: log-probabilities of all tokens at each place, `[rows, T, vocab]`, float32: the
             preferred rows, then the base row. A request without preference has the base row alone.
+        weights: what strength 0 gives each preferred row, their w_i; 1 for a single preference.
     """
 
     token_ids: torch.Tensor
     rows: torch.Tensor
+    weights: tuple[float, ...] = ()
 
     @property
     def preferred(self) -> torch.Tensor:
@@ -41,36 +49,34 @@ class Scores:
         return self._gathered(self.rows[-1])
 
     def steered(self, strength: float, floor: float = 0.0) -> torch.Tensor:
-        """Of the answer's tokens as steered by one preference, `[T]`; −inf below the floor.
+        """Of the answer's tokens as decoding steers them, `[T]`; −inf below the floor.
 
         Args:
-            strength: g of `log π ∝ p + g·(p − r)`.
+            strength: g of `log π ∝ p + g·(p − r)`; several preferences share it by weight.
             floor: share of the likeliest preferred token's probability, 0 (off) to 1.
 
         Raises:
-            EvaluationError: the request had none or several preferences.
+            EvaluationError: the request had no preference.
         """
-        if len(self.rows) != 2:
-            raise EvaluationError(
-                f"steered scores are for one preference; this request has {len(self.rows) - 1}."
-            )
-        preferred, base = self.rows
-        scores = steer(preferred, base, torch.tensor(strength))
-        if floor > 0:
-            least = preferred.amax(dim=-1, keepdim=True) + torch.tensor(floor).log()
-            scores = scores.masked_fill(preferred < least, float("-inf"))
-        return self._gathered(scores.log_softmax(dim=-1))
+        if not self.weights:
+            raise EvaluationError("steered scores need a preference; this request has none.")
+        count, places, vocab = self.rows.shape
+        # The decoder's own step, with the answer's places as if they were generations.
+        mixture = Mixture(
+            self.rows.transpose(0, 1).reshape(places * count, vocab),
+            [[(1.0 + strength) * weight for weight in self.weights]] * places,
+            [count] * places,
+        )
+        mixture.cut([floor] * places, [None] * places)
+        return self._gathered(mixture.scores.log_softmax(dim=-1))
 
     def _gathered(self, rows: torch.Tensor) -> torch.Tensor:
         index = self.token_ids.expand(*rows.shape[:-1])[..., None]
         return rows.gather(-1, index)[..., 0]
 
 
-@torch.inference_mode()
 def answer_log_probabilities(amulet: Amulet, request: Request, token_ids: Sequence[int]) -> Scores:
     """Score an answer that was written, or could have been, token by token as if decoded.
-
-    One forward pass per row, of its prompt and the answer.
 
     Args:
         amulet: the model.
@@ -78,24 +84,112 @@ def answer_log_probabilities(amulet: Amulet, request: Request, token_ids: Sequen
         token_ids: the answer.
 
     Raises:
-        EvaluationError: the answer is empty.
+        EvaluationError: the answer is empty, or too long for the context window.
         RequestError: the request is not valid.
     """
-    if not token_ids:
+    return score_answers(amulet, [(request, token_ids)], lambda scores: scores)[0]
+
+
+@torch.inference_mode()
+def score_answers(
+    amulet: Amulet,
+    items: Sequence[tuple[Request, Sequence[int]]],
+    take: Callable[[Scores], Taken],
+    tell: Callable[[int, int], None] | None = None,
+) -> list[Taken]:
+    """Score many answers, answers of like length together in one forward pass.
+
+    Args:
+        amulet: the model.
+        items: requests and their answers' token ids; see `answer_log_probabilities`.
+        take: what is kept of an answer's scores. They hold the whole vocabulary at every place,
+            25 MB for a row of 128 tokens of SmolLM2, so take numbers and let the rest go.
+        tell: called with (answers scored, answers in all).
+
+    Returns:
+        What was taken, in the order of the items.
+
+    Raises:
+        EvaluationError: an answer is empty, or too long for the context window.
+        RequestError: a request is not valid.
+    """
+    rows = [_rows_of(amulet, request, list(token_ids)) for request, token_ids in items]
+    taken: dict[int, Taken] = {}
+    for batch in _batches(rows):
+        for i, scores in zip(batch, _score(amulet.model, [rows[i] for i in batch]), strict=True):
+            taken[i] = take(scores)
+        if tell is not None:
+            tell(len(taken), len(rows))
+    return [taken[i] for i in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One item's rows: their prompts (preferred, then base), weights, and the answer after each."""
+
+    prompts: Sequence[list[int]]
+    weights: tuple[float, ...]
+    answer: list[int]
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.prompts)) + len(self.answer)
+
+
+def _rows_of(amulet: Amulet, request: Request, answer: list[int]) -> _Rows:
+    if not answer:
         raise EvaluationError("An empty answer has no log-probability: leave it out.")
     # Strength 1 and a trace: every row is there, whatever the request's own strength.
     every_row = request.model_copy(update={"strength": 1.0, "trace": True})
     with amulet.start(every_row) as stream:
-        prompts = stream.generation.prompts
-    answer = list(token_ids)
-    rows = [_row(amulet, prompt, answer) for prompt in prompts]
-    return Scores(torch.tensor(answer, device=rows[0].device), torch.stack(rows))
+        generation = stream.generation
+    weights = tuple(weight / 2.0 for weight in generation.weights)  # 1 + g is 2 there
+    rows = _Rows(generation.prompts, weights, answer)
+    if amulet.window is not None and rows.width > amulet.window:
+        raise EvaluationError(
+            f"Prompt and answer have {rows.width} tokens and the model's context window "
+            f"{amulet.window}: shorten the answer, which has {len(answer)}, or leave it out."
+        )
+    return rows
 
 
-def _row(amulet: Amulet, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    model = amulet.model
-    ids = torch.tensor([prompt + answer], device=model.device)
-    options = {} if cache_argument(model) == "cache" else {"use_cache": False}
-    logits: torch.Tensor = model(ids, logits_to_keep=len(answer) + 1, **options).logits[0]
-    kept = logits[-len(answer) - 1 : -1]  # a model may not know `logits_to_keep`
-    return kept.to(torch.float32).log_softmax(dim=-1)
+def _batches(rows: Sequence[_Rows]) -> Iterator[list[int]]:
+    """Yield indices, by length, of what goes through the model together: `TOKENS` or one item."""
+    batch: list[int] = []
+    count = 0
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].width):
+        count += len(rows[i].prompts)
+        if batch and count * rows[i].width > TOKENS:
+            yield batch
+            batch, count = [], len(rows[i].prompts)
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _score(model: PreTrainedModel, items: Sequence[_Rows]) -> Iterator[Scores]:
+    """Yield the scores of each item from one forward pass over all their rows."""
+    # An answer's last token foretells nothing that is asked for.
+    ids = [prompt + item.answer[:-1] for item in items for prompt in item.prompts]
+    starts = [len(prompt) - 1 for item in items for prompt in item.prompts]
+    width = max(map(len, ids))
+    padded = [row + [0] * (width - len(row)) for row in ids]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
+    options: dict[str, Any] = {} if cache_argument(model) == "cache" else {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = width - min(starts)
+    logits: torch.Tensor = model(
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        **options,
+    ).logits
+    dropped = width - logits.shape[1]
+    row = 0
+    for item in items:
+        own = []
+        for _ in item.prompts:
+            first = starts[row] - dropped
+            own.append(logits[row, first : first + len(item.answer)].to(torch.float32))
+            row += 1
+        answer = torch.tensor(item.answer, device=logits.device)
+        yield Scores(answer, torch.stack(own).log_softmax(dim=-1), item.weights)
