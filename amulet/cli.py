@@ -23,6 +23,7 @@ from amulet.evaluation.cli import register as register_eval
 from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune
 from amulet.request import Request
+from amulet.serve.cli import register as register_serve
 
 if TYPE_CHECKING:
     from amulet import Amulet, ReplyStream
@@ -317,3 +318,4 @@ def _check(options: dict[str, Any]) -> Request:
 register_eval(app)
 register_report(app)
 register_tune(app)
+register_serve(app)

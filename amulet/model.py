@@ -134,6 +134,22 @@ class Amulet:
             drafts=drafts,
         )
 
+    @classmethod
+    def connect(cls, url: str, **options: Any) -> Amulet:
+        """Use the model of a running `amulet serve`, through the same methods.
+
+        Args:
+            url: such as "http://127.0.0.1:8000".
+            options: `api_key`, `model`, `timeout` in seconds, `retries`.
+
+        Raises:
+            ModelError: nothing answers there.
+            MissingPackageError: the extra `remote` is not installed.
+        """
+        from amulet.remote import connect
+
+        return connect(url, **options)
+
     @property
     def name(self) -> str:
         """The model's hub id or folder."""

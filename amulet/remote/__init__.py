@@ -1,0 +1,5 @@
+"""An `Amulet` whose model is on a server: `connect(url)`; needs the package `openai`."""
+
+from amulet.remote.client import connect
+
+__all__ = ["connect"]

@@ -1,0 +1,157 @@
+"""The streams of a remote answer: those of `amulet.stream` and `amulet.aio`, read from a server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Protocol
+
+from amulet.aio import AsyncReplyStream
+from amulet.errors import RequestError
+from amulet.remote.bodies import Collector
+from amulet.remote.errors import told
+from amulet.request import Event, Reply, TokenTrace, Usage
+from amulet.stream import ReplyStream
+
+UNFINISHED = "The answer is not finished: read the stream to its end first."
+
+
+class Chunks(Protocol):
+    """What the package `openai` returns for a stream."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def close(self) -> None: ...
+
+
+class AsyncChunks(Protocol):
+    """The same for asyncio."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    async def close(self) -> None: ...
+
+
+class RemoteStream(ReplyStream):
+    """A `ReplyStream` whose tokens a server decodes; the request is sent at the first read.
+
+    Args:
+        send: sends the request and returns its chunks.
+        traced: a trace was asked for.
+    """
+
+    def __init__(self, send: Callable[[], Chunks], traced: bool) -> None:
+        self.ended = False
+        self._send = send
+        self._chunks: Chunks | None = None
+        self._collector = Collector(traced)
+        self._traced_too = traced
+        self._cancelled = False
+        self._pending = self._receive()
+
+    def events(self) -> Iterator[Event]:
+        """The rest of the answer as events; see `Event`.
+
+        Raises:
+            AmuletError: the server refused the request or could not go on.
+        """
+        yield from self._pending
+
+    def _receive(self) -> Iterator[Event]:
+        try:
+            with told():
+                self._chunks = self._send()
+                for chunk in self._chunks:
+                    yield from self._collector.take(chunk.model_dump(warnings=False))
+                    if self._cancelled:
+                        return
+            self.ended = True
+        except BaseException as error:
+            was_closed = self._cancelled  # elsewhere: reading on fails, and that is no error
+            self.close()
+            if not (was_closed and isinstance(error, Exception)):
+                raise
+
+    def poll(self) -> Event | None:
+        """Return the next event, or None at the end; unlike a local stream's, it waits."""
+        return next(self._pending, None)
+
+    def close(self) -> None:
+        """End the decode: the server stops once the connection is closed."""
+        if not self.ended:
+            self._cancelled = self.ended = True
+            if self._chunks is not None:
+                self._chunks.close()
+            self._pending = iter(())
+
+    @property
+    def reply(self) -> Reply:
+        """The finished answer; see `ReplyStream.reply`."""
+        if not self.ended:
+            raise RequestError(UNFINISHED)
+        return self._collector.reply(self._cancelled)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts, known at the end."""
+        return self._collector.usage
+
+    @property
+    def trace(self) -> tuple[TokenTrace, ...] | None:
+        """The trace so far, if it was asked for."""
+        return tuple(self._collector.trace) if self._traced_too else None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncRemoteStream(AsyncReplyStream):
+    """An `AsyncReplyStream` whose tokens a server decodes; see `RemoteStream`."""
+
+    def __init__(self, send: Callable[[], Awaitable[AsyncChunks]], traced: bool) -> None:
+        self._send = send
+        self._chunks: AsyncChunks | None = None
+        self._collector = Collector(traced)
+        self._traced = traced
+        self._ended = self._cancelled = False
+        self._pending = self._receive()
+
+    async def _receive(self) -> AsyncIterator[Event]:
+        with told():
+            self._chunks = await self._send()
+            async for chunk in self._chunks:
+                for event in self._collector.take(chunk.model_dump(warnings=False)):
+                    yield event
+        self._ended = True
+
+    async def _next(self) -> Event | None:
+        if self._cancelled and self._chunks is None:
+            raise RequestError("The stream was closed before its first piece was read.")
+        try:
+            if not self._ended:
+                return await anext(self._pending, None)
+        except BaseException:
+            await self.aclose()
+            raise
+        return None
+
+    async def aclose(self) -> None:
+        """End the decode: the server stops once the connection is closed."""
+        if not self._ended:
+            self._cancelled = self._ended = True
+            if self._chunks is not None:
+                await self._chunks.close()
+
+    @property
+    def reply(self) -> Reply:
+        """The finished answer; see `ReplyStream.reply`."""
+        if not self._ended:
+            raise RequestError(UNFINISHED)
+        return self._collector.reply(self._cancelled)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts, known at the end."""
+        return self._collector.usage
+
+    @property
+    def trace(self) -> tuple[TokenTrace, ...] | None:
+        """The trace so far, if it was asked for."""
+        return tuple(self._collector.trace) if self._traced else None

@@ -1,0 +1,364 @@
+"""The routes: chat and text completions, models, tokens, stored preferences, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from fastapi import FastAPI
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from amulet import __version__
+from amulet.errors import AmuletError, RequestError
+from amulet.model import Amulet
+from amulet.request import Request
+from amulet.serve.errors import ApiError, from_amulet, from_validation
+from amulet.serve.guard import Guard, answer, not_ready
+from amulet.serve.limits import Limits
+from amulet.serve.metrics import CONTENT_TYPE
+from amulet.serve.replies import Writer
+from amulet.serve.schema import (
+    ChatBody,
+    CompletionBody,
+    Settings,
+    TokenizeBody,
+    chat,
+    check_settings,
+)
+from amulet.serve.service import ClientGone, Job, Service
+from amulet.serve.store import PreferenceStore
+
+User = Annotated[str, InPath(min_length=1, max_length=256)]
+SLOW_READER = 60.0  # seconds to take what is decoded, beyond a request's own time
+
+
+def create_app(
+    amulet: Amulet | Callable[[], Amulet],
+    *,
+    name: str | None = None,
+    api_keys: Sequence[str] = (),
+    limits: Limits | None = None,
+    preferences: Path | None = None,
+    allowed_hosts: Sequence[str] | None = None,
+    log_content: bool = False,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> FastAPI:
+    """Return the ASGI application; `app.state.service` is its `Service`.
+
+    Args:
+        amulet: the model, or what loads it once the server runs; until then it answers 503.
+        name: what clients call the model; None is the last part of its own name.
+        api_keys: keys of which a client must send one; none lets everybody in.
+        limits: what requests may ask for.
+        preferences: an SQLite file of stored preferences; needs an API key.
+        allowed_hosts: names in the `Host` header that are answered; None answers all.
+        log_content: write prompts, preferences and answers to the log.
+        on_failure: called where the model can't be loaded.
+
+    Raises:
+        RequestError: preferences without an API key, or an empty key.
+    """
+    if any(not key.strip() for key in api_keys):
+        raise RequestError("api_key: expected a key, got an empty text.")
+    if preferences is not None and not api_keys:
+        raise RequestError(
+            "Stored preferences need an API key: anybody could read and change them otherwise."
+        )
+    service = Service(limits or Limits(), log_content)
+    store = None if preferences is None else PreferenceStore(preferences)
+
+    def load(given: Amulet | Callable[[], Amulet]) -> None:
+        loaded = given if isinstance(given, Amulet) else given()
+        service.ready(loaded, name or served_name(loaded))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = None
+        if not isinstance(amulet, Amulet):
+            loading = asyncio.create_task(_reported(load, amulet, on_failure))
+        yield
+        if loading is not None:
+            loading.cancel()
+        service.preparing.shutdown(wait=False)
+        if store is not None:
+            store.close()
+
+    if isinstance(amulet, Amulet):
+        load(amulet)
+    app = FastAPI(
+        title="Amulet",
+        version=__version__,
+        description="An OpenAI-compatible server that steers each answer to a preference.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    _add_routes(app, service, store)
+    if store is not None:
+        _add_store(app, service.limits, store)
+    _add_errors(app)
+    app.add_middleware(Guard, service=service, api_keys=api_keys, hosts=allowed_hosts)
+    return app
+
+
+def served_name(amulet: Amulet) -> str:
+    """Return what clients call a model: its hub id, or its folder's last part."""
+    folder = Path(amulet.name)
+    return folder.name if folder.is_dir() or folder.is_absolute() else amulet.name
+
+
+async def _reported(
+    load: Callable[[Callable[[], Amulet]], None],
+    loader: Callable[[], Amulet],
+    on_failure: Callable[[Exception], None] | None,
+) -> None:
+    try:
+        await asyncio.to_thread(load, loader)
+    except Exception as error:
+        if on_failure is None:
+            raise
+        on_failure(error)
+
+
+def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -> None:
+    async def run(body: ChatBody | CompletionBody, http: HttpRequest) -> Response:
+        _check_model(service, body.model)
+        fields = list(type(body).model_fields)
+        stored = await _stored(store, body.user)
+        try:
+            requests = body.requests(service.limits, stored)
+            job = await service.start(requests, http)
+            writer = _writer(service, body, requests)
+            if body.stream:
+                usage = body.stream_options is not None and body.stream_options.include_usage
+                return EventStream(_chunks(job, writer, usage, fields), job, service.limits.seconds)
+            try:
+                return JSONResponse(writer.whole(await job.read(http)))
+            finally:
+                job.close()
+        except AmuletError as error:
+            raise from_amulet(error, fields) from None
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; the log and the metrics tell
+
+    @app.post("/v1/chat/completions", responses=_ERRORS)
+    async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
+        """Answer a chat."""
+        return await run(body, http)
+
+    @app.post("/v1/completions", responses=_ERRORS)
+    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
+        """Continue a text, without a chat template."""
+        return await run(body, http)
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> dict[str, Any]:
+        """List the one model."""
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    async def model(model: str) -> dict[str, Any]:
+        """Tell what a client on the other side needs to know of the model."""
+        _check_model(service, model)
+        amulet = service.amulet
+        template = getattr(amulet.tokenizer, "chat_template", None)
+        return {
+            **_model(service),
+            "version": __version__,
+            "system_fingerprint": service.fingerprint,
+            "steering": amulet.steering.model_dump(),
+            "chat_template": template,
+            "end_ids": sorted(amulet.end_ids),
+            "limits": vars(service.limits),
+        }
+
+    @app.post("/tokenize", responses=_ERRORS)
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Return the token ids of a text, or of a chat as the model's template writes it."""
+        _check_model(service, body.model)
+        try:
+            ids = await asyncio.to_thread(_tokens, service.amulet, body)
+        except AmuletError as error:
+            raise from_amulet(error, list(TokenizeBody.model_fields)) from None
+        return {"count": len(ids), "max_model_len": service.amulet.window, "tokens": ids}
+
+    @app.get("/health", responses=_ERRORS)
+    async def health() -> dict[str, str]:
+        """Tell whether requests are answered: 200, or 503 while loading or draining."""
+        if service.traffic.state != "ready":
+            raise not_ready(service.traffic.state)
+        return {"status": "ready"}
+
+    @app.get("/metrics", responses=_ERRORS)
+    async def metrics() -> Response:
+        """Return the figures in Prometheus's form."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _add_store(app: FastAPI, limits: Limits, store: PreferenceStore) -> None:
+    @app.get("/v1/preferences/{user}", responses=_ERRORS)
+    async def get_preference(user: User) -> dict[str, Any]:
+        """Return a user's stored settings."""
+        settings = await asyncio.to_thread(store.get, _unicode(user))
+        if settings is None:
+            raise _no_preference()
+        return settings
+
+    @app.put("/v1/preferences/{user}", responses=_ERRORS)
+    async def put_preference(user: User, body: Settings) -> dict[str, Any]:
+        """Store settings for requests with this `user`."""
+        try:
+            check_settings(body, limits)
+        except AmuletError as error:
+            raise from_amulet(error, list(Settings.model_fields)) from None
+        await asyncio.to_thread(store.put, _unicode(user), body.settings())
+        return body.settings()
+
+    @app.delete("/v1/preferences/{user}", responses=_ERRORS, status_code=204)
+    async def delete_preference(user: User) -> Response:
+        """Forget a user's settings."""
+        if not await asyncio.to_thread(store.delete, _unicode(user)):
+            raise _no_preference()
+        return Response(status_code=204)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: HttpRequest, error: ApiError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: HttpRequest, error: RequestValidationError) -> Response:
+        return answer(from_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: HttpRequest, error: HTTPException) -> Response:
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+        told = ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code))
+        return JSONResponse(told.body, told.status, error.headers)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a job; the job is closed however the response ends."""
+
+    def __init__(self, chunks: AsyncIterator[str], job: Job, seconds: float) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, headers=headers, media_type="text/event-stream")
+        self._job = job
+        self._seconds = seconds + SLOW_READER
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with anyio.move_on_after(self._seconds), suppress(ClientDisconnect):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._job.close()
+
+
+async def _chunks(job: Job, writer: Writer, usage: bool, fields: list[str]) -> AsyncIterator[str]:
+    begun: set[int] = set()
+    try:
+        async for index, event in job.events():
+            if index not in begun and writer.kind == "chat":
+                begun.add(index)
+                yield _sse(writer.first(index))
+            if event is None:
+                yield _sse(writer.last(index, job.reply(index)))
+            else:
+                yield _sse(writer.event(index, event))
+        if usage:
+            yield _sse(writer.usage_chunk(job.usages))
+        yield "data: [DONE]\n\n"
+    except AmuletError as error:
+        yield _sse(from_amulet(error, fields).body)
+    except ApiError as error:
+        yield _sse(error.body)
+
+
+def _sse(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _writer(
+    service: Service, body: ChatBody | CompletionBody, requests: Sequence[Request]
+) -> Writer:
+    is_chat = isinstance(body, ChatBody)
+    return Writer(
+        kind="chat" if is_chat else "completion",
+        model=service.name,
+        prompts=len(requests) // (body.n or 1),
+        logprobs=bool(body.logprobs) if is_chat else body.logprobs is not None,
+        trace=body.trace,
+        details=body.return_details,
+        end_ids=service.amulet.end_ids,
+        fingerprint=service.fingerprint,
+    )
+
+
+async def _stored(store: PreferenceStore | None, user: str | None) -> dict[str, Any]:
+    if store is None or user is None:
+        return {}
+    return await asyncio.to_thread(store.get, user) or {}
+
+
+def _check_model(service: Service, model: str | None) -> None:
+    if model is not None and model != service.name:
+        raise ApiError(
+            404,
+            f"model={model!r}: this server has {service.name!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "amulet",
+        "max_model_len": service.amulet.window,
+    }
+
+
+def _tokens(amulet: Amulet, body: TokenizeBody) -> list[int]:
+    if body.prompt is not None:
+        encode = amulet.tokenizer.encode
+        return list(encode(body.prompt, add_special_tokens=body.add_special_tokens))
+    return amulet.encode_chat(
+        chat(body.messages or []),
+        tools=body.tools or None,
+        tools_prompt=body.tools_prompt,
+        template_options=body.chat_template_kwargs or {},
+    )
+
+
+def _unicode(user: str) -> str:
+    return user.encode("utf-8", "replace").decode("utf-8")
+
+
+def _no_preference() -> ApiError:
+    return ApiError(404, "This user has no stored preference.", param="user", code="not_found")
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description}
+    for status, description in {
+        400: "The request is not valid; `error.param` names the field.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model, preference or route.",
+        413: "The body is too large.",
+        429: "The queue is full; `Retry-After` tells when to try again.",
+        503: "The model is being loaded, or the server shuts down or is out of memory or time.",
+    }.items()
+}

@@ -1,0 +1,146 @@
+"""`amulet serve`: arguments to `create_app`; no logic.
+
+The web framework is imported when the command runs, so that `amulet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from amulet.console import Device, DType, Model, load, readable_errors
+from amulet.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from amulet import Amulet
+
+LOOPBACK = ["localhost", "127.0.0.1", "::1"]
+
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets the network in.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar="AMULET_API_KEY",
+        help="Key that clients must send; give it again for more than one.",
+    ),
+]
+Served = Annotated[
+    str | None, typer.Option("--served-model-name", help="What clients call the model.")
+]
+Stored = Annotated[
+    Path | None,
+    typer.Option(
+        "--preferences", metavar="FILE", help="SQLite file of users' preferences; needs a key."
+    ),
+]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-host", help="Host header to answer; loopback answers its own names."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `serve`."""
+    app.command()(serve)
+
+
+def serve(
+    model: Model = None,
+    device: Device = None,
+    dtype: DType = "auto",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: Keys = None,
+    served_model_name: Served = None,
+    preferences: Stored = None,
+    allowed_host: Hosts = None,
+    max_rows: Annotated[
+        int, typer.Option(help="Rows decoded at once; a steered request takes two or more.")
+    ] = 64,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; beyond, status 429.")] = 64,
+    max_body_bytes: Annotated[int, typer.Option(help="Size of a request's body.")] = 4 * 2**20,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; default: the context window.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens of an answer, also where the request says nothing.")
+    ] = 4096,
+    max_seconds: Annotated[float, typer.Option(help="Time for one request.")] = 600.0,
+    max_preferences: Annotated[int, typer.Option(help="Preferences per request.")] = 4,
+    max_choices: Annotated[int, typer.Option(help="Answers per request (`n`).")] = 16,
+    max_grammar_bytes: Annotated[
+        int, typer.Option(help="Size of a grammar, a JSON schema, the tools of a forced call.")
+    ] = 2**16,
+    drain_seconds: Annotated[
+        float, typer.Option(help="After SIGTERM, time for running requests to end.")
+    ] = 30.0,
+    log_content: Annotated[
+        bool, typer.Option("--log-content", help="Log prompts, preferences and answers.")
+    ] = False,
+) -> None:
+    """Serve the model to OpenAI clients, each request steered by its own `preference`."""
+    with readable_errors():
+        try:
+            import uvicorn
+
+            from amulet.serve.app import create_app
+            from amulet.serve.limits import Limits
+            from amulet.serve.server import Server
+        except ImportError as error:
+            raise MissingPackageError(
+                f"amulet serve needs the package {error.name}: "
+                'pip install "amulet-integrations[serve]"'
+            ) from None
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        servers: list[Server] = []
+        loopback = _is_loopback(host)
+        app = create_app(
+            lambda: _load(model, device, dtype, max_rows),
+            name=served_model_name or (None if model else "SmolLM2-135M-Instruct"),
+            api_keys=api_key or (),
+            limits=Limits(
+                queue=queue,
+                body_bytes=max_body_bytes,
+                prompt_tokens=max_prompt_tokens,
+                max_tokens=max_tokens,
+                seconds=max_seconds,
+                preferences=max_preferences,
+                choices=max_choices,
+                grammar_bytes=max_grammar_bytes,
+            ),
+            preferences=preferences,
+            allowed_hosts=allowed_host or (LOOPBACK if loopback else None),
+            log_content=log_content,
+            on_failure=lambda error: servers[0].fail(error),
+        )
+        if not loopback and not api_key:
+            Console(stderr=True).print(
+                f"Anybody who reaches {host}:{port} can use this server: no --api-key.",
+                style="yellow",
+            )
+        config = uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=5)
+        servers.append(Server(config, app.state.service, drain_seconds))
+        servers[0].run()
+        if servers[0].failure is not None:
+            raise servers[0].failure
+
+
+def _load(model: str | None, device: str | None, dtype: str, max_rows: int) -> Amulet:
+    options: dict[str, Any] = {"max_rows": max_rows}
+    return load(model, device, dtype, **options)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

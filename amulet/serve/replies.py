@@ -1,0 +1,205 @@
+"""Replies and events as OpenAI's JSON: chat and text completions, whole and in chunks."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from amulet.request import Event, Reply, TokenTrace, Usage
+
+UNLIKELY = -9999.0  # what OpenAI's API says for a token that can't come; JSON has no -inf
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes one request's answer.
+
+    Args:
+        kind: which endpoint answers.
+        model: the served model's name.
+        prompts: how many prompts the request had; usage counts each once, whatever `n` is.
+        logprobs, trace, details: what was asked for beside the text.
+        end_ids: ids that end an answer; they are not listed among the log-probabilities.
+    """
+
+    kind: Literal["chat", "completion"]
+    model: str
+    prompts: int
+    logprobs: bool
+    trace: bool
+    details: bool
+    end_ids: frozenset[int]
+    fingerprint: str
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """Return the answer to a request that doesn't stream."""
+        choices = []
+        for index, reply in enumerate(replies):
+            choice: dict[str, Any] = {"index": index}
+            if self.kind == "chat":
+                choice["message"] = _message(reply)
+            else:
+                choice["text"] = reply.text
+            choice["logprobs"] = self._logprobs(reply.trace or ())
+            choice["finish_reason"] = _reason(reply)
+            if self.trace:
+                choice["trace"] = [_trace(token) for token in reply.trace or ()]
+            if self.details:
+                choice["details"] = _details(reply)
+            choices.append(choice)
+        usages = [reply.usage for reply in replies]
+        return {**self._head(""), "choices": choices, "usage": self.usage(usages)}
+
+    def first(self, index: int) -> dict[str, Any]:
+        """Return a choice's first chunk: its role."""
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def event(self, index: int, event: Event) -> dict[str, Any]:
+        """Return the chunk of an event."""
+        if self.kind == "completion":
+            return self._chunk(index, event.text, event.tokens)
+        if event.kind == "text":
+            delta: dict[str, Any] = {"content": event.text} if event.text else {}
+        elif event.kind == "reasoning":
+            delta = {"reasoning_content": event.text}
+        else:
+            function: dict[str, Any] = {"arguments": event.text}
+            call: dict[str, Any] = {"index": event.index, "function": function}
+            if event.id is not None:
+                call.update(id=event.id, type="function")
+                function["name"] = event.name or ""
+            delta = {"tool_calls": [call]}
+        return self._chunk(index, delta, event.tokens)
+
+    def last(self, index: int, reply: Reply) -> dict[str, Any]:
+        """Return a choice's last chunk: why it ended."""
+        chunk = self._chunk(index, {} if self.kind == "chat" else "")
+        chunk["choices"][0]["finish_reason"] = _reason(reply)
+        if self.details:
+            chunk["choices"][0]["details"] = _details(reply)
+        return chunk
+
+    def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
+        """Return the chunk that tells the usage of all choices."""
+        return {**self._head(".chunk"), "choices": [], "usage": self.usage(usages)}
+
+    def usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
+        """Return the usage of all choices."""
+        once = usages[:: len(usages) // self.prompts]
+        prompt = sum(usage.prompt_tokens for usage in once)
+        completion = sum(usage.completion_tokens for usage in usages)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "base_prompt_tokens": sum(usage.base_prompt_tokens for usage in once),
+        }
+
+    def _head(self, chunk: str) -> dict[str, Any]:
+        chat = self.kind == "chat"
+        return {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}",
+            "object": f"chat.completion{chunk}" if chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def _chunk(self, index: int, said: Any, tokens: Sequence[TokenTrace] = ()) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta" if self.kind == "chat" else "text": said,
+            "logprobs": self._logprobs(tokens) if tokens else None,
+            "finish_reason": None,
+        }
+        if self.trace:
+            choice["trace"] = [_trace(token) for token in tokens]
+        return {**self._head(".chunk"), "choices": [choice]}
+
+    def _logprobs(self, tokens: Sequence[TokenTrace]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        said = [token for token in tokens if token.token_id not in self.end_ids]
+        if self.kind == "chat":
+            return {
+                "content": [
+                    {
+                        **_likely(token.text, token.steered),
+                        "top_logprobs": [_likely(text, logprob) for _, text, logprob in token.top],
+                    }
+                    for token in said
+                ],
+                "refusal": None,
+            }
+        return {
+            "tokens": [token.text for token in said],
+            "token_logprobs": [_finite(token.steered) for token in said],
+            "top_logprobs": [
+                {text: _finite(logprob) for _, text, logprob in token.top} for token in said
+            ],
+            "text_offset": [sum(len(t.text) for t in said[:place]) for place in range(len(said))],
+        }
+
+
+def _message(reply: Reply) -> dict[str, Any]:
+    calls = [
+        *((call.id, call.name, json.dumps(call.arguments)) for call in reply.tool_calls),
+        *((call.id, call.name or "", call.raw) for call in reply.invalid_tool_calls),
+    ]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if calls and not reply.text else reply.text,
+        "refusal": None,
+    }
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id_, name, arguments in calls
+        ]
+    return message
+
+
+def _reason(reply: Reply) -> str:
+    # Ended by the server's time limit: what there is of the answer is cut, as by a token limit.
+    return "length" if reply.finish_reason == "cancelled" else reply.finish_reason
+
+
+def _details(reply: Reply) -> dict[str, Any]:
+    return {
+        "token_ids": list(reply.token_ids),
+        "finish_reason": reply.finish_reason,
+        "stop_string": reply.stop_string,
+        "steering": None if reply.steering is None else reply.steering.model_dump(),
+        "invalid_tool_calls": [vars(call) for call in reply.invalid_tool_calls],
+    }
+
+
+def _trace(token: TokenTrace) -> dict[str, Any]:
+    """A trace as JSON; null stands for −inf."""
+    figures = {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in vars(token).items()
+    }
+    top = [[id_, text, _or_none(logprob)] for id_, text, logprob in token.top]
+    return {**figures, "top": top}
+
+
+def _or_none(logprob: float) -> float | None:
+    return logprob if math.isfinite(logprob) else None
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, UNLIKELY) if not math.isnan(logprob) else UNLIKELY
+
+
+def _likely(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}

@@ -1,0 +1,368 @@
+"""Bodies of requests as OpenAI's clients send them, and how they become `Request`s.
+
+An option that would change the answer and is not supported is refused unless it holds its neutral
+value; one that changes nothing here (`store`, `metadata`, ...) is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from amulet.errors import RequestError
+from amulet.grammar import Grammar, closed
+from amulet.preference import Floor, Placement, Strength
+from amulet.request import Request
+from amulet.serve.errors import ApiError
+from amulet.serve.limits import Limits
+
+SETTINGS = ("preference", "strength", "floor", "placement")
+DEPTH = 100
+COMPLETION_TOKENS = 16  # OpenAI's default for completions
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+MaxTokens: TypeAlias = Annotated[int, Field(ge=1)] | None
+Unused = Annotated[Any, Field(description="Accepted; it changes nothing here.")]
+
+
+class Wish(BaseModel):
+    """A preference and its weight; a negative weight steers away."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    weight: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+
+
+class Settings(BaseModel):
+    """How an answer is steered; the body of PUT /v1/preferences/{user}."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    preference: str | Wish | list[str | Wish] | None = Field(
+        default=None, description='What the user wants of the answer; "" decodes plainly.'
+    )
+    strength: Strength | None = None
+    floor: Floor | None = None
+    placement: Placement | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_readable(cls, given: Any) -> Any:
+        return readable(given)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was given, as JSON."""
+        return self.model_dump(mode="json", include=set(SETTINGS), exclude_none=True)
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+
+
+class GrammarBody(BaseModel):
+    """A grammar as `amulet.Grammar` has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["json_schema", "regex", "lark", "either"]
+    source: str
+
+
+class Body(Settings):
+    """What chat and text completions have in common."""
+
+    model: str | None = Field(default=None, description="The served model; None is that one too.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: MaxTokens = None
+    temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    trace: bool = Field(default=False, description="Tell of each token why it was chosen.")
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    grammar: GrammarBody | None = None
+    steer_grammar: bool = False
+    return_details: bool = Field(default=False, description="Tell token ids, steering and more.")
+
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_retention: Unused = None
+
+    @model_validator(mode="after")
+    def _only_what_is_done(self) -> Body:
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: not supported here; leave it out")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: needs stream=true")
+        return self
+
+    def _sampling(self, limits: Limits, max_tokens: int, stored: dict[str, Any]) -> dict[str, Any]:
+        if max_tokens > limits.max_tokens:
+            raise ApiError(
+                400,
+                f"max_tokens={max_tokens}: this server permits {limits.max_tokens}.",
+                param="max_tokens",
+            )
+        fields: dict[str, Any] = {"max_new_tokens": max_tokens, **stored, **self.settings()}
+        wishes = fields.get("preference")
+        if isinstance(wishes, list) and len(wishes) > limits.preferences:
+            raise too_many_preferences(len(wishes), limits)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop"):
+            if (value := getattr(self, name)) is not None:
+                fields[name] = value
+        if self.grammar is not None:
+            check_size("grammar", self.grammar.source, limits)
+            fields["grammar"] = Grammar(self.grammar.kind, self.grammar.source)
+            fields["steer_grammar"] = self.steer_grammar
+        return fields
+
+    def _choices(self, sources: list[dict[str, Any]], limits: Limits) -> list[Request]:
+        n = self.n or 1
+        if n * len(sources) > limits.choices:
+            raise ApiError(
+                400,
+                f"n={n} for {len(sources)} prompt(s): this server permits {limits.choices} "
+                "answers per request.",
+                param="n",
+            )
+        # Choices differ by their seeds, and the first is what it would be alone.
+        seeds = [None if self.seed is None else self.seed + choice for choice in range(n)]
+        return [Request(**source, seed=seed) for source in sources for seed in seeds]
+
+
+class ChatMessage(BaseModel):
+    """One message of a chat; further keys are for the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[str | dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatBody(Body):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: MaxTokens = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools_prompt: Literal["template", "fallback"] = "fallback"
+
+    def requests(self, limits: Limits, stored: dict[str, Any]) -> list[Request]:
+        """Return a request per choice.
+
+        Args:
+            limits: what the server permits.
+            stored: the user's stored settings; the body's own go first.
+
+        Raises:
+            ApiError, RequestError: an option can't be had.
+        """
+        asked = self.max_completion_tokens or self.max_tokens
+        fields = self._sampling(limits, asked or limits.max_tokens, stored)
+        fields["messages"] = chat(self.messages)
+        fields["tools_prompt"] = self.tools_prompt
+        fields["template_options"] = self._template_options()
+        if self.logprobs or self.trace:
+            fields.update(trace=True, top_logprobs=self.top_logprobs or 0)
+        elif self.top_logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+        if self.tools:
+            fields["tools"] = self.tools
+            fields["tool_choice"] = tool_choice(self.tool_choice)
+            fields["parallel_tool_calls"] = self.parallel_tool_calls is not False
+            if fields["tool_choice"] not in ("auto", "none") or self.response_format:
+                check_size("tools", json.dumps(self.tools), limits)
+        elif self.tool_choice not in (None, "auto", "none"):
+            raise ApiError(400, "tool_choice needs tools.", param="tool_choice")
+        if (grammar := response_grammar(self.response_format)) is not None:
+            if self.grammar is not None:
+                raise ApiError(400, "Give either grammar or response_format.", param="grammar")
+            check_size("response_format", grammar.source, limits)
+            fields["grammar"] = grammar
+        return self._choices([fields], limits)
+
+    def _template_options(self) -> dict[str, Any]:
+        options = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            options.setdefault("enable_thinking", self.reasoning_effort not in ("none", "minimal"))
+            options.setdefault("reasoning_effort", self.reasoning_effort)
+        return options
+
+
+class CompletionBody(Body):
+    """The body of POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    def requests(self, limits: Limits, stored: dict[str, Any]) -> list[Request]:
+        """Return a request per prompt and choice; see `ChatBody.requests`."""
+        fields = self._sampling(limits, self.max_tokens or COMPLETION_TOKENS, stored)
+        if self.logprobs is not None or self.trace:
+            fields.update(trace=True, top_logprobs=self.logprobs or self.top_logprobs or 0)
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return self._choices([{**fields, "prompt": prompt} for prompt in prompts], limits)
+
+
+class TokenizeBody(BaseModel):
+    """The body of POST /tokenize: a text, or a chat as its template writes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    tools: list[dict[str, Any]] | None = None
+    tools_prompt: Literal["template", "fallback"] = "fallback"
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_readable(cls, given: Any) -> Any:
+        return readable(given)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+def readable(given: Any) -> Any:
+    """Return JSON as it is, if what comes after can read it.
+
+    Raises:
+        ValueError: a text holds a lone surrogate, which JSON can spell and no tokenizer takes; or
+            lists and objects are nested more than `DEPTH` deep, which not all code below survives.
+    """
+    waiting = [(given, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEPTH:
+            raise ValueError(f"it is nested more than {DEPTH} levels deep")
+        if isinstance(value, dict):
+            waiting += [(inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list):
+            waiting += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, str) and _SURROGATE.search(value):
+            raise ValueError("a text holds half of a surrogate pair; send valid Unicode")
+    return given
+
+
+def check_size(what: str, written: str, limits: Limits) -> None:
+    """Refuse a grammar that is too large.
+
+    Raises:
+        ApiError: it is.
+    """
+    if len(written) > limits.grammar_bytes:
+        raise ApiError(
+            400,
+            f"{what}: {len(written)} characters, and this server permits {limits.grammar_bytes}.",
+            param=what,
+        )
+
+
+def chat(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages as the dicts that they were."""
+    return [message.model_dump(exclude_unset=True) for message in messages]
+
+
+def check_settings(settings: Settings, limits: Limits) -> None:
+    """Raise for settings that no request could use.
+
+    Raises:
+        ApiError, RequestError: too many preferences, or one that is empty.
+    """
+    given = settings.settings()
+    wishes = given.get("preference")
+    if isinstance(wishes, list) and len(wishes) > limits.preferences:
+        raise too_many_preferences(len(wishes), limits)
+    Request(prompt="-", **given)
+
+
+def too_many_preferences(count: int, limits: Limits) -> ApiError:
+    """Return the error for more preferences than a request may have."""
+    return ApiError(
+        400,
+        f"preference: {count} given, and this server permits {limits.preferences} per request.",
+        param="preference",
+    )
+
+
+def tool_choice(given: str | dict[str, Any] | None) -> str:
+    """Return OpenAI's tool choice as `Request` has it.
+
+    Raises:
+        ApiError: it names no tool.
+    """
+    if isinstance(given, dict):
+        function = given.get("function")
+        name = function.get("name") if isinstance(function, dict) else given.get("name")
+        if not isinstance(name, str) or not name:
+            raise ApiError(
+                400,
+                'tool_choice: expected "auto", "none", "required" or '
+                '{"type": "function", "function": {"name": ...}}.',
+                param="tool_choice",
+            )
+        return name
+    return {None: "auto", "required": "any"}.get(given, given or "auto")
+
+
+def response_grammar(given: dict[str, Any] | None) -> Grammar | None:
+    """Return the grammar of OpenAI's `response_format`.
+
+    Raises:
+        ApiError: it is none of OpenAI's forms.
+    """
+    kind = (given or {"type": "text"}).get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar.json_object()
+    wrapped = (given or {}).get("json_schema")
+    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+    if kind != "json_schema" or not isinstance(schema, dict):
+        raise ApiError(
+            400,
+            'response_format: expected {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}.',
+            param="response_format",
+        )
+    try:
+        return Grammar.json_schema(closed(schema))
+    except (RequestError, RecursionError) as error:
+        raise ApiError(400, f"response_format: {error}", param="response_format") from None

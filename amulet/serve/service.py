@@ -1,0 +1,297 @@
+"""Answers requests with one `Amulet`: a place in the queue, a time limit, an end when nobody reads.
+
+All that is answered at once shares the engine's batch: there is no loop here, only readers of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from amulet.aio import AsyncReplyStream
+from amulet.errors import AmuletError, PromptTooLongError, RequestError
+from amulet.model import Amulet
+from amulet.request import Event, Reply, Request, Usage
+from amulet.serve.errors import ApiError
+from amulet.serve.limits import Limits, Traffic, rows_of
+from amulet.serve.metrics import Metrics
+from amulet.stream import ReplyStream
+
+logger = logging.getLogger("amulet.serve")
+T = TypeVar("T")
+STACK = 256 * 2**20  # bytes of address space; memory only where it is used
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Service:
+    """One model, and who asks it.
+
+    Args:
+        limits: what requests may ask for.
+        log_content: write prompts, preferences and answers to the log.
+
+    Attributes:
+        name, fingerprint: the served model's, once it is loaded.
+    """
+
+    def __init__(self, limits: Limits, log_content: bool = False) -> None:
+        self.limits = limits
+        self.log_content = log_content
+        self.traffic = Traffic(1, limits)
+        self.metrics = Metrics(lambda: len(self.traffic), lambda: self.traffic.waiting)
+        self.name = ""
+        self.fingerprint = ""
+        self.created = 0
+        self.preparing = deep_threads()
+        self._amulet: Amulet | None = None
+
+    def ready(self, amulet: Amulet, name: str) -> None:
+        """Begin to answer with a loaded model."""
+        self._amulet = amulet
+        self.name = name
+        self.fingerprint = fingerprint(amulet)
+        self.created = int(time.time())
+        self.traffic.rows = amulet._driver._max_rows
+        if self.traffic.state == "loading":
+            self.traffic.state = "ready"
+
+    @property
+    def amulet(self) -> Amulet:
+        """The loaded model.
+
+        Raises:
+            ApiError: it is still being loaded (503).
+        """
+        if self._amulet is None:
+            raise ApiError(503, "The model is still being loaded.", code="loading", retry_after=5)
+        return self._amulet
+
+    async def start(self, requests: Sequence[Request], http: HttpRequest) -> Job:
+        """Queue requests for the engine; return their answers once there is a first event.
+
+        Raises:
+            ApiError: the queue is full, or a limit is passed.
+            AmuletError: a request can't be decoded.
+            ClientGone: the client has closed its connection.
+        """
+        job = Job(self, requests)
+        try:
+            await job.start(http)
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+
+class Job:
+    """The answers to one HTTP request while they are decoded. `close` it, however it ends."""
+
+    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
+        self._service = service
+        self._requests = requests
+        self._began = time.perf_counter()
+        self._ticket = service.traffic.enter(sum(map(rows_of, requests)))
+        self._streams: list[ReplyStream] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._queue: asyncio.Queue[tuple[int, Event | None] | Exception] = asyncio.Queue()
+        self._first: tuple[int, Event | None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def start(self, http: HttpRequest) -> None:
+        """Prepare, submit, and wait for the first event, as long as the client does."""
+        loop = asyncio.get_running_loop()
+        amulet = self._service.amulet
+        streams = await loop.run_in_executor(self._service.preparing, self._prepare)
+        self._streams = streams
+        left = self._service.limits.seconds - (time.perf_counter() - self._began)
+        self._timer = loop.call_later(max(0.0, left), self._expire)
+        for index, stream in enumerate(streams):
+            reader = AsyncReplyStream(amulet._pump, amulet._driver)
+            reader.submit(stream)
+            self._readers.append(loop.create_task(self._read(index, reader)))
+        self._first = await while_there(http, self._next())
+        self._service.metrics.first.observe(time.perf_counter() - self._began)
+
+    def _prepare(self) -> list[ReplyStream]:
+        amulet, most = self._service.amulet, self._service.limits.prompt_tokens
+        try:
+            streams = [amulet._prepare(request) for request in self._requests]
+        except AmuletError:
+            raise
+        except RecursionError:
+            raise RequestError("The request is nested too deeply.") from None
+        except ValueError as error:
+            if all(request.grammar is None and not request.tools for request in self._requests):
+                raise
+            # llguidance's own words for what is no grammar at all
+            raise RequestError(f"grammar: {error}") from None
+        for stream in streams:
+            longest = max(map(len, stream.generation.prompts))
+            if most is not None and longest > most:
+                raise PromptTooLongError(
+                    f"The prompt has {longest} tokens (the preference included) and this server "
+                    f"permits {most}; shorten the prompt."
+                )
+        return streams
+
+    async def _read(self, index: int, reader: AsyncReplyStream) -> None:
+        try:
+            async for event in reader.events():
+                self._queue.put_nowait((index, event))
+            self._queue.put_nowait((index, None))
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def _next(self) -> tuple[int, Event | None]:
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def events(self) -> AsyncIterator[tuple[int, Event | None]]:
+        """Yield events with their choice's index; None ends a choice.
+
+        Raises:
+            AmuletError: decoding failed.
+            ApiError: the time was up before the first token (503).
+        """
+        left = len(self._streams)
+        while left:
+            item, self._first = self._first or await self._next(), None
+            if item[1] is None:
+                left -= 1
+                if not self._streams[item[0]].reply.token_ids:
+                    raise ApiError(
+                        503,
+                        f"No token within {self._service.limits.seconds:g} seconds: the server is "
+                        "busy. Send the request again in a while.",
+                        code="timeout",
+                        retry_after=10,
+                    )
+            yield item
+
+    async def read(self, http: HttpRequest) -> list[Reply]:
+        """Decode to the end, as long as the client waits."""
+
+        async def drain() -> None:
+            async for _ in self.events():
+                pass
+
+        await while_there(http, drain())
+        return [stream.reply for stream in self._streams]
+
+    def reply(self, index: int) -> Reply:
+        """Return a choice's finished answer."""
+        return self._streams[index].reply
+
+    @property
+    def usages(self) -> list[Usage]:
+        """Token counts of the choices."""
+        return [stream.usage for stream in self._streams]
+
+    def _expire(self) -> None:
+        for stream in self._streams:  # they end with what they have
+            self._service.amulet._driver.cancel(stream.generation)
+
+    def close(self) -> None:
+        """End what is still decoded and give the place back; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for reader in self._readers:
+            reader.cancel()
+        for stream in self._streams:
+            stream.close()
+        seconds = time.perf_counter() - self._began
+        self._service.traffic.leave(self._ticket, seconds)
+        self._record(seconds)
+
+    def _record(self, seconds: float) -> None:
+        metrics = self._service.metrics
+        metrics.seconds.observe(seconds)
+        for request, stream in zip(self._requests, self._streams, strict=False):
+            usage, generation = stream.usage, stream.generation
+            reason = "error" if generation.error else generation.finish_reason or "cancelled"
+            metrics.answers.labels(reason, "yes" if request.preference else "no").inc()
+            metrics.tokens.labels("prompt").inc(usage.prompt_tokens)
+            metrics.tokens.labels("base_prompt").inc(usage.base_prompt_tokens)
+            metrics.tokens.labels("completion").inc(usage.completion_tokens)
+            logger.info(
+                "answer: %s, %d + %d tokens, %.2f s, %s",
+                reason,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                seconds,
+                "steered" if request.preference else "plain",
+            )
+            if self._service.log_content:
+                asked = request.messages if request.prompt is None else request.prompt
+                wishes = [wish.model_dump() for wish in request.preference]
+                said = stream._answer.text
+                logger.info("content: asked %r, preference %r, said %r", asked, wishes, said)
+
+
+async def while_there(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Return what some work gives, unless the client closes its connection first.
+
+    Raises:
+        ClientGone: it did; the work is cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def deep_threads() -> ThreadPoolExecutor:
+    """Return threads for compiling grammars.
+
+    llguidance follows a chain of references by recursion, and where the stack ends it takes the
+    process along. With this much stack no grammar within `Limits.grammar_bytes` gets there.
+    """
+    threads = 4
+    barrier = threading.Barrier(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="amulet-prepare")
+    before = threading.stack_size(STACK)
+    try:
+        for _ in range(threads):
+            pool.submit(barrier.wait)  # each needs a thread of its own: all are started here
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
+def fingerprint(amulet: Amulet) -> str:
+    """Return what tells this model from others of its name: a hash of some of its weights."""
+    digest = hashlib.sha256(str(getattr(amulet.tokenizer, "chat_template", "")).encode())
+    for name, parameter in amulet.model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":  # offloaded weights stay where they are
+            flat = parameter.detach().reshape(-1)
+            digest.update(repr(flat[:: max(1, len(flat) // 8)][:8].tolist()).encode())
+    return f"fp_{digest.hexdigest()[:16]}"

@@ -1,0 +1,274 @@
+"""POST /v1/chat/completions and /v1/completions: what is answered, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from amulet import Amulet, Grammar
+from amulet.serve.app import create_app
+from tests.serve.conftest import asking, saying, user
+from tests.templates import family_tokenizer
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+
+
+async def post(amulet: Amulet, path: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    async with asking(create_app(amulet, name="m")) as client:
+        response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+async def chunks(amulet: Amulet, path: str = "/v1/chat/completions", **body: Any) -> list[Any]:
+    async with asking(create_app(amulet, name="m")) as client:
+        response = await client.post(path, json={**body, "stream": True})
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    lines = [line for line in response.text.split("\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def about(figures: list[float]) -> Any:
+    return pytest.approx(figures, abs=1e-4)
+
+
+async def test_a_plain_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = await post(saying(tokenizer, "hello"), model="m", messages=user("hi"))
+    assert found["object"] == "chat.completion"
+    assert found["model"] == "m"
+    assert found["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "hello", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert found["usage"] == {
+        "prompt_tokens": 21,
+        "completion_tokens": 6,
+        "total_tokens": 27,
+        "base_prompt_tokens": 0,
+    }
+
+
+async def test_a_stream_says_the_same_in_pieces(tokenizer: PreTrainedTokenizerFast) -> None:
+    options = {"include_usage": True}
+    found = await chunks(
+        saying(tokenizer, "héy"), messages=user("hi"), stream_options=options, max_tokens=50
+    )
+    deltas = [chunk["choices"][0]["delta"] for chunk in found[:-1]]
+    assert deltas == [
+        {"role": "assistant", "content": ""},
+        {"content": "h"},
+        {"content": "é"},
+        {"content": "y"},
+        {},
+    ]
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in found[:-1]]
+    assert reasons == [None, None, None, None, "stop"]
+    assert found[-1]["choices"] == []
+    assert found[-1]["usage"]["completion_tokens"] == 5
+    assert len({chunk["id"] for chunk in found}) == 1
+
+
+async def test_the_preference_steers_as_in_the_process(tiny: Amulet) -> None:
+    wishes: list[Any] = [
+        "Be brief.",
+        {"text": "Be brief.", "weight": 0.5},
+        ["Be brief.", {"text": "Be rude.", "weight": -1.0}],
+        "",
+    ]
+    for wish in wishes:
+        options = {"preference": wish, "strength": 1.5, "floor": 0.05, "placement": "user"}
+        ours = tiny.chat(user("hi"), max_new_tokens=12, **options)
+        found = await post(tiny, messages=user("hi"), max_tokens=12, return_details=True, **options)
+        choice = found["choices"][0]
+        assert choice["message"]["content"] == ours.text
+        assert choice["details"]["token_ids"] == list(ours.token_ids)
+        steering = ours.steering.model_dump() if ours.steering else None
+        assert choice["details"]["steering"] == steering
+        assert found["usage"]["base_prompt_tokens"] == ours.usage.base_prompt_tokens
+
+
+async def test_choices_have_seeds_of_their_own(tiny: Amulet) -> None:
+    sampled = {"temperature": 1.0, "top_p": 0.9}
+    seeds = (7, 8, 9)
+    ours = [tiny.chat(user("hi"), max_new_tokens=8, seed=seed, **sampled) for seed in seeds]
+    found = await post(tiny, messages=user("hi"), max_tokens=8, seed=7, n=3, **sampled)
+    assert [choice["message"]["content"] for choice in found["choices"]] == [r.text for r in ours]
+    assert found["usage"]["prompt_tokens"] == 21
+    assert found["usage"]["completion_tokens"] == 24
+    streamed = await chunks(tiny, messages=user("hi"), max_tokens=8, seed=7, n=3, **sampled)
+    texts = ["", "", ""]
+    for chunk in streamed:
+        choice = chunk["choices"][0]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == [reply.text for reply in ours]
+
+
+async def test_stop_strings_and_limits(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet = saying(tokenizer, "one two three")
+    for options, text, reason in (
+        ({"stop": " three"}, "one two", "stop"),
+        ({"stop": ["x", "two"]}, "one ", "stop"),
+        ({"max_tokens": 3}, "one", "length"),
+        ({"max_completion_tokens": 5, "max_tokens": 9}, "one t", "length"),
+    ):
+        found = await post(amulet, messages=user("hi"), **options)
+        choice = found["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
+
+
+async def test_logprobs_and_trace(tiny: Amulet) -> None:
+    options: dict[str, Any] = {"preference": "Be brief."}
+    ours = tiny.chat(user("hi"), max_new_tokens=4, trace=True, top_logprobs=2, **options).trace
+    assert ours is not None
+    found = await post(
+        tiny,
+        messages=user("hi"),
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=2,
+        trace=True,
+        **options,
+    )
+    choice = found["choices"][0]
+    content = choice["logprobs"]["content"]
+    # Another batch, and a kept prefix, round the last digits another way.
+    assert [entry["logprob"] for entry in content] == about([token.steered for token in ours])
+    for entry, token in zip(content, ours, strict=True):
+        likely = [logprob for _, _, logprob in token.top]
+        assert [top["logprob"] for top in entry["top_logprobs"]] == about(likely)
+    assert [entry["base"] for entry in choice["trace"]] == about([token.base for token in ours])
+    assert [entry["unsteered_id"] for entry in choice["trace"]] == [t.unsteered_id for t in ours]
+    streamed = await chunks(
+        tiny, messages=user("hi"), max_tokens=4, logprobs=True, top_logprobs=2, **options
+    )
+    parts = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    pieces = [entry for part in parts if part for entry in part["content"]]
+    assert [entry["token"] for entry in pieces] == [entry["token"] for entry in content]
+    assert [entry["logprob"] for entry in pieces] == about([entry["logprob"] for entry in content])
+
+
+async def test_tools_and_what_they_say() -> None:
+    tokenizer = family_tokenizer("qwen")
+    amulet = saying(tokenizer, f"<think>\nhm\n</think>\n\nWait. {CALL}")
+    options = {"messages": user("Weather in Rome?"), "tools": [WEATHER]}
+    found = await post(amulet, **options)
+    choice = found["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"].strip() == "Wait."
+    assert choice["message"]["reasoning_content"].strip() == "hm"
+    call = choice["message"]["tool_calls"][0]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+    deltas = [chunk["choices"][0]["delta"] for chunk in await chunks(amulet, **options)]
+    parts = [part for delta in deltas for part in delta.get("tool_calls", [])]
+    assert parts[0]["function"]["name"] == "weather"
+    assert "".join(part["function"]["arguments"] for part in parts) == '{"city": "Rome"}'
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas).strip() == "hm"
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+async def test_a_forced_call_is_one(choice: Any) -> None:
+    amulet = saying(family_tokenizer("qwen"), CALL)
+    found = await post(
+        amulet, messages=user("hi"), tools=[WEATHER], tool_choice=choice, max_tokens=90
+    )
+    call = found["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert call == {"name": "weather", "arguments": '{"city": "Rome"}'}
+    assert found["choices"][0]["message"]["content"] is None
+
+
+async def test_the_history_of_calls_comes_as_openai_has_it() -> None:
+    amulet = saying(family_tokenizer("qwen"), {'"city": "Rome"': "Sunny.", "": "lost"})
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "abc",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+            }
+        ],
+    }
+    result = {"role": "tool", "tool_call_id": "abc", "content": "sun"}
+    found = await post(
+        amulet, messages=[*user("Weather?"), called, result], tools=[WEATHER], max_tokens=20
+    )
+    assert found["choices"][0]["message"]["content"] == "Sunny."
+
+
+async def test_response_formats_are_grammars(tiny: Amulet) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["good", "bad"]}},
+        "required": ["mood"],
+    }
+    wrapped = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}
+    found = await post(tiny, messages=user("hi"), max_tokens=40, response_format=wrapped)
+    ours = tiny.chat(
+        user("hi"),
+        max_new_tokens=40,
+        grammar=Grammar.json_schema({**schema, "additionalProperties": False}),
+    )
+    assert found["choices"][0]["message"]["content"] == ours.text
+    assert json.loads(ours.text) in ({"mood": "good"}, {"mood": "bad"})
+    text = await post(tiny, messages=user("hi"), max_tokens=4, response_format={"type": "text"})
+    assert text["choices"][0]["finish_reason"] == "length"
+
+
+async def test_completions(tiny: Amulet) -> None:
+    path = "/v1/completions"
+    ours = [tiny.complete(prompt, max_new_tokens=16, trace=True) for prompt in ("hi", "ho")]
+    found = await post(tiny, path, prompt=["hi", "ho"], logprobs=0)
+    assert [choice["text"] for choice in found["choices"]] == [reply.text for reply in ours]
+    for choice, reply in zip(found["choices"], ours, strict=True):
+        figures = [token.steered for token in reply.trace or ()]
+        assert choice["logprobs"]["token_logprobs"] == about(figures)
+    assert found["usage"]["prompt_tokens"] == 4
+    assert found["usage"]["completion_tokens"] == 32
+    streamed = await chunks(tiny, path, prompt="hi")
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == ours[0].text
+    assert streamed[0]["object"] == "text_completion"
+
+
+async def test_what_changes_nothing_is_accepted(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = await post(
+        saying(tokenizer, "ok"),
+        messages=user("hi"),
+        store=True,
+        metadata={"a": "b"},
+        service_tier="auto",
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        reasoning_effort="low",
+        user="u",
+    )
+    assert found["choices"][0]["message"]["content"] == "ok"
+
+
+async def test_tokens_are_those_of_the_engine(tiny: Amulet) -> None:
+    async with asking(create_app(tiny, name="m")) as client:
+        text = await client.post("/tokenize", json={"prompt": "héy"})
+        chat = await client.post("/tokenize", json={"messages": user("hi")})
+    ids = list("héy".encode())
+    assert text.json() == {"count": 4, "max_model_len": 512, "tokens": ids}
+    assert chat.json()["tokens"] == tiny.encode_chat(user("hi"))

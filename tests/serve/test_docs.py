@@ -1,0 +1,47 @@
+"""The Python snippets of docs/serving.md run as they stand, but for the port."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from amulet import Amulet
+from amulet.remote import connect
+from amulet.serve.app import create_app
+from tests.serve.conftest import listening, saying
+
+pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    """A server that shows, by its answer, which preference has reached it."""
+    answers = {"one short sentence": "A hole.", "pirate": "Arr.", "Be brief": "Dark.", "": "?"}
+    app = create_app(saying(tokenizer, answers), name="SmolLM2-135M-Instruct")
+    with listening(app) as (address, _):
+        yield address
+
+
+@pytest.mark.parametrize(
+    ("snippet", "said"),
+    list(zip(SNIPPETS, ["A hole.", "Arr.", "A hole.", "Dark."], strict=True)),
+    ids=["openai", "langchain", "llama_index", "connect"],
+)
+def test_a_snippet_runs(
+    snippet: str,
+    said: str,
+    url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: Any = Amulet
+    monkeypatch.setattr(made, "connect", staticmethod(connect), raising=False)
+    exec(snippet.replace("http://127.0.0.1:8000", url), {})
+    assert capsys.readouterr().out.startswith(said)

@@ -1,0 +1,81 @@
+"""Bodies made to break the server: nesting, and grammars that llguidance does not survive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from amulet import Amulet
+from amulet.serve.app import create_app
+from tests.serve.conftest import asking, saying, user
+from tests.templates import family_tokenizer
+
+CHAT = "/v1/chat/completions"
+
+
+async def test_what_is_nested_too_deeply_is_a_400(tiny: Amulet) -> None:
+    deep: Any = 1
+    for _ in range(150):
+        deep = {"a": deep}
+    call = {"function": {"name": "w", "arguments": '{"a":' * 900 + "1" + "}" * 900}}
+    history = [*user("hi"), {"role": "assistant", "tool_calls": [call]}, *user("and?")]
+    async with asking(create_app(tiny, name="m")) as client:
+        for body in (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": deep}]}]},
+            {"chat_template_kwargs": {"x": deep}},
+            {"metadata": deep},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": deep}}},
+        ):
+            response = await client.post(CHAT, json={"messages": user("hi"), **body})
+            assert response.status_code == 400
+            assert "nested more than 100 levels deep" in response.json()["error"]["message"]
+    amulet = saying(family_tokenizer("qwen"), "hello")
+    async with asking(create_app(amulet, name="m")) as client:
+        response = await client.post(CHAT, json={"messages": history, "max_tokens": 2})
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "The request is nested too deeply."
+
+
+def chain(length: int) -> dict[str, Any]:
+    """Return a JSON schema whose definitions lead from one to the next."""
+    definitions: dict[str, Any] = {
+        f"{i}": {
+            "type": "object",
+            "properties": {"": {"$ref": f"#/$defs/{i + 1}"}},
+            "required": [""],
+        }
+        for i in range(length)
+    }
+    return {"$ref": "#/$defs/0", "$defs": {**definitions, f"{length}": {"type": "null"}}}
+
+
+async def test_grammars_that_break_llguidance_break_nothing_else(tiny: Amulet) -> None:
+    rules = "\n".join(f"r{i}: r{i + 1}" for i in range(5000))
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"grammar": {"kind": "lark", "source": f'start: r0\n{rules}\nr5000: "ab"'}}, "ab"),
+        ({"response_format": schema_format(chain(500))}, '{"": {"": '),
+        ({"grammar": {"kind": "lark", "source": "start: start"}}, "could not be followed"),
+        ({"grammar": {"kind": "regex", "source": "a{999}{999}{999}"}}, "could not be followed"),
+        ({"grammar": {"kind": "json_schema", "source": "{"}}, "grammar: "),
+        ({"response_format": schema_format(chain(1000))}, "this server permits 65536"),
+        ({"tools": [big_tool()], "tool_choice": "required"}, "this server permits 65536"),
+    )
+    async with asking(create_app(tiny, name="m")) as client:
+        for body, words in cases:
+            sent = {"messages": user("hi"), "max_tokens": 10, **body}
+            response = await client.post(CHAT, json=sent)
+            found = response.json()
+            if response.status_code == 200:
+                assert found["choices"][0]["message"]["content"].startswith(words)
+            else:
+                assert response.status_code == 400
+                assert words in found["error"]["message"]
+                assert found["error"]["param"] in ("grammar", "response_format", "tools")
+
+
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def big_tool() -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"x": {"enum": ["a" * 70_000]}}}
+    return {"type": "function", "function": {"name": "w", "parameters": parameters}}

@@ -1,0 +1,130 @@
+"""`amulet serve`: its options reach the application and uvicorn; what fails is one line."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from amulet import Amulet, ModelError
+from amulet.serve import cli
+from amulet.serve.server import Server
+from tests.serve.conftest import asking
+
+
+def run(*arguments: str) -> Any:
+    app = typer.Typer()
+    cli.register(app)
+    return CliRunner().invoke(app, list(arguments), env={"AMULET_API_KEY": None})
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch, tiny: Amulet) -> list[Server]:
+    """The servers that would have run; each has loaded its model."""
+    started: list[Server] = []
+
+    async def start(server: Server) -> None:
+        started.append(server)
+        app: Any = server.config.app
+        async with app.router.lifespan_context(app):
+            while not server.should_exit and app.state.service.traffic.state == "loading":
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Server, "run", lambda server: asyncio.run(start(server)))
+    monkeypatch.setattr(cli, "_load", lambda *_: tiny)
+    return started
+
+
+async def ask(server: Server, path: str, key: str | None = None, host: str = "localhost") -> Any:
+    app: Any = server.config.app
+    async with asking(app, key) as client:
+        return await client.get(path, headers={"Host": host})
+
+
+def test_it_listens_on_loopback_unless_told(servers: list[Server]) -> None:
+    result = run()
+    assert result.exit_code == 0, result.output
+    server = servers[0]
+    assert (server.config.host, server.config.port) == ("127.0.0.1", 8000)
+    assert not server.config.access_log
+    models = asyncio.run(ask(server, "/v1/models")).json()
+    assert [model["id"] for model in models["data"]] == ["SmolLM2-135M-Instruct"]
+    assert asyncio.run(ask(server, "/health", host="evil.example")).status_code == 403
+    assert "no --api-key" not in result.output
+
+
+def test_options_reach_the_server(servers: list[Server], tmp_path: Path) -> None:
+    result = run(
+        "--model", "some/model", "--host", "0.0.0.0", "--port", "81", "--api-key", "a",
+        "--api-key", "b", "--served-model-name", "mine", "--max-tokens", "9", "--queue", "3",
+        "--max-body-bytes", "10", "--max-prompt-tokens", "7", "--max-seconds", "2",
+        "--max-preferences", "1", "--max-choices", "2", "--log-content",
+        "--preferences", str(tmp_path / "p.sqlite"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    server = servers[0]
+    assert (server.config.host, server.config.port) == ("0.0.0.0", 81)
+    assert asyncio.run(ask(server, "/v1/models")).status_code == 401
+    facts = asyncio.run(ask(server, "/v1/models/mine", "b", "any.example")).json()
+    assert facts["limits"] == {
+        "queue": 3,
+        "body_bytes": 10,
+        "prompt_tokens": 7,
+        "max_tokens": 9,
+        "seconds": 2.0,
+        "preferences": 1,
+        "choices": 2,
+        "grammar_bytes": 65536,
+    }
+    app: Any = server.config.app
+    assert app.state.service.log_content
+    assert asyncio.run(ask(server, "/openapi.json", "a")).json()["paths"].keys() == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/tokenize",
+        "/health",
+        "/metrics",
+        "/v1/preferences/{user}",
+    }
+
+
+def test_an_open_door_is_told_of(servers: list[Server]) -> None:
+    result = run("--host", "0.0.0.0")
+    assert "Anybody who reaches 0.0.0.0:8000 can use this server: no --api-key." in result.output
+
+
+def test_what_fails_is_one_line(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = run("--queue", "-1")
+    assert (result.exit_code, result.output.strip()) == (
+        1,
+        "error: queue=-1: expected 0 or more.",
+    )
+    result = run("--preferences", str(tmp_path / "p.sqlite"))
+    assert result.exit_code == 1
+    assert result.output.startswith("error: Stored preferences need an API key")
+
+    def load(*_: Any) -> Amulet:
+        raise ModelError("no model there")
+
+    monkeypatch.setattr(cli, "_load", load)
+    result = run()
+    assert (result.exit_code, result.output.strip()) == (1, "error: no model there")
+
+
+def test_the_command_line_loads_no_framework() -> None:
+    code = (
+        "import sys, amulet.serve.cli\n"
+        "print({'torch', 'fastapi', 'uvicorn', 'openai', 'starlette'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
