@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from amulet import Amulet
-from amulet.remote import connect
 from amulet.serve.app import create_app
 from tests.serve.conftest import listening, saying
 
@@ -39,9 +36,6 @@ def test_a_snippet_runs(
     said: str,
     url: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made: Any = Amulet
-    monkeypatch.setattr(made, "connect", staticmethod(connect), raising=False)
     exec(snippet.replace("http://127.0.0.1:8000", url), {})
     assert capsys.readouterr().out.startswith(said)
