@@ -7,9 +7,11 @@ and ends when there is none.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
+from weakref import WeakSet
 
 from amulet.driver import Driver
 from amulet.errors import AmuletError, RequestError
@@ -26,6 +28,7 @@ class Pump:
         self._lock = threading.Lock()
         self._wakes: dict[Generation, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
+        _pumps.add(self)
 
     def watch(self, generation: Generation, wake: Callable[[], None]) -> None:
         """Decode a submitted generation; call `wake` (from the pump's thread) at each news."""
@@ -60,6 +63,25 @@ class Pump:
                         wake()
                     except RuntimeError:  # its event loop is closed: nobody can read it any more
                         self._driver.cancel(generation)
+
+    def stop(self) -> None:
+        """End what is being decoded, and the thread with it."""
+        with self._lock:
+            thread, watched = self._thread, list(self._wakes)
+        for generation in watched:
+            self._driver.cancel(generation)
+        if thread is not None:
+            thread.join(timeout=10)
+
+
+_pumps: WeakSet[Pump] = WeakSet()
+
+
+@atexit.register
+def _stop_pumps() -> None:
+    """A thread that is inside PyTorch while the interpreter goes down would abort the process."""
+    for pump in list(_pumps):
+        pump.stop()
 
 
 class AsyncReplyStream(AsyncIterator[str]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -192,3 +194,23 @@ def test_a_loop_that_is_gone_does_not_keep_the_pump(tokenizer: PreTrainedTokeniz
         time.sleep(0.01)
     assert pumps() == []
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_the_process_ends_cleanly_while_an_answer_is_decoded() -> None:
+    """A thread inside PyTorch would abort the interpreter on its way down."""
+    script = """
+import asyncio
+from amulet import Amulet
+from tests.models import byte_tokenizer, random_model
+
+amulet = Amulet(random_model("llama"), byte_tokenizer())
+
+async def main() -> None:
+    stream = amulet.astream([{"role": "user", "content": "hi"}], max_new_tokens=4000)
+    await stream.__anext__()
+
+asyncio.run(main())
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")

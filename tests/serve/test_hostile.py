@@ -16,7 +16,7 @@ async def test_what_is_nested_too_deeply_is_a_400(tiny: Amulet) -> None:
     deep: Any = 1
     for _ in range(150):
         deep = {"a": deep}
-    call = {"function": {"name": "w", "arguments": '{"a":' * 900 + "1" + "}" * 900}}
+    call = {"function": {"name": "w", "arguments": '{"a":' * 20_000 + "1" + "}" * 20_000}}
     history = [*user("hi"), {"role": "assistant", "tool_calls": [call]}, *user("and?")]
     async with asking(create_app(tiny, name="m")) as client:
         for body in (
