@@ -36,6 +36,7 @@ class Pump:
             self._wakes[generation] = wake
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="amulet-pump", daemon=True)
+                _threads.add(self._thread)
                 self._thread.start()
 
     def _run(self) -> None:
@@ -65,23 +66,28 @@ class Pump:
                         self._driver.cancel(generation)
 
     def stop(self) -> None:
-        """End what is being decoded, and the thread with it."""
+        """End what is being decoded, and so, within a step, the thread."""
         with self._lock:
-            thread, watched = self._thread, list(self._wakes)
+            watched = list(self._wakes)
         for generation in watched:
             self._driver.cancel(generation)
-        if thread is not None:
-            thread.join(timeout=10)
 
 
 _pumps: WeakSet[Pump] = WeakSet()
+_threads: WeakSet[threading.Thread] = WeakSet()
 
 
 @atexit.register
 def _stop_pumps() -> None:
-    """A thread that is inside PyTorch while the interpreter goes down would abort the process."""
+    """A thread that is inside PyTorch while the interpreter goes down would abort the process.
+
+    All are joined, those too whose pump has nothing left to do: a thread's last act can be to
+    free a model that everyone else has let go of, and PyTorch does that without the GIL.
+    """
     for pump in list(_pumps):
         pump.stop()
+    for thread in list(_threads):
+        thread.join(timeout=30)
 
 
 class AsyncReplyStream(AsyncIterator[str]):
@@ -146,7 +152,7 @@ class AsyncReplyStream(AsyncIterator[str]):
             stream.close()
             return
         loop, news = asyncio.get_running_loop(), self._news
-        self._driver.submit(stream.generation)
+        stream.submit()
         self._pump.watch(stream.generation, lambda: _wake(loop, news))
 
     async def read(self) -> Reply:

@@ -214,3 +214,41 @@ asyncio.run(main())
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_process_waits_for_a_pump_that_has_just_finished() -> None:
+    """The thread's last act can be to free the model, which is inside PyTorch too."""
+    script = """
+import asyncio, atexit, threading, time
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+@atexit.register  # handlers run last in, first out, so this one before amulet's is registered
+def at_the_very_end() -> None:
+    print("at the end", names())
+
+from amulet.aio import Pump
+from amulet import Amulet
+from tests.models import byte_tokenizer, random_model
+
+run = Pump._run
+
+def slow(pump: Pump) -> None:
+    run(pump)
+    time.sleep(0.5)
+
+Pump._run = slow
+
+async def main() -> None:
+    amulet = Amulet(random_model("llama"), byte_tokenizer())
+    await amulet.achat([{"role": "user", "content": "hi"}], max_new_tokens=3)
+
+asyncio.run(main())
+print("after the answer", names())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    after, end = done.stdout.splitlines()
+    assert "amulet-pump" in after
+    assert "amulet-pump" not in end
