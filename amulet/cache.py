@@ -22,7 +22,43 @@ COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and ne
 Masks = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 
-class RowCache(Cache):
+class ColumnCache(Cache):
+    """What Transformers asks of a cache whose columns are positions, whoever holds the buffers."""
+
+    _keys: Sequence[torch.Tensor | None]
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        raise NotImplementedError
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        """Position of the pass's first token."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns attended over, and the first of them."""
+        return self.columns, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum: `RowCache.reserve` grows the buffers."""
+        return -1
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        """It is no static cache; `StepCache` is compiled by `CompiledStep`, not by Transformers."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Sliding layers keep all columns here; their mask hides what is outside the window."""
+        return [False] * max(len(self._keys), 1)
+
+
+class RowCache(ColumnCache):
     """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer."""
 
     def __init__(self) -> None:
@@ -209,30 +245,51 @@ class RowCache(Cache):
         """Tokens before the pass; only asked where all rows start alike."""
         return self._starts[0]
 
-    def get_query_offset(self, layer_idx: int | None = None) -> int:
-        """Position of the pass's first token."""
-        return self._starts[0]
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns attended over, and the first of them."""
-        return self.columns, 0
+class StepCache(ColumnCache):
+    """The rows of a `RowCache` in a pass of one token each, as the compiler sees them.
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No maximum: `reserve` grows the buffers."""
-        return -1
+    Args:
+        keys, values: `[rows, kv_heads, columns, head_dim]` per layer.
+        positions: of the new tokens, `[rows, 1]`.
+        columns: how many of them the pass attends over.
+    """
 
-    def __len__(self) -> int:
-        return len(self._keys)
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        positions: torch.Tensor,
+        columns: int,
+    ) -> None:
+        super().__init__(layers=[])
+        self._keys: list[torch.Tensor] = keys
+        self._values, self._positions = values, positions
+        self._columns = columns
 
     @property
-    def is_compileable(self) -> bool:
-        """The eager cache changes shape from step to step."""
-        return False
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        return self._columns
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Sliding layers keep all columns here; their mask hides what is outside the window."""
-        return [False] * max(len(self._keys), 1)
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the pass's keys and values `[rows, kv_heads, 1, dim]`; return all columns."""
+        rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys[rows, :, self._positions] = key_states.transpose(1, 2)
+        values[rows, :, self._positions] = value_states.transpose(1, 2)
+        return keys[:, :, : self._columns], values[:, :, : self._columns]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass, in the longest row."""
+        return self._columns - 1
 
 
 SUPPORTED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from amulet.attention import grouped
-from amulet.cache import Masks, RowCache, cache_argument
+from amulet.cache import Masks, RowCache, StepCache, cache_argument
 from amulet.cache_folder import cache_folder
 
 logger = logging.getLogger("amulet")
@@ -96,7 +95,7 @@ class CompiledStep:
         values: list[torch.Tensor],
         columns: int,
     ) -> torch.Tensor:
-        cache = _StepCache(keys, values, positions, columns)
+        cache = StepCache(keys, values, positions, columns)
         logits: torch.Tensor = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -105,55 +104,3 @@ class CompiledStep:
             **{self._argument: cache},
         ).logits
         return logits
-
-
-class _StepCache(Cache):
-    """`RowCache` as the compiler sees it: tensors and one number."""
-
-    def __init__(
-        self,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        positions: torch.Tensor,
-        columns: int,
-    ) -> None:
-        super().__init__(layers=[])
-        self._keys, self._values = keys, values
-        self._positions, self._columns = positions, columns
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[rows, :, self._positions] = key_states.transpose(1, 2)
-        values[rows, :, self._positions] = value_states.transpose(1, 2)
-        return keys[:, :, : self._columns], values[:, :, : self._columns]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._columns - 1
-
-    def get_query_offset(self, layer_idx: int | None = None) -> int:
-        return self._columns - 1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._columns, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self._keys)

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amulet.errors import EvaluationError, RequestError
-from amulet.evaluation.jobs import Job, Settings, jobs_of, messages_of, request_of, seed_of
+from amulet.evaluation.jobs import (
+    Job,
+    Settings,
+    jobs_of,
+    messages_of,
+    request_of,
+    seed_of,
+    with_every_row,
+)
 from amulet.evaluation.methods import BEAMS, Method
 from amulet.evaluation.paper import opposite_of
 from amulet.evaluation.questions import QuestionSet
@@ -213,8 +221,7 @@ def _decode_batches(
 
 def _prompts(amulet: Amulet, job: Job, settings: Settings) -> tuple[list[int], list[int]]:
     """Return the preferred and the base prompt of a job."""
-    # A strength of 1 and a trace: both rows, whatever the method's own strength.
-    request = request_of(job, settings).model_copy(update={"strength": 1.0, "trace": True})
+    request = with_every_row(request_of(job, settings))
     with _start(amulet, job, request) as stream:
         preferred, base = stream.generation.prompts
     other: dict[str, Any] = {}
@@ -274,8 +281,10 @@ def _answers_of(job: Job, **content: Any) -> list[Answer]:
 
 def _content(answer: Answer) -> dict[str, Any]:
     """Return what an answer shares with those that were decoded with it."""
-    names = set(Answer.model_fields) - {"key", "preference", "preference_text"}
-    names -= {"set", "index", "question", "method", "strength", "floor", "placement", "adapt"}
+    names = (
+        *("seed", "answer", "token_ids", "finish_reason", "changed", "log_probability"),
+        *("steered_tokens", "seconds"),
+    )
     return {name: getattr(answer, name) for name in names}
 
 

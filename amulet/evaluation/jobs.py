@@ -115,6 +115,11 @@ def request_of(job: Job, settings: Settings, sampling: dict[str, Any] | None = N
     return Request(**options)
 
 
+def with_every_row(request: Request) -> Request:
+    """Return the request so that all its rows are there, whatever its own strength."""
+    return request.model_copy(update={"strength": 1.0, "trace": True})
+
+
 def messages_of(question: str, system_prompt: str) -> list[dict[str, str]]:
     """Return the chat that asks a question."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []

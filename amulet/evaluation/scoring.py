@@ -11,6 +11,7 @@ import torch
 
 from amulet.cache import cache_argument
 from amulet.errors import EvaluationError
+from amulet.evaluation.jobs import with_every_row
 from amulet.mixture import Mixture
 
 if TYPE_CHECKING:
@@ -139,11 +140,9 @@ class _Rows:
 def _rows_of(amulet: Amulet, request: Request, answer: list[int]) -> _Rows:
     if not answer:
         raise EvaluationError("An empty answer has no log-probability: leave it out.")
-    # Strength 1 and a trace: every row is there, whatever the request's own strength.
-    every_row = request.model_copy(update={"strength": 1.0, "trace": True})
-    with amulet.start(every_row) as stream:
+    with amulet.start(with_every_row(request)) as stream:
         generation = stream.generation
-    weights = tuple(weight / 2.0 for weight in generation.weights)  # 1 + g is 2 there
+    weights = tuple(weight / 2.0 for weight in generation.weights)  # strength is 1, so 1 + g is 2
     rows = _Rows(generation.prompts, weights, answer)
     if amulet.window is not None and rows.width > amulet.window:
         raise EvaluationError(

@@ -9,7 +9,7 @@ from amulet.aio import AsyncReplyStream
 from amulet.errors import RequestError
 from amulet.remote.bodies import Collector
 from amulet.remote.errors import told
-from amulet.request import Event, Reply, TokenTrace, Usage
+from amulet.request import Event, Reply, Request, TokenTrace, Usage
 from amulet.stream import ReplyStream
 
 UNFINISHED = "The answer is not finished: read the stream to its end first."
@@ -29,22 +29,59 @@ class AsyncChunks(Protocol):
     async def close(self) -> None: ...
 
 
-class RemoteStream(ReplyStream):
+class _Collected:
+    """What both streams tell of their answer, from what was collected so far."""
+
+    _collector: Collector
+    _traced_too: bool
+    _cancelled: bool
+
+    def _is_over(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def reply(self) -> Reply:
+        """The finished answer; see `ReplyStream.reply`."""
+        if not self._is_over():
+            raise RequestError(UNFINISHED)
+        return self._collector.reply(self._cancelled)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts, known at the end."""
+        return self._collector.usage
+
+    @property
+    def trace(self) -> tuple[TokenTrace, ...] | None:
+        """The trace so far, if it was asked for."""
+        return tuple(self._collector.trace) if self._traced_too else None
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._collector.text
+
+
+class RemoteStream(_Collected, ReplyStream):
     """A `ReplyStream` whose tokens a server decodes; the request is sent at the first read.
 
     Args:
         send: sends the request and returns its chunks.
-        traced: a trace was asked for.
+        request: what is asked.
     """
 
-    def __init__(self, send: Callable[[], Chunks], traced: bool) -> None:
+    def __init__(self, send: Callable[[], Chunks], request: Request) -> None:
+        self.request = request
         self.ended = False
         self._send = send
         self._chunks: Chunks | None = None
-        self._collector = Collector(traced)
-        self._traced_too = traced
+        self._collector = Collector(request.trace)
+        self._traced_too = request.trace
         self._cancelled = False
         self._pending = self._receive()
+
+    def submit(self) -> None:
+        """Do nothing: the request is sent at the first read."""
 
     def events(self) -> Iterator[Event]:
         """The rest of the answer as events; see `Event`.
@@ -73,6 +110,10 @@ class RemoteStream(ReplyStream):
         """Return the next event, or None at the end; unlike a local stream's, it waits."""
         return next(self._pending, None)
 
+    def cancel(self) -> None:
+        """The same as `close`."""
+        self.close()
+
     def close(self) -> None:
         """End the decode: the server stops once the connection is closed."""
         if not self.ended:
@@ -81,35 +122,21 @@ class RemoteStream(ReplyStream):
                 self._chunks.close()
             self._pending = iter(())
 
-    @property
-    def reply(self) -> Reply:
-        """The finished answer; see `ReplyStream.reply`."""
-        if not self.ended:
-            raise RequestError(UNFINISHED)
-        return self._collector.reply(self._cancelled)
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts, known at the end."""
-        return self._collector.usage
-
-    @property
-    def trace(self) -> tuple[TokenTrace, ...] | None:
-        """The trace so far, if it was asked for."""
-        return tuple(self._collector.trace) if self._traced_too else None
+    def _is_over(self) -> bool:
+        return self.ended
 
     def __del__(self) -> None:
         self.close()
 
 
-class AsyncRemoteStream(AsyncReplyStream):
+class AsyncRemoteStream(_Collected, AsyncReplyStream):
     """An `AsyncReplyStream` whose tokens a server decodes; see `RemoteStream`."""
 
     def __init__(self, send: Callable[[], Awaitable[AsyncChunks]], traced: bool) -> None:
         self._send = send
         self._chunks: AsyncChunks | None = None
         self._collector = Collector(traced)
-        self._traced = traced
+        self._traced_too = traced
         self._ended = self._cancelled = False
         self._pending = self._receive()
 
@@ -139,19 +166,5 @@ class AsyncRemoteStream(AsyncReplyStream):
             if self._chunks is not None:
                 await self._chunks.close()
 
-    @property
-    def reply(self) -> Reply:
-        """The finished answer; see `ReplyStream.reply`."""
-        if not self._ended:
-            raise RequestError(UNFINISHED)
-        return self._collector.reply(self._cancelled)
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts, known at the end."""
-        return self._collector.usage
-
-    @property
-    def trace(self) -> tuple[TokenTrace, ...] | None:
-        """The trace so far, if it was asked for."""
-        return tuple(self._collector.trace) if self._traced else None
+    def _is_over(self) -> bool:
+        return self._ended

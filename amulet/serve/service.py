@@ -6,7 +6,6 @@ All that is answered at once shares the engine's batch: there is no loop here, o
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
@@ -17,7 +16,8 @@ from typing import TypeVar
 from starlette.requests import Request as HttpRequest
 
 from amulet.aio import AsyncReplyStream
-from amulet.errors import AmuletError, PromptTooLongError, RequestError
+from amulet.errors import PromptTooLongError, RequestError
+from amulet.fingerprint import fingerprint
 from amulet.model import Amulet
 from amulet.request import Event, Reply, Request, Usage
 from amulet.serve.errors import ApiError
@@ -60,9 +60,9 @@ class Service:
         """Begin to answer with a loaded model."""
         self._amulet = amulet
         self.name = name
-        self.fingerprint = fingerprint(amulet)
+        self.fingerprint = f"fp_{fingerprint(amulet)}"
         self.created = int(time.time())
-        self.traffic.rows = amulet._driver._max_rows
+        self.traffic.rows = amulet.max_rows
         if self.traffic.state == "loading":
             self.traffic.state = "ready"
 
@@ -118,8 +118,7 @@ class Job:
         left = self._service.limits.seconds - (time.perf_counter() - self._began)
         self._timer = loop.call_later(max(0.0, left), self._expire)
         for index, stream in enumerate(streams):
-            reader = AsyncReplyStream(amulet._pump, amulet._driver)
-            reader.submit(stream)
+            reader = amulet.astart(stream)
             self._readers.append(loop.create_task(self._read(index, reader)))
         self._first = await while_there(http, self._next())
         self._service.metrics.first.observe(time.perf_counter() - self._began)
@@ -127,16 +126,9 @@ class Job:
     def _prepare(self) -> list[ReplyStream]:
         amulet, most = self._service.amulet, self._service.limits.prompt_tokens
         try:
-            streams = [amulet._prepare(request) for request in self._requests]
-        except AmuletError:
-            raise
+            streams = [amulet.prepare(request) for request in self._requests]
         except RecursionError:
             raise RequestError("The request is nested too deeply.") from None
-        except ValueError as error:
-            if all(request.grammar is None and not request.tools for request in self._requests):
-                raise
-            # llguidance's own words for what is no grammar at all
-            raise RequestError(f"grammar: {error}") from None
         for stream in streams:
             longest = max(map(len, stream.generation.prompts))
             if most is not None and longest > most:
@@ -203,7 +195,7 @@ class Job:
 
     def _expire(self) -> None:
         for stream in self._streams:  # they end with what they have
-            self._service.amulet._driver.cancel(stream.generation)
+            stream.cancel()
 
     def close(self) -> None:
         """End what is still decoded and give the place back; a second call does nothing."""
@@ -241,7 +233,7 @@ class Job:
             if self._service.log_content:
                 asked = request.messages if request.prompt is None else request.prompt
                 wishes = [wish.model_dump() for wish in request.preference]
-                said = stream._answer.text
+                said = stream.text
                 logger.info("content: asked %r, preference %r, said %r", asked, wishes, said)
 
 
@@ -284,14 +276,3 @@ def deep_threads() -> ThreadPoolExecutor:
     finally:
         threading.stack_size(before)
     return pool
-
-
-def fingerprint(amulet: Amulet) -> str:
-    """Return what tells this model from others of its name: a hash of some of its weights."""
-    digest = hashlib.sha256(str(getattr(amulet.tokenizer, "chat_template", "")).encode())
-    for name, parameter in amulet.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":  # offloaded weights stay where they are
-            flat = parameter.detach().reshape(-1)
-            digest.update(repr(flat[:: max(1, len(flat) // 8)][:8].tolist()).encode())
-    return f"fp_{digest.hexdigest()[:16]}"

@@ -11,12 +11,12 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from amulet.errors import RequestError
+from amulet.fingerprint import fingerprint
 from amulet.model import Amulet
 from amulet.preference import Placement, describe
 from amulet.request import Request
 from amulet_integrations import _options
 from amulet_integrations._preference import SETTINGS, SOURCES, Chosen, Source, choose
-from amulet_integrations.langchain.identity import fingerprint
 
 Self = TypeVar("Self", bound="AmuletOptions")
 
