@@ -107,6 +107,11 @@ class RowCache(ColumnCache):
         buffers = (buffer for buffer in (*self._keys, *self._values) if buffer is not None)
         return tuple(buffer[row, :, :length].clone() for buffer in buffers)
 
+    def row_bytes(self, length: int) -> int:
+        """Bytes of what `row` returns for so many tokens."""
+        cells = max(self._capacity[0] * self._capacity[1], 1)
+        return self.nbytes * length // cells
+
     def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
         """Put the first `length` tokens of what `row` returned into a row."""
         rows, columns = self._capacity

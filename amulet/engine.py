@@ -23,8 +23,9 @@ from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 
-CHUNK = 2048  # tokens of a prompt in one forward pass
-CHUNK_BESIDE_OTHERS = 256  # the same while answers are running: they wait for it
+# Tokens of all rows in one pass of a prefill: its activations are memory on top of the cache.
+CHUNK = 1024
+CHUNK_BESIDE_OTHERS = 512  # the same while answers are running: they wait for it
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
@@ -198,7 +199,8 @@ class Engine:
         generation, i = self._owners[row]
         if self.prefixes.limit and generation.finish_reason in ("stop", "length"):
             ids = (*generation.prompts[i], *generation.token_ids[:-1])
-            self.prefixes.keep(KeptRow(ids, self._cache.row(row, len(ids))))
+            if self.prefixes.takes(len(ids), self._cache.row_bytes(len(ids))):
+                self.prefixes.keep(KeptRow(ids, self._cache.row(row, len(ids))))
 
     def fail_all(self, error: BaseException) -> None:
         """End every running generation with an error and free the cache."""
@@ -230,7 +232,7 @@ class Engine:
         shared = common_prefix(prompts)
         lead = filled.index(max(filled))
         while filled[lead] < shared:
-            width = min(self._chunk(), shared - filled[lead])
+            width = min(self._chunk(1), shared - filled[lead])
             chunk = prompts[lead][filled[lead] : filled[lead] + width]
             self._forward([chunk], [filled[lead]], first + lead, [width - 1])
             filled[lead] += width
@@ -243,7 +245,7 @@ class Engine:
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
             left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-            width = min(self._chunk(), max(left))
+            width = min(self._chunk(len(prompts)), max(left))
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
             if sum(taken) < WORTH_PADDING * width * len(prompts):  # uneven: the longest by itself
@@ -283,8 +285,9 @@ class Engine:
             self._cache.write_row(row, source.buffers, length)
         return length
 
-    def _chunk(self) -> int:
-        return CHUNK_BESIDE_OTHERS if self.running else CHUNK
+    def _chunk(self, rows: int) -> int:
+        """Return how many tokens each of so many rows may get in one pass."""
+        return max((CHUNK_BESIDE_OTHERS if self.running else CHUNK) // rows, 1)
 
     def _pause(self, filling: Generation) -> bool:
         """Between chunks, let the running generations have a step; False if cancelled meanwhile."""

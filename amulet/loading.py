@@ -38,7 +38,7 @@ def load_pretrained(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-    pack: bool | Literal["int8"] = True,
+    pack: bool | Literal["int8", "int4"] = True,
     **options: Any,
 ) -> Loaded:
     """Return `(model, tokenizer)`, the model in eval mode.
@@ -55,8 +55,8 @@ def load_pretrained(
         trust_remote_code: run Python code that comes with the model; read that code first.
         attn_implementation: such as "sdpa", "eager" or "flash_attention_2".
         pack: on the CPU, hold the linear layers' weights in the layout that decoding reads best;
-            the model then can't be saved or trained. "int8" also rounds them to 8 bits: half of
-            bfloat16's memory and faster for a user or two, at some loss.
+            the model then can't be saved or trained. "int8" and "int4" also round them: half
+            of bfloat16's memory and faster for a few rows, at some loss; see `pack_linears`.
         options: whatever else Transformers' `from_pretrained` takes.
 
     Raises:

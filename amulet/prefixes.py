@@ -43,9 +43,13 @@ class Prefixes:
         """Bytes held."""
         return sum(row.nbytes for row in self._rows)
 
+    def takes(self, length: int, nbytes: int) -> bool:
+        """Tell whether a row of so many ids and bytes would be kept."""
+        return length >= LEAST and nbytes <= self.limit
+
     def keep(self, row: KeptRow) -> None:
         """Add a row; those that it continues, and the longest unused, make room for it."""
-        if len(row.ids) < LEAST or row.nbytes > self.limit:
+        if not self.takes(len(row.ids), row.nbytes):
             return
         self._rows = [kept for kept in self._rows if row.ids[: len(kept.ids)] != kept.ids]
         self._rows.append(row)

@@ -83,7 +83,7 @@ def load(
     Args:
         name: "smollm2", or a key of `SHAPES`.
         dtype: of weights and cache.
-        pack: False, as Transformers loads it; True or "int8", as Amulet does on the CPU.
+        pack: False, as Transformers loads it; True, "int8" or "int4", as Amulet does on the CPU.
         device: where it goes.
     """
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -2,8 +2,8 @@
 
 Claim: per token a steered answer costs at most 1.03 (bfloat16) or 1.07 (float32) of plain
 `generate`, compiled 0.58, with int8 weights 0.45; and guidance takes 1.9 and 2.8 times as long.
-Drafts are off and nothing is kept from one answer to the next. Compiled and int8 contenders take
-part in bfloat16 alone.
+Drafts are off and nothing is kept from one answer to the next. Compiled, int8 and int4 contenders
+take part in bfloat16 alone.
 
     python -m benchmarks.decode [--model smollm2] [--dtype bfloat16] [--rounds 5] [--tokens 32]
 """
@@ -33,6 +33,7 @@ PREFERENCE = Preference("Talk like a pirate.")
 PLAIN, GUIDANCE = "transformers plain", "transformers guidance"
 STEERED, COMPILED = "amulet steered", "amulet steered, compiled"
 INT8, INT8_COMPILED = "amulet steered, int8", "amulet steered, int8, compiled"
+INT4, INT4_COMPILED = "amulet steered, int4", "amulet steered, int4, compiled"
 UNPACKED = "amulet steered, not packed"
 
 Runs = dict[str, Callable[[int], object]]
@@ -51,7 +52,7 @@ def peers(model: Any) -> Runs:
 
 
 def amulets(name: str, dtype: torch.dtype, unpacked: Any, compiles: bool) -> Runs:
-    """Return Amulet's contenders; in bfloat16 int8 is among them, and compiled if asked for."""
+    """Return Amulet's contenders; in bfloat16 with int8 and int4, and compiled if asked for."""
 
     def run(model: Any, preference: Preference | None, **options: Any) -> Callable[[int], object]:
         amulet = contenders.amulet_over(model, **options)
@@ -65,15 +66,26 @@ def amulets(name: str, dtype: torch.dtype, unpacked: Any, compiles: bool) -> Run
     }
     if dtype == torch.bfloat16:
         int8 = contenders.load(name, dtype, pack="int8")
+        int4 = contenders.load(name, dtype, pack="int4")
         runs[INT8] = run(int8, PREFERENCE)
+        runs[INT4] = run(int4, PREFERENCE)
         if compiles:
             runs[COMPILED] = run(packed, PREFERENCE, compile=True)
             runs[INT8_COMPILED] = run(int8, PREFERENCE, compile=True)
+            runs[INT4_COMPILED] = run(int4, PREFERENCE, compile=True)
     return runs
 
 
 def _answer(amulet: Any, preference: Preference | None, n: int) -> list[int]:
     return contenders.chat(amulet, CHAT, n, preference=preference)
+
+
+def read_per_weight(name: str) -> float | None:
+    """Return the bytes that a contender reads per weight; None where it is the model's dtype.
+
+    int4 has a scale and a zero for 32 weights, and SmolLM2's head, a fifth of it, in 8 bits.
+    """
+    return 1 if "int8" in name else 0.7 if "int4" in name else None
 
 
 def claims_of(dtype: torch.dtype, model: str, times: dict[str, Times]) -> list[Claim]:
@@ -91,10 +103,12 @@ def claims_of(dtype: torch.dtype, model: str, times: dict[str, Times]) -> list[C
     ]
     if INT8 in times:
         claims.append(at_most(f"{what}: steered, int8 / plain", None, token(INT8), plain))
+        claims.append(at_most(f"{what}: steered, int4 / plain", None, token(INT4), plain))
     if COMPILED in times:
         claims += [
             at_most(f"{what}: steered, compiled / plain `generate`", 0.58, token(COMPILED), plain),
             at_most(f"{what}: the same with int8", 0.45, token(INT8_COMPILED), plain),
+            at_most(f"{what}: the same with int4", 0.45, token(INT4_COMPILED), plain),
             at_least(f"{what}: guidance / steered, compiled", 2.8, guidance, token(COMPILED)),
         ]
     return claims
@@ -117,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         times = measure.per_token(runs, options.rounds, options.tokens)
         shown: dict[str, Any] = measure.print_times(times, PLAIN)
         for name, own in shown.items():
-            size = contenders.weight_bytes(model, 1 if "int8" in name else None)
+            size = contenders.weight_bytes(model, read_per_weight(name))
             rate = size / own["token_ms"]["median"] / 1e6
             own["warm_up_s"], own["bandwidth_share"] = warm[name], rate / speed["read"]
         print(

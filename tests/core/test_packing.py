@@ -8,7 +8,7 @@ from torch import nn
 
 from amulet import packing
 from amulet.errors import ModelError
-from amulet.packing import Int8Linear, PackedLinear, pack_linears
+from amulet.packing import Int4Linear, Int8Linear, PackedLinear, pack_linears
 from tests.models import random_model
 
 
@@ -58,10 +58,62 @@ def test_an_int8_layer_is_near_the_dense_one(bias: bool, rows: int) -> None:
     assert rounded(hidden).shape == (1, rows, 48)
 
 
-def test_int8_is_refused_where_it_does_not_work() -> None:
-    with pytest.raises(ModelError, match='load with dtype="bfloat16"'):
-        pack_linears(random_model("llama"), "int8")
-    assert pack_linears(random_model("llama", dtype=torch.bfloat16), "int8") == 4 * 7 + 1
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 120])
+def test_an_int4_layer_gives_what_its_rounded_weights_give(bias: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
+    hidden = torch.randn(1, rows, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        rounded = Int4Linear(dense)
+        expected = nn.functional.linear(hidden, rounded.weight, dense.bias)
+        torch.testing.assert_close(rounded(hidden), expected, atol=0.02, rtol=0.02)
+        step = dense.weight.unflatten(1, (2, 32)).float()
+        step = (step.amax(2) - step.amin(2)) / 15  # levels lie this far apart
+        wrong = (rounded.weight - dense.weight).unflatten(1, (2, 32)).abs().float()
+        assert (wrong < 0.55 * step[..., None]).all()  # half a step, and the scale's own rounding
+
+
+def test_int4_keeps_weights_that_have_sixteen_levels() -> None:
+    """As those of a model that comes from a Q4_1 file."""
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 16, bias=False, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        levels = torch.randint(0, 16, (16, 2, 32))
+        levels[..., 0], levels[..., 1] = 0, 15
+        scales = 2.0 ** torch.randint(-8, -4, (16, 2, 1))
+        dense.weight.copy_(((levels - 6) * scales).flatten(1))
+        assert torch.equal(Int4Linear(dense).weight, dense.weight)
+
+
+def test_rounded_weights_are_refused_where_they_do_not_work() -> None:
+    for pack in ("int8", "int4"):
+        with pytest.raises(ModelError, match='load with dtype="bfloat16"'):
+            pack_linears(random_model("llama"), pack)
+        assert pack_linears(random_model("llama", dtype=torch.bfloat16), pack) == 4 * 7 + 1
+    with pytest.raises(ModelError, match="expected True, False"):
+        pack_linears(random_model("llama"), "int3")
+
+
+def test_int4_leaves_the_head_and_odd_shapes_in_8_bits() -> None:
+    model = random_model("llama", dtype=torch.bfloat16)
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 120, dtype=torch.bfloat16)
+    pack_linears(model, "int4")
+    assert type(model.lm_head) is Int8Linear
+    assert type(model.model.layers[0].mlp.up_proj) is Int8Linear
+    assert type(model.model.layers[0].mlp.down_proj) is Int4Linear
+
+
+@pytest.mark.parametrize(("packed", "dense", "count"), [(0.1, 0.2, 29), (0.2, 0.1, 0)])
+def test_float32_is_packed_only_where_a_trial_is_faster_so(
+    monkeypatch: pytest.MonkeyPatch, packed: float, dense: float, count: int
+) -> None:
+    def seconds(layers: list[nn.Module]) -> float:
+        return packed if isinstance(layers[0], PackedLinear) else dense
+
+    monkeypatch.setattr(packing, "TRIAL", (0, 2**28))
+    monkeypatch.setattr(packing, "_seconds", seconds)
+    assert pack_linears(random_model("llama")) == count
 
 
 def test_a_packed_layer_s_weight_goes_when_the_layer_goes() -> None:

@@ -118,7 +118,7 @@ def test_a_long_prefill_in_chunks_lets_the_others_go_on(kind: Kind) -> None:
     for generation in (brief, short):
         engine.admit(generation)
     before = len(short.token_ids)
-    long, base = ids(3, 2 * CHUNK_BESIDE_OTHERS + 90), ids(4, CHUNK_BESIDE_OTHERS + 30)
+    long, base = ids(5, 2 * CHUNK_BESIDE_OTHERS + 90), ids(6, CHUNK_BESIDE_OTHERS + 30)
     pair = Generation(prompts=[long, base], weights=[3.0], max_new_tokens=16)
     engine.admit(pair)
     assert brief.done
