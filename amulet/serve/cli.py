@@ -1,4 +1,4 @@
-"""`amulet serve`: arguments to `create_app`; no logic.
+"""`amulet serve`: arguments to `create_app`, and a server of it; no logic.
 
 The web framework is imported when the command runs, so that `amulet --help` answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,11 @@ from rich.console import Console
 
 from amulet.console import Device, DType, Model, load, readable_errors
 from amulet.errors import MissingPackageError
+from amulet.serve.backend import Backend, ServeCommand
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from amulet import Amulet
 
 LOOPBACK = ["localhost", "127.0.0.1", "::1"]
@@ -48,10 +52,11 @@ Hosts = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command `serve`."""
-    app.command()(serve)
+    app.command(cls=ServeCommand)(serve)
 
 
 def serve(
+    backend: Backend = "amulet",
     model: Model = None,
     device: Device = None,
     dtype: DType = "auto",
@@ -87,49 +92,93 @@ def serve(
 ) -> None:
     """Serve the model to OpenAI clients, each request steered by its own `preference`."""
     with readable_errors():
-        try:
-            import uvicorn
-
-            from amulet.serve.app import create_app
-            from amulet.serve.limits import Limits
-            from amulet.serve.server import Server
-        except ImportError as error:
-            raise MissingPackageError(
-                f"amulet serve needs the package {error.name}: "
-                'pip install "amulet-integrations[serve]"'
-            ) from None
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        servers: list[Server] = []
-        loopback = _is_loopback(host)
-        app = create_app(
-            lambda: _load(model, device, dtype, max_rows),
-            name=served_model_name or (None if model else "SmolLM2-135M-Instruct"),
+        start(
+            (model, device, dtype, max_rows),
+            host=host,
+            port=port,
             api_keys=api_key or (),
-            limits=Limits(
-                queue=queue,
-                body_bytes=max_body_bytes,
-                prompt_tokens=max_prompt_tokens,
-                max_tokens=max_tokens,
-                seconds=max_seconds,
-                preferences=max_preferences,
-                choices=max_choices,
-                grammar_bytes=max_grammar_bytes,
-            ),
+            name=served_model_name,
             preferences=preferences,
-            allowed_hosts=allowed_host or (LOOPBACK if loopback else None),
+            allowed_hosts=allowed_host,
+            limits={
+                "queue": queue,
+                "body_bytes": max_body_bytes,
+                "prompt_tokens": max_prompt_tokens,
+                "max_tokens": max_tokens,
+                "seconds": max_seconds,
+                "preferences": max_preferences,
+                "choices": max_choices,
+                "grammar_bytes": max_grammar_bytes,
+            },
+            drain_seconds=drain_seconds,
             log_content=log_content,
-            on_failure=lambda error: servers[0].fail(error),
         )
-        if not loopback and not api_key:
-            Console(stderr=True).print(
-                f"Anybody who reaches {host}:{port} can use this server: no --api-key.",
-                style="yellow",
-            )
-        config = uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=5)
-        servers.append(Server(config, app.state.service, drain_seconds))
-        servers[0].run()
-        if servers[0].failure is not None:
-            raise servers[0].failure
+
+
+def start(
+    loading: tuple[str | None, str | None, str, int],
+    *,
+    host: str,
+    port: int,
+    api_keys: Sequence[str],
+    limits: dict[str, Any],
+    name: str | None = None,
+    preferences: Path | None = None,
+    allowed_hosts: list[str] | None = None,
+    drain_seconds: float = 30.0,
+    log_content: bool = False,
+    around: Callable[[ASGIApp], ASGIApp] | None = None,
+    on_start: Callable[[str], None] | None = None,
+) -> None:
+    """Run a server until a signal, or until its model can't be loaded.
+
+    Args:
+        loading: model, device, dtype and rows.
+        host, port: where it listens.
+        api_keys, name, preferences, allowed_hosts, log_content: see `create_app`.
+        limits: fields of `Limits`.
+        drain_seconds: time for running requests to end after the signal.
+        around: puts another application before the server's, which it is given.
+        on_start: called with the server's address once it listens.
+
+    Raises:
+        AmuletError: a package is missing, an option is out of its range, or the model can't be
+            loaded.
+    """
+    try:
+        import uvicorn
+
+        from amulet.serve.app import create_app
+        from amulet.serve.limits import Limits
+        from amulet.serve.server import Server
+    except ImportError as error:
+        raise MissingPackageError(
+            f'amulet serve needs the package {error.name}: pip install "amulet-integrations[serve]"'
+        ) from None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    servers: list[Server] = []
+    loopback = _is_loopback(host)
+    app = create_app(
+        lambda: _load(*loading),
+        name=name or (None if loading[0] else "SmolLM2-135M-Instruct"),
+        api_keys=api_keys,
+        limits=Limits(**limits),
+        preferences=preferences,
+        allowed_hosts=allowed_hosts or (LOOPBACK if loopback else None),
+        log_content=log_content,
+        on_failure=lambda error: servers[0].fail(error),
+    )
+    if not loopback and not api_keys:
+        Console(stderr=True).print(
+            f"Anybody who reaches {host}:{port} can use this server: no --api-key.",
+            style="yellow",
+        )
+    whole = app if around is None else around(app)
+    config = uvicorn.Config(whole, host, port, access_log=False, timeout_graceful_shutdown=5)
+    servers.append(Server(config, app.state.service, drain_seconds, on_start))
+    servers[0].run()
+    if servers[0].failure is not None:
+        raise servers[0].failure
 
 
 def _load(model: str | None, device: str | None, dtype: str, max_rows: int) -> Amulet:

@@ -1,0 +1,342 @@
+"""vLLM's OpenAI server reads `preference`, `strength`, `floor` and `placement` of a request.
+
+Installed as vLLM's endpoint plug-in `amulet` (entry point `vllm.endpoint_plugins`), which every API
+server process loads. It adds no route: it makes the prompts of steered chats and completions, by
+Amulet's own rules, so that a preference stays in its place whatever is written in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from amulet.errors import ModelError, PromptTooLongError, RequestError
+from amulet.preference import DEFAULT_STEERING
+from amulet.prompts import Prompts, encode_chat, encode_text
+from amulet.request import Request
+from amulet.spans import find_thinking
+from amulet.template import ChatTemplate
+from amulet.tools import find_dialect
+from amulet.vllm_backend.wire import PAIR, Pair
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+SETTINGS = ("preference", "strength", "floor", "placement")
+MAX_PREFERENCES = 4  # as `amulet serve` has it
+
+
+class SteeringPlugin:
+    """The endpoint plug-in; vLLM calls `init_state` once its own handlers are there."""
+
+    name = "amulet"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add no route."""
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: Any, args: Namespace
+    ) -> None:
+        """Have vLLM's handlers render through `SteeringRenderer`."""
+        from amulet.vllm_backend.scheduler import one_step
+
+        if engine_client is None:
+            return
+        config = engine_client.vllm_config
+        if "amulet.vllm_backend" not in str(config.scheduler_config.scheduler_cls):
+            raise ModelError(
+                "The plug-in amulet needs Amulet's scheduler and logits processor: start the "
+                "server with amulet serve --backend vllm."
+            )
+        tokenizer = engine_client.renderer.get_tokenizer()
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ModelError(
+                f"The tokenizer is a {type(tokenizer).__name__}: steering needs Transformers'; "
+                "use --tokenizer-mode hf."
+            )
+        encoder = Encoder(
+            tokenizer,
+            chat_template=getattr(state.online_renderer, "chat_template", None),
+            options=state.online_renderer.default_chat_template_kwargs,
+            window=config.model_config.max_model_len,
+            rows=config.scheduler_config.max_num_seqs,
+            step=one_step(config.scheduler_config),
+        )
+        renderer = SteeringRenderer(state.online_renderer, encoder)
+        for handler in vars(state)["_state"].values():
+            if getattr(handler, "online_renderer", None) is state.online_renderer:
+                handler.online_renderer = renderer
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A request's own prompt, and its pair; None where one row does it."""
+
+    prompt: list[int]
+    pair: Pair | None
+
+
+class Encoder:
+    """Turns settings and a chat or text into prompts and weights; one call at a time.
+
+    Args:
+        tokenizer: the model's; it is copied.
+        chat_template: a template to use instead of the tokenizer's.
+        options: variables of the chat template.
+        window: the context window in tokens.
+        rows: rows that the engine decodes at once.
+        step: tokens that the engine reads of one request in one step.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None,
+        options: Mapping[str, Any] | None,
+        window: int,
+        rows: int,
+        step: int,
+    ) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
+        self._options = dict(options or {})
+        self._window = window
+        self._rows = rows
+        self._step = step
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        settings: Mapping[str, Any],
+        tools: Sequence[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Steered | None:
+        """Return what to decode for a chat; None where it is to be decoded plainly.
+
+        Raises:
+            RequestError: a setting or message is not valid, or the prompts are too long.
+        """
+        merged = {**self._options, **(options or {})}
+        request = Request(messages=list(messages), template_options=merged, **settings)
+
+        def encode(placement: Any) -> Prompts:
+            return encode_chat(
+                self._tokenizer,
+                request.messages or (),
+                request.preference,
+                placement,
+                tools=tools,
+                template_options=merged,
+            )
+
+        return self._steered(request, encode, lambda: self._spans(tools, merged))
+
+    def text(self, prompt: str, settings: Mapping[str, Any]) -> Steered | None:
+        """Return what to decode for a raw prompt; see `chat`."""
+        request = Request(prompt=prompt, **settings)
+        return self._steered(
+            request,
+            lambda placement: encode_text(self._tokenizer, prompt, request.preference, placement),
+            lambda: ([], ""),
+        )
+
+    def _steered(self, request: Request, encode: Any, spans: Any) -> Steered | None:
+        preferences = request.preference
+        steering = request.steering(DEFAULT_STEERING)
+        # As `amulet.prepare` has it: weights that sum to more than 1 share the strength.
+        share = (1.0 + steering.strength) / max(1.0, sum(abs(p.weight) for p in preferences))
+        weights = [share * preference.weight for preference in preferences]
+        if not any(weights):
+            return None
+        if len(preferences) > MAX_PREFERENCES or len(preferences) >= self._rows:
+            raise RequestError(
+                f"preference: {len(preferences)} of them; this server permits "
+                f"{min(MAX_PREFERENCES, self._rows - 1)}."
+            )
+        prompts = encode(steering.placement)
+        lengths = [len(prompt) for prompt in (*prompts.preferred, prompts.base)]
+        longest = max(lengths)
+        if min(lengths) == 1 and sum(lengths) > self._step:
+            raise RequestError(
+                f"preference: a prompt of one token, together with others of {sum(lengths) - 1}, "
+                f"is more than this server reads in one step ({self._step}); shorten it."
+            )
+        if longest >= self._window:
+            raise PromptTooLongError(
+                f"The prompt has {longest} tokens (the preference included) and the model's "
+                f"context window {self._window}, so no answer fits; shorten the prompt."
+            )
+        marked, opening = spans()
+        if weights == [1.0] and not marked:  # the preference in the prompt, and nothing else
+            return Steered(prompts.preferred[0], None)
+        tail = str(self._tokenizer.decode(prompts.base[-32:])).rstrip()
+        pair = Pair(
+            [*prompts.preferred[1:], prompts.base],
+            weights,
+            steering.floor,
+            marked,
+            inside=bool(opening) and tail.endswith(opening),
+        )
+        return Steered(prompts.preferred[0], pair)
+
+    def _spans(
+        self, tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
+    ) -> tuple[list[list[int]], str]:
+        """Return the spans that are decoded plainly, and what opens a thinking span."""
+        source = ChatTemplate(self._tokenizer, list(tools or ()) or None, options).source
+        texts = []
+        thinking = find_thinking(source)
+        if thinking is not None:
+            texts.append(thinking)
+        dialect = find_dialect(source) if tools else None
+        if dialect is not None:
+            texts += dialect.SPANS
+        elif tools:
+            raise RequestError(
+                "tools: in which form the model calls them can't be told from its chat template, "
+                "so a preference would bend the calls; leave out one of the two."
+            )
+        spans = []
+        for opening, closing in texts:
+            first = self._token(opening)
+            last = self._token(closing) if closing else -1
+            if first is None or last is None:
+                raise RequestError(
+                    f"preference: the model marks machine-read parts by {opening!r}, which is more "
+                    "than one token; this backend then can't leave them alone. Leave out the "
+                    "tools, or use amulet serve without --backend vllm."
+                )
+            spans.append([first, last])
+        return spans, thinking[0] if thinking else ""
+
+    def _token(self, text: str) -> int | None:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
+
+
+class SteeringRenderer:
+    """vLLM's renderer, which for a steered request returns Amulet's prompts.
+
+    Args:
+        inner: vLLM's `OnlineRenderer`; plain requests are left to it.
+        encoder: makes prompts.
+    """
+
+    def __init__(self, inner: Any, encoder: Encoder) -> None:
+        self._inner = inner
+        self._encoder = encoder
+        self._thread = ThreadPoolExecutor(1, "amulet-encode")  # a tokenizer is not for two threads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def render_chat(self, request: Any, **options: Any) -> Any:
+        """Return the conversation and its prompt, or vLLM's error response."""
+        rendered = await self._inner.render_chat(request, **options)
+        settings = _settings(request)
+        if not settings or not isinstance(rendered, tuple) or _is_machine_read(request):
+            return rendered
+        conversation, inputs = rendered
+        asked = request.model_dump(mode="json", exclude_unset=True)
+        tools = None if request.tool_choice == "none" else asked.get("tools")
+
+        def encode() -> Steered | None:
+            _refuse(request, inputs)
+            if request.chat_template is not None:
+                raise RequestError("chat_template: not together with a preference.")
+            return self._encoder.chat(
+                asked["messages"], settings, tools, asked.get("chat_template_kwargs")
+            )
+
+        return await self._steer(request, inputs, encode, lambda steered: (conversation, steered))
+
+    async def render_completion(self, request: Any, **options: Any) -> Any:
+        """Return the prompts, or vLLM's error response."""
+        rendered = await self._inner.render_completion(request, **options)
+        settings = _settings(request)
+        if not settings or not isinstance(rendered, list) or _is_machine_read(request):
+            return rendered
+
+        def encode() -> Steered | None:
+            _refuse(request, rendered)
+            if request.echo or request.suffix:
+                raise RequestError("echo, suffix: not together with a preference.")
+            given = request.prompt
+            if isinstance(given, list) and len(given) == 1:
+                given = given[0]
+            if not isinstance(given, str):
+                raise RequestError(
+                    "prompt: expected one text, not a list or token ids, together with a "
+                    "preference; send a request for each."
+                )
+            return self._encoder.text(given, settings)
+
+        return await self._steer(request, rendered, encode, lambda steered: steered)
+
+    async def render_responses(self, request: Any, **options: Any) -> Any:
+        """Refuse a preference, which this route can't take."""
+        if _settings(request):
+            return self._inner.create_error_response(
+                "preference: use /v1/chat/completions.", param="preference"
+            )
+        return await self._inner.render_responses(request, **options)
+
+    async def _steer(self, request: Any, inputs: list[Any], encode: Any, result: Any) -> Any:
+        try:
+            loop = asyncio.get_running_loop()
+            steered = await loop.run_in_executor(self._thread, encode)
+        except RequestError as error:
+            fields = {*SETTINGS, "messages", "prompt", "tools", "chat_template", "echo"}
+            named = str(error).split(":")[0].split("=")[0].split("[")[0]
+            return self._inner.create_error_response(
+                str(error), param=named if named in fields else None
+            )
+        if steered is None:
+            return result(inputs)
+        if steered.pair is not None:
+            request.vllm_xargs = {**(request.vllm_xargs or {}), **steered.pair.args()}
+        given = {key: value for key, value in inputs[0].items() if key != "prompt"}
+        return result([{**given, "prompt_token_ids": steered.prompt}])
+
+
+def _settings(request: Any) -> dict[str, Any]:
+    """Return how the request is to be steered; {} for a plain one."""
+    extra = request.model_extra or {}
+    settings = {name: extra[name] for name in SETTINGS if extra.get(name) is not None}
+    return settings if settings.get("preference") else {}
+
+
+def _is_machine_read(request: Any) -> bool:
+    """Tell whether a machine reads the answer: it is then decoded plainly."""
+    form = getattr(request, "response_format", None)
+    return (
+        getattr(request, "structured_outputs", None) is not None
+        or (form is not None and form.type != "text")
+        or getattr(request, "tool_choice", None) not in (None, "none", "auto")
+    )
+
+
+def _refuse(request: Any, inputs: list[Any]) -> None:
+    """Refuse what a steered request can't have.
+
+    Raises:
+        RequestError: naming it.
+    """
+    if PAIR in (request.vllm_xargs or {}):
+        raise RequestError(f"vllm_xargs: {PAIR} is for the server.")
+    if request.use_beam_search:
+        raise RequestError("use_beam_search: not together with a preference.")
+    if request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs: not together with a preference.")
+    if len(inputs) != 1 or inputs[0].get("type") != "token":
+        raise RequestError("messages: only text can be steered; leave out images and sounds.")

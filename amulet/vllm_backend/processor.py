@@ -1,0 +1,202 @@
+"""The logits processor: combines the rows of every steered request and has them sample one token.
+
+vLLM calls it once a step for the whole batch, `[rows, vocab]` in float32, after what excludes
+tokens (`min_tokens`, `logit_bias`, `bad_words`) and before temperature. The arithmetic is
+`amulet.mixture`'s, the choice `amulet.sampling`'s, the same as in Amulet's own engine. Where a
+token is drawn it is drawn here, once, and every row of the request is left with no other choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.ops.penalties import apply_all_penalties
+
+from amulet.mixture import Mixture, take_rows
+from amulet.sampling import NEVER, Sampling, choose
+from amulet.vllm_backend.version import check_vllm
+from amulet.vllm_backend.wire import Pair, Row
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+check_vllm()
+
+
+@dataclass
+class _Entry:
+    """A row in the batch: what it is, its prompt, and vLLM's own list of its output tokens."""
+
+    row: Row
+    prompt: list[int]
+    output: list[int]
+
+
+@dataclass
+class _Steered:
+    """A request all of whose rows are in the batch.
+
+    Attributes:
+        row: its first row.
+        indices: where its rows are in the batch, the base row last.
+        prompt, output: token ids of its first row; `output` is vLLM's own list and grows.
+        generator: of its draws; has drawn for `drawn` tokens.
+        read: how many output tokens were looked at for spans; `inside` one after those.
+    """
+
+    row: Row
+    indices: list[int]
+    prompt: list[int]
+    output: list[int]
+    generator: torch.Generator | None = None
+    drawn: int = 0
+    read: int = 0
+    inside: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def weights(self) -> Sequence[float]:
+        """Return the w_i of this step: none inside a span that a machine reads."""
+        pair = self.row.pair
+        if pair.spans:
+            if len(self.output) < self.read:
+                self.read, self.inside = 0, pair.inside
+            for token in self.output[self.read :]:
+                for opening, closing in pair.spans:
+                    if token in (opening, closing):
+                        self.inside = token == opening
+            self.read = len(self.output)
+        return [0.0] * len(pair.weights) if self.inside else pair.weights
+
+    def noise(self, device: torch.device, vocab: int) -> torch.Generator:
+        """Return the generator, ready for the draw of the next token.
+
+        Token n of a request takes the n-th draw, also after a preemption, and where vLLM threw the
+        last choice away, as it does while prompts are still read in parts.
+        """
+        number = len(self.output)
+        if self.generator is None or self.drawn != number:
+            self.generator = torch.Generator(device=device)
+            self.generator.manual_seed(self.row.seed)
+            unread = torch.empty(vocab, dtype=torch.float32, device=device)
+            for _ in range(number):
+                unread.exponential_(generator=self.generator)
+        self.drawn = number + 1
+        return self.generator
+
+
+class PairProcessor(LogitsProcessor):
+    """Combines rows; for `--logits-processors amulet.vllm_backend.processor:PairProcessor`."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse what is no pair; vLLM turns the error into an HTTP 400."""
+        Pair.read(sampling_params.extra_args)
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._entries: dict[int, _Entry] = {}
+        self._steered: list[_Steered] = []
+
+    def is_argmax_invariant(self) -> bool:
+        """It changes which token is the likeliest."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow which rows are where in the batch."""
+        if process_dict_updates(self._entries, batch_update, _entry):
+            self._steered = self._complete()
+
+    def _complete(self) -> list[_Steered]:
+        """Return the requests all of whose rows are there, with what they had before."""
+        known = {steered.row.request: steered for steered in self._steered}
+        found: dict[str, dict[int, int]] = {}
+        for index, entry in self._entries.items():
+            found.setdefault(entry.row.request, {})[entry.row.number] = index
+        complete = []
+        for request, places in found.items():
+            indices = [places[number] for number in sorted(places)]
+            first = self._entries[indices[0]]
+            if len(indices) < first.row.count:
+                continue  # its prompts are still read in parts: there is no token to choose yet
+            before = known.get(request)
+            if before is not None and before.output is first.output:
+                before.indices = indices
+                complete.append(before)
+                continue
+            row = first.row
+            complete.append(
+                _Steered(
+                    row,
+                    indices,
+                    first.prompt,
+                    first.output,
+                    inside=row.pair.inside,
+                    sampling=Sampling(row.temperature, row.top_k, row.top_p, row.min_p),
+                )
+            )
+        return complete
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Write the combined scores into the rows of steered requests, in place."""
+        steered = self._steered
+        if not steered:
+            return logits
+        mix = Mixture(
+            take_rows(logits, [index for one in steered for index in one.indices]),
+            [one.weights() for one in steered],
+            [len(one.indices) for one in steered],
+        )
+        if any(one.row.is_masked for one in steered):
+            # What vLLM excluded is -inf in all rows, and so NaN in their difference.
+            mix.scores = mix.scores.masked_fill(mix.scores.isnan(), NEVER)
+        mix.cut([one.row.pair.floor for one in steered], [None] * len(steered))
+        scores = _penalised(mix.scores, steered)
+        drawn = [i for i, one in enumerate(steered) if one.row.temperature > 0]
+        if drawn:
+            tokens = choose(
+                scores[drawn],
+                [steered[i].sampling for i in drawn],
+                [steered[i].noise(scores.device, scores.shape[-1]) for i in drawn],
+            )
+            scores = scores.clone() if scores is mix.scores else scores
+            scores[drawn] = torch.full_like(scores[drawn], NEVER).scatter_(1, tokens[:, None], 0.0)
+        rows = torch.tensor([index for one in steered for index in one.indices])
+        owner = torch.tensor([i for i, one in enumerate(steered) for _ in one.indices])
+        logits[rows.to(logits.device)] = scores[owner.to(logits.device)].to(logits.dtype)
+        return logits
+
+
+def _entry(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Entry | None:
+    row = Row.read(params.extra_args)
+    return None if row is None else _Entry(row, prompt or [], output)
+
+
+def _penalised(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
+    """Apply vLLM's penalties where asked for, with the first preferred prompt as the prompt.
+
+    vLLM's own come later and would see another prompt in every row.
+    """
+    asked = [i for i, one in enumerate(steered) if tuple(one.row.penalties) != (1.0, 0.0, 0.0)]
+    if not asked:
+        return scores
+    scores = scores.clone()
+    vocab, device = scores.shape[-1], scores.device
+    longest = max(len(steered[i].prompt) for i in asked)
+    prompts = torch.tensor(
+        [steered[i].prompt + [vocab] * (longest - len(steered[i].prompt)) for i in asked],
+        device=device,
+    )
+    repetition, presence, frequency = (
+        torch.tensor([steered[i].row.penalties[kind] for i in asked], device=device)
+        for kind in range(3)
+    )
+    chosen: Any = scores[asked].contiguous()
+    outputs = [list(steered[i].output) for i in asked]
+    scores[asked] = apply_all_penalties(chosen, prompts, presence, frequency, repetition, outputs)
+    return scores

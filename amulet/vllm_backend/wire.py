@@ -1,0 +1,113 @@
+"""What frontend, scheduler and logits processor tell each other, in vLLM's `extra_args`.
+
+A steered request carries a `Pair` under `PAIR`; the scheduler makes rows of it, whose sampling
+parameters carry a `Row` under `ROW`. Both are plain JSON there, because they cross processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from amulet.errors import RequestError
+
+PAIR = "amulet"
+ROW = "amulet_row"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How one request is steered; its own prompt is the first preferred prompt.
+
+    Attributes:
+        prompts: token ids of the further rows: the other preferred prompts, then the base prompt.
+        weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row.
+        floor: plausibility floor in [0, 1]; 0 is off.
+        spans: pairs of token ids; between the two the base row alone decides, as in thinking and
+            tool calls, which machines read.
+        inside: the prompts end in such a span.
+    """
+
+    prompts: list[list[int]]
+    weights: list[float]
+    floor: float = 0.0
+    spans: list[list[int]] | None = None
+    inside: bool = False
+
+    def args(self) -> dict[str, Any]:
+        """Return what belongs into `extra_args`."""
+        return {PAIR: asdict(self)}
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None) -> Pair | None:
+        """Return the request's pair; None for a plain request.
+
+        Raises:
+            RequestError: what is there is no pair.
+        """
+        given = (extra_args or {}).get(PAIR)
+        if given is None:
+            return None
+        try:
+            pair = cls(**given)
+            is_right = (
+                len(pair.prompts) == len(pair.weights) > 0
+                and all(_is_prompt(prompt) for prompt in pair.prompts)
+                and all(math.isfinite(weight) for weight in pair.weights)
+                and any(pair.weights)
+                and 0.0 <= pair.floor <= 1.0
+                and all(len(span) == 2 for span in pair.spans or ())
+            )
+        except TypeError:
+            is_right = False
+        if not is_right:
+            raise RequestError(
+                f"extra_args[{PAIR!r}] is no pair: give the request a `preference` instead."
+            )
+        return pair
+
+
+def _is_prompt(ids: Any) -> bool:
+    return isinstance(ids, Sequence) and len(ids) > 0 and all(type(token) is int for token in ids)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a steered request, as the logits processor needs it.
+
+    Attributes:
+        request: id of the request, the same for all of its rows.
+        number: which row this is, from 0; the last one is the base row.
+        count: how many rows the request has.
+        pair: how they are combined; without its prompts.
+        temperature, top_k, top_p, min_p: how the token is chosen; 0 is greedy.
+        penalties: repetition, presence and frequency penalty.
+        seed: of the draws.
+        is_masked: vLLM may have excluded tokens before (-inf).
+    """
+
+    request: str
+    number: int
+    count: int
+    pair: Pair
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    penalties: tuple[float, float, float]
+    seed: int
+    is_masked: bool
+
+    def args(self) -> dict[str, Any]:
+        """Return what belongs into `extra_args`."""
+        return {ROW: asdict(self)}
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None) -> Row | None:
+        """Return the row; None where the engine request is not one."""
+        given = (extra_args or {}).get(ROW)
+        if given is None:
+            return None
+        return cls(**{**given, "pair": Pair(**given["pair"])})

@@ -1,0 +1,42 @@
+"""Tiny models with random weights, saved as vLLM loads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from tests.models import END_OF_TEXT, IM_END, VOCAB_SIZE, byte_tokenizer
+
+Kind = Literal["qwen2", "llama"]
+
+
+def save_model(folder: Path, kind: Kind, window: int = 512) -> Path:
+    """Save three layers with heads of 32, vLLM's smallest on a CPU, and the byte tokenizer.
+
+    Weights are drawn wide, so that logits differ clearly and greedy text varies.
+    """
+    config_class = {"qwen2": Qwen2Config, "llama": LlamaConfig}[kind]
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=window,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=IM_END,
+        pad_token_id=END_OF_TEXT,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,117 @@
+"""The logits processor alone: rows in any order, spans, excluded tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+from amulet.vllm_backend.processor import PairProcessor
+from amulet.vllm_backend.wire import Pair, Row
+
+VOCAB = 12
+ROW = Row(
+    request="a",
+    number=0,
+    count=2,
+    pair=Pair([], [3.0]),
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    penalties=(1.0, 0.0, 0.0),
+    seed=0,
+    is_masked=False,
+)
+
+
+def params(row: Row | None) -> SamplingParams:
+    return SamplingParams(extra_args=None if row is None else row.args())
+
+
+def make(*rows: Row | None, output: list[int] | None = None) -> PairProcessor:
+    processor = PairProcessor(None, torch.device("cpu"), False)
+    added = [(i, params(row), [1], [] if output is None else output) for i, row in enumerate(rows)]
+    processor.update_state(BatchUpdate(len(rows), removed=[], added=added, moved=[]))
+    return processor
+
+
+def logits(rows: int) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
+
+
+def combined(preferred: torch.Tensor, base: torch.Tensor, weight: float = 3.0) -> torch.Tensor:
+    p, r = preferred.log_softmax(-1), base.log_softmax(-1)
+    return r + weight * (p - r)
+
+
+def test_rows_of_a_request_get_the_same_scores_and_others_are_left() -> None:
+    processor = make(None, ROW, None, replace(ROW, number=1))
+    given = logits(4)
+    result = processor.apply(given.clone())
+    wanted = combined(given[1], given[3])
+    for row in (1, 3):
+        torch.testing.assert_close(result[row], wanted)
+    assert torch.equal(result[[0, 2]], given[[0, 2]])
+
+
+def test_rows_that_move_are_followed() -> None:
+    processor = make(ROW, None, replace(ROW, number=1))
+    moved = [(0, 1, MoveDirectionality.SWAP)]
+    processor.update_state(BatchUpdate(3, removed=[], added=[], moved=moved))
+    given = logits(3)
+    torch.testing.assert_close(processor.apply(given.clone())[1], combined(given[1], given[2]))
+
+
+def test_half_a_request_is_left_alone() -> None:
+    processor = make(ROW, None)
+    given = logits(2)
+    assert torch.equal(processor.apply(given.clone()), given)
+    added = [(2, params(replace(ROW, number=1)), [1], [])]
+    processor.update_state(BatchUpdate(3, removed=[], added=added, moved=[]))
+    assert not torch.equal(processor.apply(logits(3))[0], logits(3)[0])
+    processor.update_state(BatchUpdate(2, removed=[2], added=[], moved=[]))
+    assert torch.equal(processor.apply(given.clone()), given)
+
+
+def test_inside_a_span_the_base_row_decides() -> None:
+    row = replace(ROW, pair=Pair([], [3.0], spans=[[5, 6]]))
+    output: list[int] = []
+    processor = make(row, replace(row, number=1), output=output)
+    given = logits(2)
+    steered = combined(given[0], given[1])
+    for token, is_plain in ((4, False), (5, True), (7, True), (6, False), (8, False)):
+        output.append(token)
+        result = processor.apply(given.clone())
+        torch.testing.assert_close(result[0], given[1] if is_plain else steered)
+        assert torch.equal(result[0], result[1])
+
+
+def test_what_vllm_excluded_stays_excluded() -> None:
+    row = replace(ROW, is_masked=True, pair=Pair([], [3.0], floor=0.1))
+    processor = make(row, replace(row, number=1))
+    given = logits(2)
+    given[:, 3] = float("-inf")
+    result = processor.apply(given.clone())
+    assert not result.isnan().any()
+    assert result[0, 3] == float("-inf")
+
+
+@pytest.mark.parametrize("outputs", [0, 1, 5])
+def test_draws_go_on_where_they_were(outputs: int) -> None:
+    row = replace(ROW, temperature=1.0, seed=4)
+    output: list[int] = []
+    processor = make(row, replace(row, number=1), output=output)
+    given = logits(2)
+    for _ in range(outputs):
+        processor.apply(given.clone())
+        processor.apply(given.clone())  # a step whose choice was thrown away
+        output.append(0)
+    result = processor.apply(given.clone())
+    again = make(row, replace(row, number=1), output=list(output)).apply(given.clone())
+    assert torch.equal(result, again)
+    assert result[0].argmax() == result[1].argmax()
+    assert (result[0] == 0.0).sum() == 1
