@@ -1,0 +1,159 @@
+// The state of the page: conversations, kept in the browser's IndexedDB, and the server's state.
+
+import { computed, signal } from "@preact/signals";
+import { del, entries, set } from "idb-keyval";
+import { ServerError, checkHealth, fetchModel } from "./api";
+import type { Answer, Conversation, Model, Settings } from "./types";
+
+export type ServerState = "connecting" | "ready" | "loading" | "down" | "locked";
+
+export const server = signal<ServerState>("connecting");
+export const model = signal<Model | null>(null);
+export const conversations = signal<Conversation[]>([]);
+export const currentId = signal<string | null>(null);
+/** Said to screen readers. */
+export const announced = signal("");
+/** The draft settings of a conversation that has not begun. */
+export const fresh = signal<Settings>(defaults(null));
+
+export const current = computed<Conversation | null>(
+  () => conversations.value.find(({ id }) => id === currentId.value) ?? null,
+);
+export const settings = computed<Settings>(() => current.value?.settings ?? fresh.value);
+
+const CURRENT = "amulet-current";
+
+export function defaults(known: Model | null): Settings {
+  return {
+    wishes: [],
+    strength: known?.steering.strength ?? 2,
+    floor: known?.steering.floor ?? 0.1,
+    placement: known?.steering.placement ?? "system",
+    maxTokens: Math.min(256, known?.maxTokens ?? 256),
+    temperature: 0,
+    seed: null,
+  };
+}
+
+// --- conversations
+
+/** Read what an earlier visit left. Answers that were being written then were cut off. */
+export async function restore(): Promise<void> {
+  try {
+    const kept = (await entries<string, Conversation>()).map(([, value]) => interrupted(value));
+    conversations.value = kept.sort((one, other) => other.updated - one.updated);
+  } catch {
+    announced.value = "This browser keeps no data: conversations end with the page.";
+  }
+  const last = localStorage.getItem(CURRENT);
+  if (conversations.value.some(({ id }) => id === last)) currentId.value = last;
+}
+
+function interrupted(conversation: Conversation): Conversation {
+  const ended = (answer: Answer): Answer =>
+    answer.state === "waiting" || answer.state === "streaming"
+      ? { ...answer, state: "stopped" }
+      : answer;
+  const turns = conversation.turns.map((turn) => ({
+    ...turn,
+    plain: ended(turn.plain),
+    steered: turn.steered && ended(turn.steered),
+  }));
+  return { ...conversation, turns };
+}
+
+export function select(id: string | null): void {
+  currentId.value = id;
+  if (id === null) localStorage.removeItem(CURRENT);
+  else localStorage.setItem(CURRENT, id);
+}
+
+export function add(conversation: Conversation): void {
+  conversations.value = [conversation, ...conversations.value];
+  select(conversation.id);
+  save(conversation.id);
+}
+
+export function remove(id: string): void {
+  conversations.value = conversations.value.filter((conversation) => conversation.id !== id);
+  if (currentId.value === id) select(null);
+  void del(id).catch(() => undefined);
+}
+
+export function change(id: string, by: (conversation: Conversation) => Conversation): void {
+  conversations.value = conversations.value.map((conversation) =>
+    conversation.id === id ? by(conversation) : conversation,
+  );
+}
+
+export function changeSettings(part: Partial<Settings>): void {
+  const id = currentId.value;
+  if (id === null) fresh.value = { ...fresh.value, ...part };
+  else {
+    change(id, (conversation) => ({
+      ...conversation,
+      settings: { ...conversation.settings, ...part },
+    }));
+    save(id);
+  }
+}
+
+const unsaved = new Set<string>();
+let saving: ReturnType<typeof setTimeout> | undefined;
+
+/** Keep a conversation; soon, so that a stream of changes is written a few times only. */
+export function save(id: string): void {
+  unsaved.add(id);
+  saving ??= setTimeout(saveNow, 400);
+}
+
+export function saveNow(): void {
+  clearTimeout(saving);
+  saving = undefined;
+  for (const id of unsaved) {
+    const kept = conversations.value.find((conversation) => conversation.id === id);
+    if (kept) void set(id, kept).catch(() => undefined);
+  }
+  unsaved.clear();
+}
+
+// --- the server
+
+const WELL = 15_000;
+const UNWELL = 1_500;
+let timer: ReturnType<typeof setTimeout> | undefined;
+
+/** Look how the server is, now and from then on. */
+export async function watch(): Promise<void> {
+  clearTimeout(timer);
+  try {
+    await checkHealth();
+    if (server.value !== "ready" || model.value === null) await meet();
+  } catch (error) {
+    failed(error);
+  }
+  timer = setTimeout(watch, server.value === "ready" ? WELL : UNWELL);
+}
+
+async function meet(): Promise<void> {
+  const known = await fetchModel();
+  // Settings that nobody has touched follow the model's own.
+  const untouched = JSON.stringify(fresh.value) === JSON.stringify(defaults(model.value));
+  model.value = known;
+  if (untouched) fresh.value = defaults(known);
+  if (server.value === "down") announced.value = "The server is back.";
+  server.value = "ready";
+}
+
+/** Take note of what a failed request says of the server. */
+export function failed(error: unknown): void {
+  const before = server.value;
+  if (!(error instanceof ServerError)) server.value = "down";
+  else if (error.status === 401) server.value = "locked";
+  else if (error.code === "loading") server.value = "loading";
+  else if (error.status === 503) server.value = "down";
+  if (server.value !== before && server.value !== "ready") {
+    clearTimeout(timer);
+    timer = setTimeout(watch, UNWELL);
+  }
+}

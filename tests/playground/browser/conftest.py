@@ -1,0 +1,124 @@
+"""A server with the page in a thread, and a real Chromium that looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from amulet import Amulet
+from amulet.playground import page as playground
+from amulet.serve.app import create_app
+from amulet.serve.server import Server
+from tests.models import ScriptedModel
+
+TIMEOUT = 60_000  # milliseconds; a busy machine is slow, and nothing here measures time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.allow_hosts(["127.0.0.1"]))
+
+
+@contextlib.contextmanager
+def serving(amulet: Amulet, port: int = 0, **options: Any) -> Iterator[tuple[str, int]]:
+    """Serve a model with the page; give the page's address and the port."""
+    app = create_app(amulet, **{"name": "scripted", **options})
+    whole = playground.Page(app)
+    config = uvicorn.Config(
+        whole, "127.0.0.1", port, access_log=False, log_config=None, timeout_graceful_shutdown=1
+    )
+    server = Server(config, app.state.service, drain_seconds=1.0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    taken = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{taken}/", taken
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    assert path, "There is no chromium: `make test-browser` installs it."
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            # Chromium's sandbox wants a user who is not root; the pages here are our own.
+            args=["--no-sandbox"],
+        )
+        yield browser
+        browser.close()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Open]:
+    """Open an address in a fresh browser profile. What the page logs as an error fails the test.
+
+    `expected` is a pattern of what it may log.
+    """
+    contexts: list[Any] = []
+    wrong: list[str] = []
+
+    def visit(url: str, *, expected: str = "^$", **options: Any) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        contexts.append(context)
+        context.set_default_timeout(TIMEOUT)
+        page = context.new_page()
+
+        def told(message: Any) -> None:
+            if message.type == "error" and not re.search(expected, message.text):
+                wrong.append(message.text)
+
+        page.on("console", told)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def saying(tokenizer: Any, answers: Any) -> Amulet:
+    return Amulet(ScriptedModel(tokenizer, answers), tokenizer)
+
+
+def ask(page: Page, question: str) -> None:
+    """Send a question and return; the answers are still to come."""
+    page.get_by_label("Your question").fill(question)
+    page.get_by_role("button", name="Send").click()
+
+
+def prefer(page: Page, wish: str) -> None:
+    """Add a preference in own words."""
+    page.get_by_label("Your own preference").fill(wish)
+    page.get_by_role("button", name="Add", exact=True).click()
+
+
+def answer(page: Page, column: str, state: str = "done", place: int = -1) -> str:
+    """Return an answer's text once it has come to a state; by default the last turn's."""
+    turns = page.locator("article.turn")
+    turn = turns.last if place == -1 else turns.nth(place)
+    section = turn.locator(f"section.{column}[data-state={state}]")
+    section.wait_for()
+    return section.locator(".text").inner_text()

@@ -1,0 +1,130 @@
+"""SmolLM2 behind the page: the code that it shows gives the same answers, and pictures of it.
+
+`SCREENSHOTS=docs/images make test-browser` renews the pictures of the documentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page
+
+from amulet import Amulet
+from tests.playground.browser.conftest import Open, answer, ask, serving
+
+NAME = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(Amulet.embedded(), name=NAME) as (url, _):
+        yield url
+
+
+def run(code: str) -> str:
+    """Run Python as a user would, and return what it prints."""
+
+    def execute() -> str:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile(code, "<playground>", "exec"), {"__name__": "__main__"})
+        return said.getvalue().removesuffix("\n")
+
+    with ThreadPoolExecutor(1) as pool:  # not where the browser's event loop runs
+        return pool.submit(execute).result()
+
+
+def shown_code(page: Page, column: str, language: str) -> str:
+    page.get_by_role("button", name=f"The {column} answer as code").last.click()
+    page.get_by_role("tab", name=language).click()
+    code = page.get_by_role("tabpanel").locator("code").text_content() or ""
+    page.get_by_role("button", name="Close").click()
+    return code
+
+
+def copied(page: Page, column: str) -> str:
+    page.get_by_role("button", name=f"Copy the {column} answer").last.click()
+    page.get_by_text("Copied", exact=True).wait_for()
+    page.get_by_text("Copied", exact=True).wait_for(state="detached")
+    return str(page.evaluate("navigator.clipboard.readText()"))
+
+
+def finished(page: Page) -> None:
+    answer(page, "plain")
+    answer(page, "steered")
+    page.get_by_role("button", name="Regenerate").wait_for()
+
+
+def test_the_code_gives_the_same_answers(visit: Open, url: str, tmp_path: Path) -> None:
+    page = visit(url, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="For a child").click()
+    page.get_by_role("button", name="Formal").click()
+    page.get_by_label("Steer away from: Write formally").click()
+    page.get_by_label("Weight of: Write formally").fill("0.25")
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Tokens at most").fill("24")
+    page.get_by_label("Tokens at most").press("Tab")
+    ask(page, "What's a \"black hole\"?\nIn Earth's neighbourhood \\ sky")
+    finished(page)
+    page.get_by_label("Temperature").fill("0.7")  # the second turn is drawn, with a seed
+    page.get_by_label("Temperature").press("Tab")
+    ask(page, "And why?")
+    finished(page)
+
+    for column in ("steered", "plain"):
+        said = copied(page, column)
+        assert said
+        for language in ("Python", "LangChain", "LlamaIndex"):
+            assert run(shown_code(page, column, language)) == said, (column, language)
+        shell = shown_code(page, column, "curl").replace("curl ", "curl --silent ", 1)
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"] == said, column
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "preset", "question", "width"),
+    [
+        ("playground-light", "light", "For a child", "What is a black hole?", 1280),
+        ("playground-dark", "dark", "Pirate", "What is a black hole?", 1280),
+    ],
+)
+def test_pictures(
+    visit: Open,
+    url: str,
+    tmp_path: Path,
+    name: str,
+    scheme: str,
+    preset: str,
+    question: str,
+    width: int,
+) -> None:
+    size = {"width": width, "height": 760}
+    page = visit(url, color_scheme=scheme, viewport=size, reduced_motion="reduce")
+    page.locator(".server.ready").wait_for()
+    if width < 1200:
+        page.get_by_role("button", name="Preference and steering").click()
+    page.get_by_role("button", name=preset).click()
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Tokens at most").fill("70")
+    page.get_by_label("Tokens at most").press("Tab")
+    page.get_by_text("Sampling").click()
+    if width < 1200:
+        page.keyboard.press("Escape")
+    ask(page, question)
+    finished(page)
+    page.get_by_label("Answers", exact=True).evaluate("box => box.scrollTo(0, 0)")
+    page.locator("section.steered .token.part").first.hover()
+    page.get_by_role("tooltip").wait_for()
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    picture = folder / f"{name}.png"
+    page.screenshot(path=picture)
+    assert picture.stat().st_size < 200_000
+    assert page.locator("section.steered .token.up4, section.steered .token.up5").count() > 0
