@@ -41,23 +41,16 @@ def interval(
     >>> interval([1.0, 1.0, 1.0])
     (1.0, 1.0, 1.0)
     """
-    if not 0.0 < level < 1.0:
-        raise EvaluationError(f"level={level!r}: expected between 0 and 1, such as 0.95.")
-    if resamples < 1:
-        raise EvaluationError(f"resamples={resamples!r}: expected 1 or more.")
+    _check(level, resamples)
     groups = [_array(values) for values in _groups(values_by_question)]
     if not groups:
         raise EvaluationError("An interval needs values of at least one question; none was given.")
     smallest = min(float(group.min()) for group in groups)
     # Less the smallest: equal values then sum to exactly 0, not to 0 give or take a rounding.
-    sums = np.array([(group - smallest).sum() for group in groups])
-    counts = np.array([group.size for group in groups], dtype=np.float64)
-    mean = smallest + float(sums.sum() / counts.sum())
-    drawn = smallest + _resample(sums, counts, resamples, seed)
-    tail = (1.0 - level) / 2.0
-    low, high = (float(value) for value in np.quantile(drawn, [tail, 1.0 - tail]))
-    # Few resamples or a low level can leave the mean of the data outside the quantiles.
-    return mean, min(low, mean), max(high, mean)
+    sums = np.array([((group - smallest).sum(), group.size) for group in groups])  # [questions, 2]
+    mean = smallest + float(sums[:, 0].sum() / sums[:, 1].sum())
+    drawn = _resample(sums, resamples, seed)
+    return _percentiles(mean, smallest + drawn[:, 0] / drawn[:, 1], level)
 
 
 def difference(
@@ -93,6 +86,66 @@ def difference(
     return interval(by_question, level, resamples, seed)
 
 
+def at_zero(
+    points_by_question: Mapping[Any, Sequence[tuple[float, float]]],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return what y is where x is 0, by the least-squares line of y on x, and its interval.
+
+    With y a difference of two answers' scores and x their difference in length, this is the
+    difference in score that length doesn't explain.
+
+    Args:
+        points_by_question: (x, y) of every pair of answers, by question.
+        level, resamples, seed: as for `interval`.
+
+    Raises:
+        EvaluationError: no points, one that is not finite, or a level or count out of range.
+
+    >>> round(at_zero({"a": [(0.0, 1.0), (1.0, 3.0)], "b": [(2.0, 5.0)]})[0], 6)
+    1.0
+    """
+    _check(level, resamples)
+    groups = [np.asarray(points, dtype=np.float64) for points in points_by_question.values()]
+    groups = [group.reshape(-1, 2) for group in groups if group.size]
+    if not groups:
+        raise EvaluationError("A line needs points of at least one question; none was given.")
+    if not all(np.isfinite(group).all() for group in groups):
+        raise EvaluationError("A line needs finite points: leave the others out.")
+    sums = np.array([_moments(group[:, 0], group[:, 1]) for group in groups])  # [questions, 5]
+    mean = float(_intercept(sums.sum(axis=0, keepdims=True))[0])
+    return _percentiles(mean, _intercept(_resample(sums, resamples, seed)), level)
+
+
+def _moments(x: _Floats, y: _Floats) -> list[float]:
+    return [float(x.size), *(float(sum_) for sum_ in (x.sum(), y.sum(), x @ x, x @ y))]
+
+
+def _intercept(sums: _Floats) -> _Floats:
+    """Return the intercepts `[draws]` from the sums of 1, x, y, x², xy, `[draws, 5]`."""
+    n, x, y, xx, xy = sums.T
+    spread = xx / n - (x / n) ** 2
+    is_line = spread > 1e-12 * (1.0 + xx / n)  # else all x are alike, and only the mean is known
+    slope = np.where(is_line, (xy / n - x * y / n**2) / np.where(is_line, spread, 1.0), 0.0)
+    return np.asarray(y / n - slope * x / n)
+
+
+def _check(level: float, resamples: int) -> None:
+    if not 0.0 < level < 1.0:
+        raise EvaluationError(f"level={level!r}: expected between 0 and 1, such as 0.95.")
+    if resamples < 1:
+        raise EvaluationError(f"resamples={resamples!r}: expected 1 or more.")
+
+
+def _percentiles(mean: float, drawn: _Floats, level: float) -> tuple[float, float, float]:
+    tail = (1.0 - level) / 2.0
+    low, high = (float(value) for value in np.quantile(drawn, [tail, 1.0 - tail]))
+    # Few resamples or a low level can leave the mean of the data outside the quantiles.
+    return mean, min(low, mean), max(high, mean)
+
+
 def _groups(values: Values) -> list[object]:
     given = list(values.values()) if isinstance(values, Mapping) else list(values)
     return [group for group in given if not (isinstance(group, Sequence) and not group)]
@@ -117,13 +170,13 @@ def _subtract(values: object, others: object, name: object = None) -> list[float
     return [float(value) for value in left - right]
 
 
-def _resample(sums: _Floats, counts: _Floats, resamples: int, seed: int) -> _Floats:
-    """Return the means of `resamples` draws of whole questions, `[resamples]`."""
+def _resample(sums: _Floats, resamples: int, seed: int) -> _Floats:
+    """Return `[resamples, k]`: the sums `[questions, k]` of draws of whole questions."""
     draw = np.random.default_rng(seed)
     questions = len(sums)
     step = max(1, _DRAWN_AT_ONCE // questions)
-    means = []
+    drawn = []
     for start in range(0, resamples, step):
         index = draw.integers(questions, size=(min(step, resamples - start), questions))
-        means.append(sums[index].sum(axis=1) / counts[index].sum(axis=1))
-    return np.concatenate(means)
+        drawn.append(sums[index].sum(axis=1))
+    return np.concatenate(drawn)

@@ -74,6 +74,14 @@ AsPublished = Annotated[
         "first 128 tokens of question and answer together.",
     ),
 ]
+Facts = Annotated[
+    bool,
+    typer.Option(
+        "--facts",
+        help="Ask 76 plain facts under every method and preference: does steering make the model "
+        "prefer false answers?",
+    ),
+]
 Trace = Annotated[bool, typer.Option("--trace", help="Keep what each token gained by steering.")]
 MaxRows = Annotated[int, typer.Option(help="Rows decoded at once; a steered answer takes two.")]
 JudgeModel = Annotated[
@@ -111,6 +119,7 @@ def eval_command(
     system_prompt: SystemPrompt = SYSTEM_PROMPT,
     temperature: Temperature = 0.0,
     as_published: AsPublished = False,
+    facts: Facts = False,
     trace: Trace = False,
     max_rows: MaxRows = 64,
     judge_model: JudgeModel = None,
@@ -165,9 +174,15 @@ def eval_command(
             )
             with progress_bar(f"Scores: {name}") as tell:
                 score_run(run, name, options, tell)
-        Console().print(_summary(run))
+        if facts:
+            from amulet.evaluation.facts import score_facts
+
+            with progress_bar("Facts") as tell:
+                score_facts(run, amulet, tell)
+        _say(_names(run))
+        _print(_summary(run))
         if "llm" in judges:
-            Console().print(_verdicts(run))
+            _say(_verdicts(run))
 
 
 def _model_name(model: str | None) -> str | None:
@@ -188,28 +203,61 @@ def _verdicts(run: Run) -> str:
 
 
 def _summary(run: Run) -> Table:
-    """Return a table of the methods: answers, mean tokens and time, and each judge's means."""
+    """Return a table with a column per method: answers, tokens, time, and each judge's means.
+
+    The columns are numbered, as the names of methods are long.
+    """
     answers = run.answers()
-    scores = {name: run.scores(name) for name in run.score_names() if not name.endswith("-pairs")}
-    values = {
-        (judge, value): None
-        for judge, by_key in scores.items()
-        for entry in by_key.values()
-        for value in entry
-    }
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("method", "answers", "tokens", "ms/token", *(value for _, value in values)):
-        table.add_column(title, justify="left" if title == "method" else "right")
+    scores = [run.scores(name) for name in run.score_names() if not name.endswith("-pairs")]
+    right = _facts_right(run)
+    columns: list[dict[str, str]] = []
     for method in run.meta.methods:
         own = [answer for answer in answers if answer.method == method.name]
         tokens = sum(len(answer.token_ids) for answer in own)
-        cells = [method.name, str(len(own)), "–", "–"]
+        cells = {"answers": str(len(own))}
         if tokens:
             seconds = sum(answer.seconds for answer in own)
-            cells[2:] = [f"{tokens / len(own):.1f}", f"{1000 * seconds / tokens:.1f}"]
-        for judge, value in values:
-            entries = [scores[judge].get(answer.key, {}) for answer in own]
-            found = [entry[value] for entry in entries if value in entry]
-            cells.append(f"{sum(found) / len(found):.3f}" if found else "–")
-        table.add_row(*cells)
+            cells["tokens"] = f"{tokens / len(own):.1f}"
+            cells["ms per token"] = f"{1000 * seconds / tokens:.1f}"
+        found: dict[str, list[float]] = {}
+        for by_key in scores:
+            for answer in own:
+                for value, number in by_key.get(answer.key, {}).items():
+                    found.setdefault(value.replace("_", " "), []).append(number)
+        if method.name in right:
+            found["facts right"] = [float(one) for one in right[method.name]]
+        cells |= {value: f"{sum(each) / len(each):.3f}" for value, each in found.items()}
+        columns.append(cells)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for number in range(1, len(columns) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    for title in dict.fromkeys(title for cells in columns for title in cells):
+        table.add_row(title, *(cells.get(title, "–") for cells in columns))
     return table
+
+
+def _print(table: Table) -> None:
+    """Print a table whole: a terminal that is too narrow breaks its lines, and no number is cut."""
+    console = Console()
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
+
+
+def _say(text: str) -> None:
+    Console().print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _names(run: Run) -> str:
+    """Return what the numbers over the summary's columns stand for."""
+    names = (method.name for method in run.meta.methods)
+    return "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
+
+
+def _facts_right(run: Run) -> dict[str, list[bool]]:
+    """Return by method which facts it got right, under all preferences; empty if none was asked."""
+    found: dict[str, list[bool]] = {}
+    for (method, _), right in run.facts().items():
+        found.setdefault(method, []).extend(right.values())
+    return found

@@ -7,20 +7,28 @@ plausibility floor, as all four may lie below it where the preference asks for a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
-from amulet.evaluation.scoring import Scores, score_answers
+from amulet.evaluation.jobs import messages_of
+from amulet.evaluation.methods import Method, parse_method
+from amulet.evaluation.pairs import combine_of
+from amulet.evaluation.paper import parts_of
+from amulet.evaluation.run import Run
+from amulet.evaluation.scoring import Scores, rows_of, score_continuations
 from amulet.request import Request
 
 if TYPE_CHECKING:
     from amulet import Amulet, Steering
     from amulet.preference import Placement
 
-OPTIONS = 4
+# Their base row holds another prompt, which is not set up here.
+LEFT_OUT = ("opposite", "default-system")
 
 
 class Fact(BaseModel):
@@ -56,34 +64,134 @@ def right_answers(
     """
     steering = steering or amulet.steering
     given = facts() if given is None else given
-    items = [
-        item for fact in given for item in _asked(amulet, fact, preference, steering.placement)
-    ]
-
-    def likelihood(scores: Scores) -> float:
-        # Of the mean, as options differ in length.
-        tokens = scores.base if preference is None else scores.steered(steering.strength)
-        return float(tokens.mean())
-
-    def tell_facts(done: int, total: int) -> None:
+    asked = _Asked(None if preference is None else (preference,), steering.placement)
+    right = []
+    for count, fact in enumerate(given, 1):
+        options = _options(amulet, fact, asked, "", {})
+        right.append(
+            _is_right(
+                float((o.base if preference is None else o.steered(steering.strength)).mean())
+                for o in options
+            )
+        )
         if tell is not None:
-            tell(done // OPTIONS, total // OPTIONS)
-
-    means = score_answers(amulet, items, likelihood, tell_facts)
-    each = [means[first : first + OPTIONS] for first in range(0, len(means), OPTIONS)]
-    return [first > max(others) for first, *others in each]  # a tie is no answer
+            tell(count, len(given))
+    return right
 
 
-def _asked(
-    amulet: Amulet, fact: Fact, preference: str | None, placement: Placement
-) -> Iterator[tuple[Request, list[int]]]:
-    """Yield the question with each option as its answer."""
+def score_facts(
+    run: Run,
+    amulet: Amulet,
+    tell: Callable[[int, int], None] | None = None,
+    given: Sequence[Fact] | None = None,
+) -> None:
+    """Ask the facts that a run was not asked yet, under every method and preference.
+
+    Methods whose base row holds another prompt (`LEFT_OUT`) are not asked; beams are asked as the
+    prompt alone, which is what they follow.
+
+    Args:
+        run: what is found is written beside its answers.
+        amulet: the model that answered.
+        tell: called with (facts asked, facts in all).
+        given: facts; None is `facts()`.
+    """
+    given = facts() if given is None else given
+    prompt = str(run.meta.settings.get("system_prompt", ""))
+    wanted = list(_wanted(run))
+    found = run.facts()
+    for count, fact in enumerate(given):
+        if tell is not None:
+            tell(count, len(given))
+        left = [one for one in wanted if fact.question not in found.get(one.key, {})]
+        known: dict[tuple[int, ...], list[torch.Tensor]] = {}  # the base row is many times the same
+        options = {one.asked: _options(amulet, fact, one.asked, prompt, known) for one in left}
+        right = {
+            one.key: _is_right(_likelihood(scores, one.method) for scores in options[one.asked])
+            for one in left
+        }
+        run.append_facts(fact.question, right)
+    if tell is not None:
+        tell(len(given), len(given))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a fact is asked under; preferences None is the plain model."""
+
+    preferences: tuple[str, ...] | None
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A method and preference of a run; `key` names both, the preference "" where there is none."""
+
+    key: tuple[str, str]
+    asked: _Asked
+    method: Method
+
+
+def _wanted(run: Run) -> Iterator[_Wanted]:
+    for method in (parse_method(meta.name) for meta in run.meta.methods):
+        if method.adapt in LEFT_OUT:
+            continue
+        if method.strength is None:
+            yield _Wanted((method.name, ""), _Asked(None, "system"), method)
+            continue
+        for preference in run.meta.preferences:
+            parts = parts_of(preference) if method.adapt == "separate" else [preference]
+            asked = _Asked(tuple(part.text for part in parts), method.placement or "system")
+            yield _Wanted((method.name, preference.name), asked, method)
+
+
+def _is_right(means: Iterable[float]) -> bool:
+    """Return whether the first is the largest; a tie is no answer."""
+    first, *others = means
+    return first > max(others)
+
+
+def _likelihood(scores: Scores, method: Method) -> float:
+    """Return the mean log-probability of an option's tokens as a method makes it."""
+    if method.strength is None:
+        return float(scores.base.mean())
+    if not method.in_pairs:
+        return float(scores.steered(method.strength).mean())
+    combine = combine_of(method)
+    preferred, base = scores.rows[0], scores.rows[-1]  # [T, vocab]
+    steps = [
+        combine(preferred[step : step + 1], base[step : step + 1], step)
+        for step in range(len(preferred))
+    ]
+    logs = torch.cat(steps).log_softmax(dim=-1)
+    return float(logs.gather(-1, scores.token_ids[:, None]).mean())
+
+
+def _options(
+    amulet: Amulet,
+    fact: Fact,
+    asked: _Asked,
+    system_prompt: str,
+    known: dict[tuple[int, ...], list[torch.Tensor]],
+) -> list[Scores]:
+    """Return what the rows think of each option as the answer; `known` keeps rows by prompt."""
     request = Request(
-        messages=[{"role": "user", "content": fact.question}],
-        preference=preference,
-        placement=placement,
+        messages=messages_of(fact.question, system_prompt),
+        preference=None if asked.preferences is None else list(asked.preferences),
+        placement=asked.placement,
     )
-    for option in fact.options:
-        # As an answer would begin; what ends it is left out, as a sentence may go on.
-        text = option[:1].upper() + option[1:]
-        yield request, amulet.tokenizer.encode(text, add_special_tokens=False)
+    # As an answer would begin; what ends it is left out, as a sentence may go on.
+    texts = [option[:1].upper() + option[1:] for option in fact.options]
+    answers = [amulet.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts, weights = rows_of(amulet, request)
+    for prompt in map(tuple, prompts):
+        if prompt not in known:
+            known[prompt] = score_continuations(amulet, prompt, answers)
+    return [
+        Scores(
+            torch.tensor(answer, device=amulet.model.device),
+            torch.stack([known[tuple(prompt)][i] for prompt in prompts]),
+            weights,
+        )
+        for i, answer in enumerate(answers)
+    ]

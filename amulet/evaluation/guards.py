@@ -75,26 +75,6 @@ def _read(text: str, unit: re.Pattern[str]) -> list[str]:
     return [match.group().lower() for match in unit.finditer(text)]
 
 
-def length_controlled(differences: Sequence[float], length_differences: Sequence[float]) -> float:
-    """Return the mean difference of paired scores that their difference in length leaves.
-
-    The intercept of a least-squares line of score difference on length difference.
-
-    Raises:
-        EvaluationError: the two are of different length, or empty.
-    """
-    if not differences or len(differences) != len(length_differences):
-        raise EvaluationError(
-            f"{len(differences)} score and {len(length_differences)} length differences: expected "
-            "as many of each, and at least one."
-        )
-    y = torch.tensor(differences, dtype=torch.float64)
-    x = torch.tensor(length_differences, dtype=torch.float64)
-    spread = ((x - x.mean()) ** 2).sum()
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 0 else torch.zeros(())
-    return float(y.mean() - slope * x.mean())
-
-
 def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Return the cosine of each two texts' MiniLM embeddings, −1 to 1.
 

@@ -1,18 +1,25 @@
-"""Draws the report's plots as inline SVG that follows the page's light or dark colours."""
+"""Draws the report's plots: inline SVG in the page's light or dark colours, or a picture."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from amulet.errors import EvaluationError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _INK = "#010203"  # stands for the page's text colour, which matplotlib has no name for
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")
+_DASHES = ("-", "--", ":")  # one after another, when the colours are used up
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
@@ -55,6 +62,29 @@ def strength_plot(curves: Sequence[Curve], score_name: str, number: int = 1) -> 
     Raises:
         EvaluationError: matplotlib is not installed.
     """
+    out = io.StringIO()
+    with _drawn(curves, score_name, {**_SETTINGS, "svg.hashsalt": f"amulet-{number}"}) as figure:
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(out.getvalue(), number)
+
+
+def save_plot(curves: Sequence[Curve], score_name: str, path: str | os.PathLike[str]) -> None:
+    """Write the same plot as a picture on white, .svg or .png by the path's ending.
+
+    Raises:
+        EvaluationError: matplotlib is not installed, or the path ends otherwise.
+    """
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise EvaluationError(f"{Path(path).name!r}: expected a name that ends in .svg or .png.")
+    settings = {name: value for name, value in _SETTINGS.items() if value != _INK}
+    with _drawn(curves, score_name, {**settings, "svg.hashsalt": "amulet"}) as figure:
+        figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+
+
+@contextmanager
+def _drawn(curves: Sequence[Curve], score_name: str, settings: dict[Any, Any]) -> Iterator[Figure]:
+    """Draw the plot, under settings that hold until it is saved."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -62,21 +92,20 @@ def strength_plot(curves: Sequence[Curve], score_name: str, number: int = 1) -> 
         raise EvaluationError(
             'Plots need matplotlib: run `pip install "amulet-integrations[eval]"`.'
         ) from error
-    out = io.StringIO()
-    with rc_context({**_SETTINGS, "svg.hashsalt": f"amulet-{number}"}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font"
-        )  # the browser has it
+    with rc_context(settings), warnings.catch_warnings():
+        # Where a glyph is missing here, the browser has it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for index, curve in enumerate(curves):
             xs = [point.log_probability for point in curve.points]
             ys = [point.score for point in curve.points]
-            style: dict[str, Any] = {"marker": "o"}
-            if curve.is_mark:
-                style = {"marker": "*", "markersize": 14, "linestyle": ""}
+            style: dict[str, Any] = {"marker": "o", "markersize": 4}
+            if curve.is_mark:  # over the curves that begin there
+                style = {"marker": "*", "markersize": 14, "linestyle": "", "zorder": 3}
             colour = _COLOURS[index % len(_COLOURS)]
-            axes.plot(xs, ys, color=colour, label=f"_{index}", **style)
+            dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+            axes.plot(xs, ys, **{"color": colour, "label": f"_{index}", "linestyle": dash, **style})
             for point in curve.points:
                 axes.annotate(
                     _plain(point.label),
@@ -95,8 +124,7 @@ def strength_plot(curves: Sequence[Curve], score_name: str, number: int = 1) -> 
                 frameon=False,
                 fontsize=8,
             )
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(out.getvalue(), number)
+        yield figure
 
 
 def _plain(text: str) -> str:

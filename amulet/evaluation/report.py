@@ -5,67 +5,40 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amulet.errors import EvaluationError
-from amulet.evaluation.bootstrap import interval
-from amulet.evaluation.plots import Curve, Point, strength_plot
+from amulet.evaluation.plots import Curve, Point, save_plot, strength_plot
 from amulet.evaluation.run import Answer, Run
+from amulet.evaluation.tables import (
+    PLAIN,
+    PROMPT_ONLY,
+    Entry,
+    Table,
+    fact_tables,
+    guard_tables,
+    score_tables,
+    win_tables,
+)
 
 # Judged by these, in this order, where a run has them: (file, value, what the page calls it).
 _SCORES = (
-    ("rules", "adherence", "adherence"),
+    ("rules", "adherence", "Adherence"),
     ("armorm", "instruction_following", "ArmoRM: instruction following"),
 )
-_PROMPT_ONLY = "pref"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An answer with its scores; `arm` is its method, after its run's name if there are several."""
-
-    arm: str
-    answer: Answer
-    values: dict[str, float]
-
-    @property
-    def asked(self) -> tuple[str, str]:
-        """The question, which is what intervals resample."""
-        return self.answer.set, str(self.answer.index)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its bootstrap interval over questions."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{_number(self.mean)} [{_number(self.low)}, {_number(self.high)}]"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts; `title` stands above it."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What both forms of the report show."""
+    """What all forms of the report show; `curves` are of one plot each, by the score's title."""
 
     runs: tuple[tuple[str, Run], ...]
     entries: tuple[Entry, ...]
     tables: tuple[Table, ...]
-    plots: tuple[str, ...]
+    curves: tuple[tuple[str, tuple[Curve, ...]], ...]
 
 
 def read_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
@@ -83,14 +56,15 @@ def read_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
     scores = [(name, title) for name, title in scores if name in found]
     tables: list[Table] = []
     for name, title in scores:
-        tables += _score_tables(entries, name, title)
-    tables.append(_guard_table(entries, found))
-    plots = [
-        strength_plot(curves, title, number)
-        for number, (name, title) in enumerate(scores, 1)
-        if (curves := _curves(entries, name))
-    ]
-    return Report(tuple(runs), tuple(entries), tuple(tables), tuple(plots))
+        tables += score_tables(entries, name, title)
+    tables += [*win_tables(runs), *guard_tables(entries), *fact_tables(runs)]
+    curves = [(title, _curves(entries, name)) for name, title in scores]
+    return Report(
+        tuple(runs),
+        tuple(entries),
+        tuple(tables),
+        tuple((title, tuple(drawn)) for title, drawn in curves if drawn),
+    )
 
 
 def write_html(report: Report, path: str | os.PathLike[str], examples: int = 6) -> None:
@@ -117,7 +91,10 @@ def write_html(report: Report, path: str | os.PathLike[str], examples: int = 6) 
     page = environment.get_template("report.html.j2").render(
         runs=report.runs,
         tables=report.tables,
-        plots=[Markup(plot) for plot in report.plots],  # ours; texts in it are escaped
+        plots=[
+            Markup(strength_plot(curves, title, number))  # ours; texts in it are escaped
+            for number, (title, curves) in enumerate(report.curves, 1)
+        ],
         examples=_examples(report.entries, examples),
         opacity=_opacity,
     )
@@ -131,7 +108,24 @@ def write_markdown(report: Report, path: str | os.PathLike[str]) -> None:
         lines += [f"### {_cell(table.title)}", "", _row(table.columns)]
         lines += [_row(["---", *["---:"] * (len(table.columns) - 1)], escape=False)]
         lines += [*map(_row, table.rows), ""]
+        if table.note:
+            lines += [table.note, ""]
     Path(path).write_text("\n".join(lines), encoding="utf-8", errors="replace")
+
+
+def write_plot(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the first strength curves as a picture of their own, .svg or .png.
+
+    Raises:
+        EvaluationError: there are no curves, or the name ends otherwise.
+    """
+    if not report.curves:
+        raise EvaluationError(
+            "There are no strength curves: they need answers scored by rules or armorm, and by "
+            "guards."
+        )
+    title, curves = report.curves[0]
+    save_plot(curves, title, path)
 
 
 def _named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
@@ -149,7 +143,17 @@ def _entries(name: str, run: Run, is_one_of_many: bool) -> Iterable[Entry]:
     # Pairwise judgements are of two answers, so that no single answer has a value of theirs.
     files = [file for file in run.score_names() if not file.endswith("-pairs")]
     scores = {file: run.scores(file) for file in files}
-    for answer in run.answers():
+    methods = {meta.name: place for place, meta in enumerate(run.meta.methods)}
+    wishes = {meta.name: place for place, meta in enumerate(run.meta.preferences)}
+    sets = {meta.name: place for place, meta in enumerate(run.meta.sets)}
+
+    def place(answer: Answer) -> tuple[int, int, int]:
+        given = ((methods, answer.method), (sets, answer.set), (wishes, answer.preference))
+        first, second, third = (places.get(name, len(places)) for places, name in given)
+        return first, second, third
+
+    # In the order of the plan; they are written as they end.
+    for answer in sorted(run.answers(), key=place):
         values = {
             f"{file}.{value}": number
             for file, by_key in scores.items()
@@ -159,103 +163,40 @@ def _entries(name: str, run: Run, is_one_of_many: bool) -> Iterable[Entry]:
         yield Entry(f"{name}: {answer.method}" if is_one_of_many else answer.method, answer, values)
 
 
-def _score_tables(entries: Sequence[Entry], name: str, title: str) -> list[Table]:
-    """Return one table per set: methods by preferences, and the difference to the prompt alone."""
-    tables = []
-    for set_name in dict.fromkeys(entry.answer.set for entry in entries):
-        own = [entry for entry in entries if entry.answer.set == set_name and name in entry.values]
-        preferences = tuple(dict.fromkeys(entry.answer.preference for entry in own))
-        rows = []
-        for arm in dict.fromkeys(entry.arm for entry in own):
-            of_arm = [entry for entry in own if entry.arm == arm]
-            cells = [
-                _estimate([entry for entry in of_arm if entry.answer.preference == wish], name)
-                for wish in preferences
-            ]
-            rows.append((arm, *cells, _estimate(of_arm, name), _gain(own, of_arm, name)))
-        if rows:
-            columns = ("method", *preferences, "all", "against prompt only")
-            tables.append(Table(f"{title}, {set_name}", columns, tuple(rows)))
-    return tables
-
-
-def _guard_table(entries: Sequence[Entry], found: Iterable[str]) -> Table:
-    guards = sorted(name for name in found if name.startswith("guards."))
-    rows = []
-    for arm in dict.fromkeys(entry.arm for entry in entries):
-        of_arm = [entry for entry in entries if entry.arm == arm]
-        tokens = sum(len(entry.answer.token_ids) for entry in of_arm)
-        seconds = math.fsum(entry.answer.seconds for entry in of_arm)
-        rows.append(
-            (
-                arm,
-                str(len(of_arm)),
-                *(_estimate(of_arm, name) for name in guards),
-                f"{tokens / len(of_arm):.1f}",
-                f"{1000 * seconds / tokens:.1f}" if tokens else "–",
-            )
-        )
-    titles = (name.removeprefix("guards.").replace("_", " ") for name in guards)
-    columns = ("method", "answers", *titles, "tokens", "ms per token")
-    return Table("Guards and time", columns, tuple(rows))
-
-
-def _estimate(entries: Sequence[Entry], name: str) -> str:
-    return _interval(entries, lambda entry: entry.values.get(name))
-
-
-def _gain(all_entries: Sequence[Entry], of_arm: Sequence[Entry], name: str) -> str:
-    """Return the paired difference to the same run's prompt-only answers."""
-    if of_arm[0].answer.method == _PROMPT_ONLY:
-        return "–"
-    arm = of_arm[0].arm.removesuffix(of_arm[0].answer.method) + _PROMPT_ONLY
-    before = {
-        (*entry.asked, entry.answer.preference): entry.values[name]
-        for entry in all_entries
-        if entry.arm == arm
-    }
-
-    def difference(entry: Entry) -> float | None:
-        value = before.get((*entry.asked, entry.answer.preference))
-        return None if value is None else entry.values[name] - value
-
-    return _interval(of_arm, difference)
-
-
-def _interval(entries: Sequence[Entry], value_of: Callable[[Entry], float | None]) -> str:
-    by_question: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for entry in entries:
-        if (value := value_of(entry)) is not None:
-            by_question[entry.asked].append(value)
-    if not by_question:
-        return "–"
-    means = [math.fsum(values) / len(values) for values in by_question.values()]
-    mean, low, high = interval(means)
-    return str(Estimate(mean, low, high))
-
-
 def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
-    """Return one curve per floor, placement and variant, and a sign for methods without any."""
+    """Return one curve per floor, placement and variant, and a sign for what has no strength.
+
+    The prompt alone, which is strength 0, is where the curves of its placement begin.
+    """
     scored = [e for e in entries if name in e.values and "guards.log_probability" in e.values]
-    groups: dict[tuple[str, bool], list[tuple[float, Point]]] = defaultdict(list)
+    signs: dict[str, Point] = {}
+    starts: dict[tuple[str, str], Point] = {}
+    groups: dict[tuple[str, str, float, str], list[tuple[float, Point]]] = defaultdict(list)
     for arm in dict.fromkeys(entry.arm for entry in scored):
         own = [entry for entry in scored if entry.arm == arm]
         answer = own[0].answer
         x = math.fsum(entry.values["guards.log_probability"] for entry in own) / len(own)
         y = math.fsum(entry.values[name] for entry in own) / len(own)
         run = arm.removesuffix(answer.method)
-        if answer.method == _PROMPT_ONLY:
-            groups[f"{run}prompt only", True].append((0.0, Point(x, y, "")))
-        elif answer.strength is None:
-            groups[arm, True].append((0.0, Point(x, y, "")))
+        placement = answer.placement or "system"
+        if answer.strength is None:
+            signs[f"{run}no preference" if answer.method == PLAIN else arm] = Point(x, y, "")
+        elif answer.method == PROMPT_ONLY or (not answer.strength and not answer.adapt):
+            starts[run, placement] = Point(x, y, "")
         else:
-            variant = f", {answer.adapt}" if answer.adapt else ""
-            curve = f"{run}floor {answer.floor or 0:g}, {answer.placement or 'system'}{variant}"
-            groups[curve, False].append((answer.strength, Point(x, y, f"{answer.strength:g}")))
-    return [
-        Curve(title, [point for _, point in sorted(points, key=lambda pair: pair[0])], is_mark)
-        for (title, is_mark), points in groups.items()
+            key = (run, placement, answer.floor or 0.0, answer.adapt or "")
+            groups[key].append((answer.strength, Point(x, y, f"{answer.strength:g}")))
+    curves = [Curve(title, [point], True) for title, point in signs.items()]
+    curves += [
+        Curve(f"{run}prompt only, {placement}", [point], True)
+        for (run, placement), point in starts.items()
     ]
+    for (run, placement, floor, adapt), points in groups.items():
+        start = starts.get((run, placement))
+        drawn = [point for _, point in sorted(points, key=lambda pair: pair[0])]
+        title = f"{run}floor {floor:g}, {placement}" + (f", {adapt}" if adapt else "")
+        curves.append(Curve(title, [start, *drawn] if start else drawn))
+    return curves
 
 
 def _examples(entries: Sequence[Entry], count: int) -> list[tuple[Answer, list[Entry]]]:
@@ -274,10 +215,6 @@ def _examples(entries: Sequence[Entry], count: int) -> list[tuple[Answer, list[E
 def _opacity(gain: float) -> str:
     """Return how strongly a token is marked: 0 for no gain, 0.6 from 4 nats on."""
     return f"{min(max(gain, 0.0) / 4.0, 1.0) * 0.6:.2f}" if math.isfinite(gain) else "0.60"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def _row(cells: Iterable[Any], *, escape: bool = True) -> str:

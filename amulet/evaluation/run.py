@@ -3,6 +3,7 @@
     run.json             what was run: model, settings, questions, preferences, methods, versions
     answers.jsonl        one answer a line, written as soon as it is decoded
     scores/<name>.jsonl  one judge's values for one answer a line
+    facts.jsonl          which facts a method got right under a preference, with `--facts`
 
 Nothing in it names a place on the machine, so the folder can be moved. A line is complete once its
 newline is there; a last line without one (the process was killed) counts as not written.
@@ -207,6 +208,24 @@ class Run:
         record = {"key": key, "values": dict(values)}
         append_lines(self.folder / "scores" / f"{name}.jsonl", [record])
 
+    def facts(self) -> dict[tuple[str, str], dict[str, bool]]:
+        """Return which facts were got right: by (method, preference), then by the question.
+
+        The preference of the method base is "": it has none.
+        """
+        found: dict[tuple[str, str], dict[str, bool]] = {}
+        for line in _read_lines(self.folder / "facts.jsonl", _FactLine):
+            found.setdefault((line.method, line.preference), {})[line.fact] = line.right
+        return found
+
+    def append_facts(self, fact: str, right: Mapping[tuple[str, str], bool]) -> None:
+        """Write under which (method, preference) a fact was got right."""
+        records = [
+            {"fact": fact, "method": method, "preference": preference, "right": is_right}
+            for (method, preference), is_right in right.items()
+        ]
+        append_lines(self.folder / "facts.jsonl", records)
+
     def score_names(self) -> list[str]:
         """Return the names of the judges that have scored answers of this run, sorted."""
         return sorted(path.stem for path in (self.folder / "scores").glob("*.jsonl"))
@@ -215,6 +234,13 @@ class Run:
 class _Score(BaseModel):
     key: str
     values: dict[str, float]
+
+
+class _FactLine(BaseModel):
+    fact: str
+    method: str
+    preference: str
+    right: bool
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

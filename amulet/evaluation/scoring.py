@@ -137,13 +137,49 @@ class _Rows:
         return max(map(len, self.prompts)) + len(self.answer)
 
 
+def rows_of(amulet: Amulet, request: Request) -> tuple[Sequence[list[int]], tuple[float, ...]]:
+    """Return the prompts of all rows, the base row's last, and `Scores.weights`."""
+    with amulet.start(with_every_row(request)) as stream:
+        generation = stream.generation
+    # The strength is 1 there, so 1 + g is 2.
+    return generation.prompts, tuple(weight / 2.0 for weight in generation.weights)
+
+
+@torch.inference_mode()
+def score_continuations(
+    amulet: Amulet, prompt: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Return for each of several answers to one prompt the log-probabilities, `[T, vocab]`.
+
+    The prompt goes through the model once; worth it where answers are short.
+
+    Args:
+        amulet: the model.
+        prompt: token ids.
+        answers: token ids of each, none of them empty.
+    """
+    model = amulet.model
+    name = cache_argument(model)
+    out = model(torch.tensor([list(prompt)], device=model.device), use_cache=True)
+    first = out.logits[0, -1:].to(torch.float32)  # [1, vocab]
+    width = max(map(len, answers)) - 1  # an answer's last token foretells nothing
+    if not width:
+        return [first.log_softmax(dim=-1)] * len(answers)
+    cache = out.cache if name == "cache" else out.past_key_values
+    cache.batch_repeat_interleave(len(answers))
+    padded = [[*answer[:-1], *[0] * (width + 1 - len(answer))] for answer in answers]
+    ids = torch.tensor(padded, device=model.device)
+    rest = model(ids, **{name: cache}).logits.to(torch.float32)  # [answers, width, vocab]
+    return [
+        torch.cat([first, rest[i, : len(answer) - 1]]).log_softmax(dim=-1)
+        for i, answer in enumerate(answers)
+    ]
+
+
 def _rows_of(amulet: Amulet, request: Request, answer: list[int]) -> _Rows:
     if not answer:
         raise EvaluationError("An empty answer has no log-probability: leave it out.")
-    with amulet.start(with_every_row(request)) as stream:
-        generation = stream.generation
-    weights = tuple(weight / 2.0 for weight in generation.weights)  # strength is 1, so 1 + g is 2
-    rows = _Rows(generation.prompts, weights, answer)
+    rows = _Rows(*rows_of(amulet, request), answer)
     if amulet.window is not None and rows.width > amulet.window:
         raise EvaluationError(
             f"Prompt and answer have {rows.width} tokens and the model's context window "

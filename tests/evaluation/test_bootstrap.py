@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amulet.errors import EvaluationError
-from amulet.evaluation.bootstrap import difference, interval
+from amulet.evaluation.bootstrap import at_zero, difference, interval
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 several = st.lists(numbers, min_size=1, max_size=30)
@@ -102,9 +103,33 @@ def test_many_questions_are_drawn_in_several_steps_and_stay_the_same() -> None:
     assert high - low < 0.1
 
 
+def test_a_line_takes_out_what_x_explains() -> None:
+    exact = {q: [(x, 0.3 + 0.02 * x)] for q, x in enumerate((-10.0, 0.0, 5.0, 20.0))}
+    assert at_zero(exact) == pytest.approx((0.3, 0.3, 0.3))
+    assert at_zero({"a": [(4.0, 1.0)], "b": [(4.0, 3.0)]})[0] == pytest.approx(2.0)
+
+
+def test_a_lines_interval_covers_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for seed in range(100):
+        points = {}
+        for question in range(40):
+            own, x = draw.normal(), draw.normal(3.0, 5.0, size=6)  # answers to a question are alike
+            y = 0.2 + 0.1 * x + 0.3 * own + draw.normal(0.0, 0.1, size=6)
+            points[question] = list(zip(x.tolist(), y.tolist(), strict=True))
+        mean, low, high = at_zero(points, resamples=300, seed=seed)
+        assert low <= mean <= high
+        covered += low <= 0.2 <= high
+    assert 88 <= covered <= 99
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: at_zero({}), "needs points of at least one question"),
+        (lambda: at_zero({"q": [(1.0, math.inf)]}), "needs finite points"),
+        (lambda: at_zero({"q": [(1.0, 1.0)]}, level=2), "level=2: expected between 0 and 1"),
         (lambda: interval([]), "needs values of at least one question"),
         (lambda: interval({"a": []}), "needs values of at least one question"),
         (lambda: interval([1.0, math.nan]), "needs finite values, and one is nan"),

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import amulet.evaluation
 from amulet import Amulet
 from amulet.errors import EvaluationError
+from amulet.evaluation import facts
 from amulet.evaluation.cli import register
 from amulet.evaluation.judging import SCORERS, JudgeOptions, missing, score_run
 from amulet.evaluation.paper import opposite_of, preferences_of
@@ -68,11 +69,38 @@ def test_a_run_is_written_and_summed_up(
     meta = Run(out).meta
     assert (meta.model, meta.settings["seed"], meta.sets[0].count) == ("embedded", 3, 2)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["method", "answers", "tokens", "ms/token"]
-    assert [line[:3] for line in lines[1:]] == [
-        ["base", "4", "8.0"],
-        ["ours:strength=1,floor=0.1,placement=system", "4", "7.5"],
+    assert lines[:5] == [
+        ["1", "base"],
+        ["2", "ours:strength=1,floor=0.1,placement=system"],
+        ["method", "1", "2"],
+        ["answers", "4", "4"],
+        ["tokens", "8.0", "7.5"],
     ]
+    assert lines[5][:3] == ["ms", "per", "token"]
+
+
+def test_a_narrow_terminal_cuts_no_number(
+    asked: list[object], question_file: Path, tmp_path: Path
+) -> None:
+    strengths = [option for g in range(20) for option in ("--method", f"ours:strength={g}")]
+    result = run("--out", tmp_path / "run", "-q", question_file, "-p", "formal", *strengths)
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout
+    assert ["answers", *["3"] * 20] in [line.split() for line in result.stdout.splitlines()]
+
+
+def test_facts_are_asked_and_summed_up(
+    asked: list[object], question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(judged: Run, amulet: Amulet, tell: Callable[[int, int], None] | None = None) -> None:
+        judged.append_facts("Why?", {("pref", "formal"): True, ("pref", "concise"): False})
+        judged.append_facts("Who?", {("pref", "formal"): True, ("pref", "concise"): True})
+
+    monkeypatch.setattr(facts, "score_facts", score)
+    arguments = ("--out", tmp_path / "run", "-q", question_file, "-p", "formal", "--facts")
+    result = run(*arguments, "--method", "base", "--method", "pref")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].split() == ["facts", "right", "–", "0.750"]
 
 
 def test_a_finished_run_decodes_nothing_more(
@@ -174,8 +202,7 @@ def test_rules_judge_what_they_check(
         f"short/{ours}": {"adherence": 1.0},  # "Tea."
         f"sir+short/{ours}": {"adherence": 0.5},  # "Tea.": the scripted model hears "concise"
     }
-    assert result.stdout.splitlines()[0].split()[-1] == "adherence"
-    assert [line.split()[-1] for line in result.stdout.splitlines()[1:]] == ["0.000", "0.833"]
+    assert result.stdout.splitlines()[-1].split() == ["adherence", "0.000", "0.833"]
     before = (out / "scores" / "rules.jsonl").read_bytes()
     assert run(*arguments, *methods, "--judge", "rules").exit_code == 0
     assert (out / "scores" / "rules.jsonl").read_bytes() == before  # nothing is judged twice

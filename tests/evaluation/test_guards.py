@@ -12,7 +12,6 @@ from amulet import Amulet
 from amulet.errors import EvaluationError
 from amulet.evaluation.guards import (
     distinct_3,
-    length_controlled,
     longest_repeat,
     score_guards,
     similarities,
@@ -59,14 +58,6 @@ def test_the_longest_repeat_is_what_a_search_finds(letters: list[str]) -> None:
         default=0,
     )
     assert longest_repeat(" ".join(letters)) == found
-
-
-def test_length_controlled_takes_out_what_length_explains() -> None:
-    lengths = [-10.0, 0.0, 5.0, 20.0]
-    assert length_controlled([0.3 + 0.02 * x for x in lengths], lengths) == pytest.approx(0.3)
-    assert length_controlled([1.0, 3.0], [4.0, 4.0]) == pytest.approx(2.0)
-    with pytest.raises(EvaluationError, match="0 score and 0 length"):
-        length_controlled([], [])
 
 
 def test_similarity_follows_the_meaning() -> None:

@@ -1,0 +1,282 @@
+"""Makes the tables of a report from scored answers: scores, guards, facts and comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from amulet.evaluation.bootstrap import at_zero, interval
+from amulet.evaluation.judges.comparisons import WinRate, win_rates
+from amulet.evaluation.rules import words
+from amulet.evaluation.run import Answer, Run
+
+PROMPT_ONLY = "pref"
+PLAIN = "base"
+# Guards that are means over answers of any length, and so can be compared.
+COMPARED = ("guards.log_probability", "guards.distinct_3", "guards.similarity")
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An answer with its scores; `arm` is its method, after its run's name if there are several."""
+
+    arm: str
+    answer: Answer
+    values: dict[str, float]
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        """The question, which is what intervals resample."""
+        return self.answer.set, str(self.answer.index)
+
+    @property
+    def prompt_only_arm(self) -> str:
+        """The arm of the same run that has the preference in the prompt alone."""
+        return self.arm.removesuffix(self.answer.method) + PROMPT_ONLY
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        title, note: stand above and below it.
+        columns, rows: a mean and its interval are one text, such as "0.50 [0.40, 0.60]".
+        is_detail: a part of the table before it, which may be folded away.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    is_detail: bool = False
+
+
+def score_tables(entries: Sequence[Entry], name: str, title: str) -> list[Table]:
+    """Return methods by preferences, over all sets and per set, compared with the prompt alone."""
+    entries = [entry for entry in entries if name in entry.values]
+    sets = list(dict.fromkeys(entry.answer.set for entry in entries))
+    parts = [("all sets", entries)] if len(sets) > 1 else []
+    parts += [(one, [entry for entry in entries if entry.answer.set == one]) for one in sets]
+    tables: list[Table] = []
+    for part, own in parts:
+        wishes = _wishes(own)
+        before = _prompt_only(own)
+        rows = tuple(
+            (
+                arm,
+                _mean(of_arm, name),
+                _difference(of_arm, before, name),
+                _at_equal_length(of_arm, before, name),
+                *(_mean([e for e in of_arm if e.answer.preference == w], name) for w in wishes),
+            )
+            for arm, of_arm in _arms(own)
+        )
+        columns = ("method", "all", "against prompt only", "at equal length", *wishes)
+        is_detail = len(sets) > 1 and bool(tables)
+        tables.append(Table(f"{title}, {part}", columns, rows, is_detail=is_detail))
+    return tables
+
+
+def guard_tables(entries: Sequence[Entry]) -> list[Table]:
+    """Return the guards' means with the time spent, and how they differ from the prompt alone."""
+    names = {name for entry in entries for name in entry.values if _is_guard(name)}
+    found = [name for name in COMPARED if name in names] + sorted(names - set(COMPARED))
+    rows = []
+    for arm, of_arm in _arms(entries):
+        tokens = sum(len(entry.answer.token_ids) for entry in of_arm)
+        seconds = math.fsum(entry.answer.seconds for entry in of_arm)
+        rows.append(
+            (
+                arm,
+                str(len(of_arm)),
+                *(_mean(of_arm, name) for name in found),
+                f"{tokens / len(of_arm):.1f}",
+                f"{1000 * seconds / tokens:.1f}" if tokens else NONE,
+            )
+        )
+    columns = ("method", "answers", *map(_guard_title, found), "tokens", "ms per token")
+    tables = [Table("Guards and time", columns, tuple(rows))]
+    wishes = _wishes(entries)
+    before = _prompt_only(entries)
+    for name in COMPARED:
+        own = [entry for entry in entries if name in entry.values]
+        rows = [
+            (
+                arm,
+                _difference(of_arm, before, name),
+                *(
+                    _difference([e for e in of_arm if e.answer.preference == wish], before, name)
+                    for wish in wishes
+                ),
+            )
+            for arm, of_arm in _arms(own)
+            if of_arm[0].prompt_only_arm != arm
+        ]
+        if any(set(row[1:]) != {NONE} for row in rows):
+            title = f"{_guard_title(name).capitalize()} against prompt only"
+            tables.append(Table(title, ("method", "all", *wishes), tuple(rows)))
+    return tables
+
+
+def fact_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
+    """Return the share of facts for which each method finds the right option likeliest."""
+    tables = []
+    for name, run in runs:
+        right = run.facts()
+        wishes = [meta.name for meta in run.meta.preferences]
+        rows = []
+        for method in (meta.name for meta in run.meta.methods):
+            own = {wish: right[method, wish] for wish in wishes if (method, wish) in right}
+            plain = right.get((method, ""))
+            if not own and plain is None:
+                continue
+            cells = [_interval(_by_fact([own[wish]])) if wish in own else NONE for wish in wishes]
+            rows.append(
+                (
+                    method,
+                    _interval(_by_fact([plain] if plain is not None else own.values())),
+                    _fact_difference(own, {wish: right.get((PLAIN, "")) for wish in wishes}),
+                    _fact_difference(own, {wish: right.get((PROMPT_ONLY, wish)) for wish in own}),
+                    *cells,
+                )
+            )
+        if rows:
+            title = "Facts answered right" + (f", {name}" if len(runs) > 1 else "")
+            columns = ("method", "all", "against no preference", "against prompt only", *wishes)
+            note = "Intervals are over the facts."
+            tables.append(Table(title, columns, tuple(rows), note))
+    return tables
+
+
+def win_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
+    """Return how often the language model that judges pairs preferred a method's answer."""
+    tables = []
+    for name, run in runs:
+        if rates := win_rates(run):
+            title = "Win rates, language model as judge" + (f", {name}" if len(runs) > 1 else "")
+            columns = ("method", "against", "win rate", "pairs", "consistent", "first one won")
+            rows = tuple((method, other, *_win(rate)) for (method, other), rate in rates.items())
+            note = (
+                "A tie is half a win. Consistent: the same verdict with the positions swapped. "
+                "First one won: of verdicts other than ties; far from .5, the judge looks at the "
+                "position."
+            )
+            tables.append(Table(title, columns, rows, note))
+    return tables
+
+
+def _arms(entries: Iterable[Entry]) -> Iterable[tuple[str, list[Entry]]]:
+    arms: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        arms[entry.arm].append(entry)
+    return arms.items()
+
+
+def _wishes(entries: Iterable[Entry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry.answer.preference for entry in entries))
+
+
+def _is_guard(name: str) -> bool:
+    return name.startswith("guards.")
+
+
+def _guard_title(name: str) -> str:
+    return name.removeprefix("guards.").replace("_", " ")
+
+
+def _prompt_only(entries: Iterable[Entry]) -> dict[tuple[str, ...], Entry]:
+    """Return the prompt-only answers by arm, question and preference."""
+    return {
+        (entry.arm, *entry.asked, entry.answer.preference): entry
+        for entry in entries
+        if entry.answer.method == PROMPT_ONLY
+    }
+
+
+def _paired(
+    of_arm: Iterable[Entry], before: dict[tuple[str, ...], Entry], name: str
+) -> Iterable[tuple[Entry, Entry]]:
+    """Yield each answer with the prompt-only one to the same question and preference."""
+    for entry in of_arm:
+        other = before.get((entry.prompt_only_arm, *entry.asked, entry.answer.preference))
+        if other is not None and name in entry.values and name in other.values:
+            yield entry, other
+
+
+def _mean(entries: Iterable[Entry], name: str) -> str:
+    by_question: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for entry in entries:
+        if name in entry.values:
+            by_question[entry.asked].append(entry.values[name])
+    return _interval(by_question)
+
+
+def _difference(of_arm: Sequence[Entry], before: dict[tuple[str, ...], Entry], name: str) -> str:
+    if not of_arm or of_arm[0].answer.method == PROMPT_ONLY:
+        return NONE
+    by_question: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for entry, other in _paired(of_arm, before, name):
+        by_question[entry.asked].append(entry.values[name] - other.values[name])
+    return _interval(by_question)
+
+
+def _at_equal_length(
+    of_arm: Sequence[Entry], before: dict[tuple[str, ...], Entry], name: str
+) -> str:
+    """Return the difference that the answers' lengths in words don't explain."""
+    if not of_arm or of_arm[0].answer.method == PROMPT_ONLY:
+        return NONE
+    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for entry, other in _paired(of_arm, before, name):
+        longer = float(len(words(entry.answer.answer)) - len(words(other.answer.answer)))
+        points[entry.asked].append((longer, entry.values[name] - other.values[name]))
+    return _bracketed(*at_zero(points)) if points else NONE
+
+
+def _by_fact(asked: Iterable[dict[str, bool]]) -> dict[str, list[float]]:
+    by_fact: dict[str, list[float]] = defaultdict(list)
+    for right in asked:
+        for fact, is_right in right.items():
+            by_fact[fact].append(float(is_right))
+    return by_fact
+
+
+def _fact_difference(
+    own: dict[str, dict[str, bool]], others: dict[str, dict[str, bool] | None]
+) -> str:
+    by_fact: dict[str, list[float]] = defaultdict(list)
+    for wish, right in own.items():
+        before = others.get(wish) or {}
+        for fact in right.keys() & before.keys():
+            by_fact[fact].append(float(right[fact]) - float(before[fact]))
+    # In a fixed order, so that the same draws give the same interval.
+    return _interval(dict(sorted(by_fact.items())))
+
+
+def _win(rate: WinRate) -> tuple[str, str, str, str]:
+    def share(value: float | None) -> str:
+        return NONE if value is None else f"{value:.2f}"
+
+    return (
+        _bracketed(rate.rate, rate.low, rate.high),
+        f"{rate.pairs:,}",
+        share(rate.consistent),
+        share(rate.first),
+    )
+
+
+def _interval(by_question: Mapping[Any, Sequence[float]]) -> str:
+    return _bracketed(*interval(by_question)) if by_question else NONE
+
+
+def _bracketed(mean: float, low: float, high: float) -> str:
+    return f"{_number(mean)} [{_number(low)}, {_number(high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")

@@ -1,0 +1,140 @@
+"""`amulet tune`: the files that it writes, what it prints and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from amulet import Amulet, Preference, Steering
+from amulet.evaluation.tune_cli import register
+from tests.models import ScriptedModel
+
+SHORT, LONG = "Tea.", "Tea is a leaf in hot water. Tea is a leaf in hot water."
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Note what the command loads as the embedded model."""
+    return []
+
+
+@pytest.fixture
+def scripted(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, loaded: list[object]
+) -> Amulet:
+    """A model that is brief where "short" stands in its prompt, as the embedded one."""
+    amulet = Amulet(ScriptedModel(tokenizer, {"short": SHORT, "": LONG}), tokenizer)
+    use(amulet, monkeypatch, loaded)
+    return amulet
+
+
+def use(amulet: Amulet, monkeypatch: pytest.MonkeyPatch, loaded: list[object]) -> None:
+    def embedded(cls: type[Amulet], **options: object) -> Amulet:
+        loaded.append(options)
+        return amulet
+
+    monkeypatch.setattr(Amulet, "embedded", classmethod(embedded))
+
+
+def run(*arguments: object) -> Result:
+    app = typer.Typer()
+    register(app)
+    app.callback()(lambda: None)  # with a callback, `tune` stays a command of its own
+    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(
+        app, ["tune", *map(str, arguments)]
+    )
+
+
+def test_rules_choose_a_setting_and_write_it(
+    scripted: Amulet, loaded: list[object], question_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "steering.json"
+    result = run(
+        *("--out", out, "--questions", question_file, "--preferences", "one-sentence"),
+        *("--strength", 1, "--strength", 2, "--floor", 0.1, "--placement", "user"),
+        *("--limit", 2, "--max-new-tokens", 60, "--max-log-probability-fall", 100),
+        *("--dtype", "float32"),
+    )
+    assert result.exit_code == 0, result.output
+    assert loaded == [{"device": None, "dtype": "float32"}]
+    steering = Steering.model_validate_json(out.read_text(encoding="utf-8"))
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["strength", "floor", "placement", "answers", "score", "fall", "distinct"]
+    assert [line[:4] for line in lines[1:4]] == [
+        ["0", "0", "system", "2"],
+        ["1", "0.1", "user", "2"],
+        ["2", "0.1", "user", "2"],
+    ]
+    # The scripted model heeds the prompt alone, so nothing beats it and nothing is pushed.
+    assert steering == Steering(strength=0.0, floor=0.0)
+    assert lines[1][4:] == ["1.000", "0.000", "0.000", "chosen"]
+    assert lines[-1] == ["Written:", str(out)]
+
+
+def test_thumbs_give_a_strength(
+    tiny: Amulet, monkeypatch: pytest.MonkeyPatch, loaded: list[object], tmp_path: Path
+) -> None:
+    use(tiny, monkeypatch, loaded)
+    thumbs, out = tmp_path / "thumbs.jsonl", tmp_path / "steering.json"
+    thumbs.write_text("".join(thumb(["Be brief."]) for _ in range(3)), encoding="utf-8")
+    result = run("--thumbs", thumbs, "--out", out, "--placement", "user")
+    assert result.exit_code == 0, result.output
+    steering = Steering.model_validate_json(out.read_text(encoding="utf-8"))
+    assert steering.placement == "user"
+    assert "Be brief." in result.stdout
+    assert "of 3 thumbs are foretold by the others." in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["steering.json", "thumbs.jsonl"]
+
+
+def test_several_preferences_get_weights_in_a_file_beside_it(
+    tiny: Amulet, monkeypatch: pytest.MonkeyPatch, loaded: list[object], tmp_path: Path
+) -> None:
+    use(tiny, monkeypatch, loaded)
+    thumbs, out = tmp_path / "thumbs.jsonl", tmp_path / "steering.json"
+    thumbs.write_text(thumb(["Be brief.", "Be kind."]) * 2, encoding="utf-8")
+    result = run("--thumbs", thumbs, "--out", out, "--placement", "system")
+    assert result.exit_code == 0, result.output
+    beside = tmp_path / "steering.preferences.json"
+    found = [Preference.model_validate(one) for one in json.loads(beside.read_text("utf-8"))]
+    assert [preference.text for preference in found] == ["Be brief.", "Be kind."]
+    assert f"Written: {out}, {beside}" in result.stdout
+
+
+def thumb(preferences: list[str]) -> str:
+    pair = {"question": "Why?", "preferences": preferences, "a": "So.", "b": "No.", "chosen": "a"}
+    return json.dumps(pair) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Expected either --questions with --preferences, or --thumbs alone."),
+        (("--preferences", "bullets"), "Expected either --questions with --preferences"),
+        (("-q", "QUESTIONS", "-p", "bullets", "--thumbs", "t"), "or --thumbs alone"),
+        (("-q", "QUESTIONS", "-p", "creative"), "'creative' has no rule"),
+        (("-q", "QUESTIONS", "-p", "bulets"), "'bulets' is no preference"),
+        (("-q", "QUESTIONS", "-p", "bullets", "--placement", "top"), "placement='top'"),
+        (("-q", "nowhere.json", "-p", "bullets"), "No questions at 'nowhere.json'"),
+        (("--thumbs", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    scripted: Amulet,
+    loaded: list[object],
+    question_file: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    given = [str(question_file) if one == "QUESTIONS" else one for one in arguments]
+    result = run("--out", tmp_path / "steering.json", *given)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert message in " ".join(result.stderr.split())
+    assert loaded == []
+    assert not (tmp_path / "steering.json").exists()
