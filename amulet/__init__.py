@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from amulet.comparison import Comparison
+from amulet.curve import StrengthCurve
 from amulet.errors import (
     AmuletError,
     DecodeError,
@@ -42,6 +44,7 @@ __all__ = [
     "Amulet",
     "AmuletError",
     "AsyncReplyStream",
+    "Comparison",
     "DecodeError",
     "Event",
     "Grammar",
@@ -57,6 +60,7 @@ __all__ = [
     "Request",
     "RequestError",
     "Steering",
+    "StrengthCurve",
     "TemplateError",
     "TokenTrace",
     "ToolCall",

@@ -22,7 +22,11 @@ from amulet.errors import AmuletError
 from amulet.evaluation.cli import register as register_eval
 from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune
-from amulet.request import Request
+from amulet.plan.cli import register as register_plan
+from amulet.playground.cli import register as register_playground
+from amulet.rendering.pieces import harmless
+from amulet.rendering.terminal import answer_text, legend_text
+from amulet.request import Reply, Request
 from amulet.serve.cli import register as register_serve
 
 if TYPE_CHECKING:
@@ -55,8 +59,6 @@ Placement = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
-
-_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 
 
 def _print_version(asked: bool) -> None:
@@ -122,7 +124,7 @@ def compare(
     """Answer one question three ways, side by side: plain, preference in the prompt, steered."""
     shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     prompted = {**shared, "preference": preference, "placement": placement, "floor": floor}
-    steered = {**prompted, "strength": strength}
+    steered = {**prompted, "strength": strength, "trace": True}  # for its colours
     with readable_errors():
         _check(steered)
         amulet = load(model, device, dtype)
@@ -138,6 +140,7 @@ def compare(
                 for _ in answer.decode(amulet, messages):
                     live.update(_side_by_side(answers))
                 live.update(_side_by_side(answers))
+        Console().print(legend_text())
 
 
 @app.command()
@@ -170,6 +173,7 @@ class Answer:
         self.options = options
         self.text = ""
         self.tokens = 0
+        self.reply: Reply | None = None
         self._first: tuple[float, int] | None = None
         self._last = 0.0
 
@@ -177,12 +181,13 @@ class Answer:
         """Yield the pieces as they come; leaving early stops the decode."""
         with amulet.stream(messages, **self.options) as stream:
             yield from self._follow(stream)
+            self.reply = stream.reply
 
     def _follow(self, stream: ReplyStream) -> Iterator[str]:
         try:
             for piece in stream:
                 self._tick(stream)
-                piece = piece.translate(_CONTROL)  # a model must not drive the terminal
+                piece = harmless(piece)  # a model must not drive the terminal
                 self.text += piece
                 yield piece
         finally:
@@ -209,7 +214,12 @@ def _side_by_side(answers: list[Answer]) -> Table:
     table = Table(expand=True, show_footer=True)
     for answer in answers:
         table.add_column(answer.title, footer=Text(answer.figures, style="dim"), ratio=1)
-    table.add_row(*(Text(answer.text) for answer in answers))
+    table.add_row(
+        *(
+            Text(answer.text) if answer.reply is None else answer_text(answer.reply)
+            for answer in answers
+        )
+    )
     return table
 
 
@@ -319,3 +329,5 @@ register_eval(app)
 register_report(app)
 register_tune(app)
 register_serve(app)
+register_plan(app)
+register_playground(app)

@@ -11,14 +11,35 @@ AmuletError
 │   └── InterruptedDecodeError    another caller's interrupt ended the shared step
 └── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
-Each message says what was given, what was expected and how to mend it.
+Each message says what was given, what was expected and how to mend it. Where to read more stands
+below the traceback (Python 3.11 and newer), and in the error's `help_page`.
 """
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+# In the repository and its source archive. A class's section has the class's name.
+HELP = "docs/troubleshooting.md"
+
 
 class AmuletError(Exception):
-    """The root of the tree: `except AmuletError` catches whatever Amulet raises on purpose."""
+    """The root of the tree: `except AmuletError` catches whatever Amulet raises on purpose.
+
+    Attributes:
+        help_page: the page and section that list this error's messages, with what to do.
+    """
+
+    help_page: ClassVar[str] = HELP
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.help_page = f"{HELP}#{cls.__name__.lower()}"
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        # A note, not a part of the message: servers and programs read that one.
+        self.__notes__ = [f"More: {self.help_page}"]
 
 
 class RequestError(AmuletError, ValueError):

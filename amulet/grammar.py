@@ -111,15 +111,23 @@ class Grammar:
         return dict(json.loads(compiled)["grammars"][0])
 
     def compiled(self) -> str:
-        """Return the grammar in llguidance's own form."""
+        """Return the grammar in llguidance's own form.
+
+        Raises:
+            RequestError: the source is not even written as its kind is, in llguidance's own words.
+            MissingPackageError: llguidance is not installed.
+        """
         if self.kind == "either":
             return self.source
         matcher = _llguidance().LLMatcher
-        if self.kind == "json_schema":
-            return str(matcher.grammar_from_json_schema(self.source, defaults=dict(SPACING)))
-        if self.kind == "regex":
-            return str(matcher.grammar_from_regex(self.source))
-        return str(matcher.grammar_from_lark(self.source))
+        try:
+            if self.kind == "json_schema":
+                return str(matcher.grammar_from_json_schema(self.source, defaults=dict(SPACING)))
+            if self.kind == "regex":
+                return str(matcher.grammar_from_regex(self.source))
+            return str(matcher.grammar_from_lark(self.source))
+        except ValueError as error:  # the JSON of a schema, or text that is not Unicode
+            raise RequestError(f"grammar ({self.kind}): {error}") from None
 
     def matcher(
         self, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int] = frozenset()

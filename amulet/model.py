@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amulet.aio import AsyncReplyStream, Pump, read_all
+from amulet.comparison import Comparison, comparison_requests
+from amulet.curve import STRENGTHS, Point, StrengthCurve, curve_requests
 from amulet.driver import Driver
 from amulet.engine import Engine
 from amulet.errors import AmuletError, RequestError
-from amulet.preference import DEFAULT_STEERING, Steering
+from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.request import Reply, Request
 from amulet.stream import ReplyStream
@@ -63,6 +65,7 @@ class Amulet:
             raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
         self.model = model
         self.tokenizer = tokenizer
+        self.max_rows = max_rows
         self.steering = steering if isinstance(steering, Steering) else Steering.read(steering)
         self.end_ids = end_ids(model, tokenizer)
         if compile not in (True, False, "auto"):
@@ -160,6 +163,16 @@ class Amulet:
         """The context window in tokens, prompt and answer together; None where none is known."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def rows(self) -> int:
+        """How many rows are being decoded now."""
+        return sum(len(generation.prompts) for generation in tuple(self._engine.running))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache of the rows that are being decoded now."""
+        return self._engine.cache_bytes
+
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
         """Answer a chat.
 
@@ -193,9 +206,20 @@ class Amulet:
 
     def start(self, request: Request) -> ReplyStream:
         """Answer a `Request` piece by piece; see `stream`."""
-        stream = self._prepare(request)
-        self._driver.submit(stream.generation)
+        stream = self.prepare(request)
+        stream.submit()
         return stream
+
+    def prepare(self, request: Request) -> ReplyStream:
+        """Check and encode a `Request` without decoding; `start` is this and `submit`.
+
+        The stream is queued at its first read, by its `submit`, or by `astart`.
+
+        Raises:
+            RequestError: the input is not valid.
+        """
+        generation, answer, steering = self._preparer.prepare(request)
+        return ReplyStream(self._driver, self.tokenizer, generation, answer, steering)
 
     def batch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
@@ -213,7 +237,7 @@ class Amulet:
         ready = [stream for stream in streams if isinstance(stream, ReplyStream)]
         try:
             for stream in ready:
-                self._driver.submit(stream.generation)
+                stream.submit()
             return [_outcome(stream, return_exceptions) for stream in streams]
         finally:
             for stream in ready:
@@ -238,9 +262,16 @@ class Amulet:
         """`stream_complete` for asyncio; see `astream`."""
         return self.astart(Request(prompt=prompt, **options))
 
-    def astart(self, request: Request) -> AsyncReplyStream:
-        """Answer a `Request` piece by piece in an event loop; see `astream`."""
-        return AsyncReplyStream(self._pump, self._driver, lambda: self._prepare(request))
+    def astart(self, request: Request | ReplyStream) -> AsyncReplyStream:
+        """Answer a `Request` piece by piece in an event loop; see `astream`.
+
+        A stream that `prepare` returned is queued at once, in the running event loop.
+        """
+        if isinstance(request, ReplyStream):
+            reader = AsyncReplyStream(self._pump, self._driver)
+            reader.submit(request)
+            return reader
+        return AsyncReplyStream(self._pump, self._driver, lambda: self.prepare(request))
 
     async def abatch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
@@ -248,6 +279,50 @@ class Amulet:
         """`batch` for asyncio; see `achat`."""
         streams = await asyncio.to_thread(self._prepare_all, list(requests), return_exceptions)
         return await read_all(self._pump, self._driver, streams, return_exceptions)
+
+    def compare(
+        self,
+        question: str | Sequence[dict[str, Any]],
+        preference: PreferenceLike,
+        **options: Any,
+    ) -> Comparison:
+        """Answer one question plainly, with the preference in the prompt alone, and steered.
+
+        Args:
+            question: a question, or messages as for `chat`.
+            preference: as for `Request`; not None.
+            options: as for `chat`. All three answers are decoded together, with a trace.
+
+        Raises:
+            RequestError: there is no preference, or an option is not valid.
+            DecodeError: decoding failed.
+        """
+        replies = self.batch(comparison_requests(question, preference, options))
+        return Comparison(*cast("list[Reply]", replies))
+
+    def strength_curve(
+        self,
+        question: str | Sequence[dict[str, Any]],
+        preference: PreferenceLike,
+        *,
+        strengths: Sequence[float] = STRENGTHS,
+        **options: Any,
+    ) -> StrengthCurve:
+        """Answer one question at several strengths; `.figure()` plots what they change.
+
+        Args:
+            question, preference, options: as for `compare`.
+            strengths: values of g. The answers, and a plain one, are decoded together.
+
+        Raises:
+            RequestError: there is no preference or strength, or an option is not valid.
+            DecodeError: decoding failed.
+        """
+        requests = curve_requests(question, preference, strengths, options)
+        replies = cast("list[Reply]", self.batch(requests))
+        given = (None, *(request.strength for request in requests[1:]))
+        plain, *points = map(Point, given, replies)
+        return StrengthCurve(plain, tuple(points))
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens the model's own tokenizer makes of a text."""
@@ -261,10 +336,6 @@ class Amulet:
     def _preparer(self) -> Preparer:
         return Preparer(self.tokenizer, self.steering, self.window, self.end_ids)
 
-    def _prepare(self, request: Request) -> ReplyStream:
-        generation, answer, steering = self._preparer.prepare(request)
-        return ReplyStream(self._driver, self.tokenizer, generation, answer, steering)
-
     def _prepare_all(
         self, requests: Iterable[Request | dict[str, Any]], return_exceptions: bool
     ) -> list[ReplyStream | AmuletError]:
@@ -272,7 +343,7 @@ class Amulet:
         for request in requests:
             try:
                 given = request if isinstance(request, Request) else Request(**request)
-                streams.append(self._prepare(given))
+                streams.append(self.prepare(given))
             except AmuletError as error:
                 if not return_exceptions:
                     raise

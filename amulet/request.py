@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,10 @@ from amulet.preference import (
     describe,
     normal_preferences,
 )
+from amulet.rendering.html import reply_html
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 EventKind = Literal["text", "reasoning", "tool_call"]
@@ -281,3 +285,11 @@ class Reply:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:  # what a notebook shows
+        return reply_html(self)
+
+    def __rich__(self) -> RenderableType:  # what rich prints
+        from amulet.rendering.terminal import reply_terminal  # rich is slow to import
+
+        return reply_terminal(self)

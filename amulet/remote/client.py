@@ -95,6 +95,7 @@ class RemoteAmulet(Amulet):
         )
         self._name = str(facts["id"])
         self._window: int | None = facts.get("max_model_len")
+        self.max_rows = int(facts.get("max_rows") or 0)
         self.steering = Steering(**facts["steering"])
         self.end_ids = frozenset(facts["end_ids"])
         # What the integrations ask of a model in this process: its template and its identity.
@@ -111,13 +112,35 @@ class RemoteAmulet(Amulet):
         """The context window in tokens, prompt and answer together; None where none is known."""
         return self._window
 
-    def start(self, request: Request) -> ReplyStream:
-        """Answer a `Request` piece by piece; it is sent at the first read."""
-        body = to_body(request, self._name)
-        return RemoteStream(lambda: self._send(self._client, body), request.trace)
+    @property
+    def rows(self) -> int:
+        """Not known here.
 
-    def astart(self, request: Request) -> AsyncReplyStream:
-        """Answer a `Request` piece by piece in an event loop; see `start`."""
+        Raises:
+            RequestError: always; the server's /metrics tells.
+        """
+        raise RequestError("rows: they are the server's; its /metrics tells them.")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Not known here; see `rows`."""
+        raise RequestError("cache_bytes: they are the server's; its /metrics tells them.")
+
+    def prepare(self, request: Request) -> ReplyStream:
+        """Return the answer to a `Request`, which is sent at the first read.
+
+        Raises:
+            RequestError: it holds what can't be sent.
+        """
+        body = to_body(request, self._name)
+        return RemoteStream(lambda: self._send(self._client, body), request)
+
+    def astart(self, request: Request | ReplyStream) -> AsyncReplyStream:
+        """Answer a `Request` piece by piece in an event loop; it is sent at the first read."""
+        if isinstance(request, RemoteStream):
+            request = request.request
+        elif isinstance(request, ReplyStream):
+            raise RequestError("This stream is another model's; give one that this model prepared.")
         body = to_body(request, self._name)
 
         async def send() -> AsyncChunks:
@@ -181,9 +204,6 @@ class RemoteAmulet(Amulet):
         request = Request(messages=messages, **options)
         body = {"messages": list(request.messages or ()), **chat_options(request)}
         return self._tokenize({name: value for name, value in body.items() if value is not None})
-
-    def _prepare(self, request: Request) -> ReplyStream:
-        return self.start(request)
 
     @staticmethod
     def _send(client: Any, body: dict[str, Any]) -> Any:

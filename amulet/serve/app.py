@@ -179,6 +179,7 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
             "steering": amulet.steering.model_dump(),
             "chat_template": template,
             "end_ids": sorted(amulet.end_ids),
+            "max_rows": amulet.max_rows,
             "limits": vars(service.limits),
         }
 

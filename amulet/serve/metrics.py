@@ -15,10 +15,17 @@ class Metrics:
     """One server's figures, in a registry of their own.
 
     Args:
-        in_flight, waiting: called when the figures are read.
+        in_flight, waiting, rows, cache_bytes: called when the figures are read.
     """
 
-    def __init__(self, in_flight: Callable[[], float], waiting: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        in_flight: Callable[[], float],
+        waiting: Callable[[], float],
+        rows: Callable[[], float],
+        cache_bytes: Callable[[], float],
+    ) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)  # memory, open files, processor time
         self.requests = self._counter(
@@ -34,14 +41,10 @@ class Metrics:
         )
         self.seconds = self._histogram("amulet_request_seconds", "Time from request to its end.")
         self.first = self._histogram("amulet_first_token_seconds", "Time to the first token.")
-        in_flight_gauge = Gauge(
-            "amulet_requests_in_flight", "Requests being answered.", registry=self._registry
-        )
-        in_flight_gauge.set_function(in_flight)
-        waiting_gauge = Gauge(
-            "amulet_requests_waiting", "Requests without a place yet.", registry=self._registry
-        )
-        waiting_gauge.set_function(waiting)
+        self._gauge("amulet_requests_in_flight", "Requests being answered.", in_flight)
+        self._gauge("amulet_requests_waiting", "Requests without a place yet.", waiting)
+        self._gauge("amulet_rows", "Rows of the batch being decoded.", rows)
+        self._gauge("amulet_cache_bytes", "Their keys and values.", cache_bytes)
 
     def text(self) -> bytes:
         """Return all figures in Prometheus's text form."""
@@ -49,6 +52,9 @@ class Metrics:
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(name, about, labels, registry=self._registry)
+
+    def _gauge(self, name: str, about: str, read: Callable[[], float]) -> None:
+        Gauge(name, about, registry=self._registry).set_function(read)
 
     def _histogram(self, name: str, about: str) -> Histogram:
         return Histogram(name, about, registry=self._registry, buckets=SECONDS)

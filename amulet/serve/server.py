@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -17,17 +19,33 @@ class Server(uvicorn.Server):
         config: uvicorn's.
         service: whose requests are waited for.
         drain_seconds: how long they are, at most.
+        on_start: called with the server's address once it listens.
 
     Attributes:
         failure: why the server stopped by itself.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        drain_seconds: float,
+        on_start: Callable[[str], None] | None = None,
+    ) -> None:
         super().__init__(config)
         self.failure: Exception | None = None
         self._service = service
         self._drain_seconds = drain_seconds
         self._until: float | None = None
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn to listen."""
+        await super().startup(sockets)
+        if self.started and self._on_start is not None:
+            port = self.servers[0].sockets[0].getsockname()[1]  # the one taken, where 0 was asked
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
+            self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second signal stops at once."""

@@ -49,7 +49,12 @@ class Service:
         self.limits = limits
         self.log_content = log_content
         self.traffic = Traffic(1, limits)
-        self.metrics = Metrics(lambda: len(self.traffic), lambda: self.traffic.waiting)
+        self.metrics = Metrics(
+            in_flight=lambda: len(self.traffic),
+            waiting=lambda: self.traffic.waiting,
+            rows=lambda: 0 if self._amulet is None else self._amulet.rows,
+            cache_bytes=lambda: 0 if self._amulet is None else self._amulet.cache_bytes,
+        )
         self.name = ""
         self.fingerprint = ""
         self.created = 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from amulet import Amulet, DecodeError, Event, RequestError
+from amulet import Amulet, DecodeError, Event, Request, RequestError
 from tests.models import ScriptedModel
 
 LONG = "abcdefghijklmnopqrstuvwxyz" * 4
@@ -177,6 +177,15 @@ def test_several_loops_and_threads_share_one_model(tokenizer: PreTrainedTokenize
     for thread in threads:
         thread.join(20)
     assert said == {"one": "first", "two": "other", "six": "third", "sync": "first"}
+
+
+async def test_a_prepared_answer_is_queued_at_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet, model = amulet_saying(tokenizer, "hello")
+    stream = amulet.prepare(Request(messages=tuple(user("hi"))))
+    assert model.calls == []
+    reader = amulet.astart(stream)
+    await until(lambda: len(model.calls) == 6)  # nobody reads it, and it is decoded
+    assert (await reader.read()).text == stream.text == "hello"
 
 
 def test_a_loop_that_is_gone_does_not_keep_the_pump(tokenizer: PreTrainedTokenizerFast) -> None:

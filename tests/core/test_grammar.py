@@ -103,6 +103,8 @@ def test_what_is_no_grammar_is_refused_at_once(make: Any, message: str) -> None:
         (Grammar.json_schema({"uniqueItems": True}), "uniqueItems"),
         (Grammar.regex("(a"), "unclosed group"),
         (Grammar.lark("start: nothing"), "unknown name"),
+        (Grammar("json_schema", "{"), r"grammar \(json_schema\): EOF while parsing an object"),
+        (Grammar("regex", "\ud800"), r"grammar \(regex\): .*surrogates not allowed"),
     ],
 )
 def test_an_invalid_grammar_is_refused_before_the_prefill(

@@ -61,6 +61,36 @@ def test_strength_0_takes_one_row(tokenizer: PreTrainedTokenizerFast) -> None:
     assert {shape[0] for shape in model.calls} == {1}
 
 
+def test_a_prepared_answer_is_decoded_once_it_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet = amulet_saying(tokenizer, "hello")
+    model: Any = amulet.model
+    first, second = (amulet.prepare(Request(messages=tuple(user("hi")))) for _ in range(2))
+    assert model.calls == []
+    assert first.read().text == "hello"
+    assert second.usage.completion_tokens == 0  # nobody has asked for it
+    second.submit()
+    second.submit()
+    third = amulet.prepare(Request(messages=tuple(user("hi"))))
+    assert third.read().text == "hello"
+    assert second.usage.completion_tokens == len(third.reply.token_ids)
+    assert second.text == second.read().text == "hello"
+    assert (amulet.rows, amulet.cache_bytes) == (0, 0)
+
+
+def test_what_was_decoded_of_a_cancelled_answer_is_read(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    amulet = amulet_saying(tokenizer, "hello")
+    stream = amulet.stream(user("hi"), preference="Be brief.")
+    assert next(stream) == "h"
+    assert amulet.rows == 2
+    assert amulet.cache_bytes > 0
+    stream.cancel()
+    assert amulet.rows == 0
+    assert stream.read().text == "h"
+    assert stream.reply.finish_reason == "cancelled"
+
+
 def test_stop_strings_are_cut_off_and_named(tokenizer: PreTrainedTokenizerFast) -> None:
     amulet = amulet_saying(tokenizer, "one two three")
     stream = amulet.stream(user("hi"), stop=["two", "x"])

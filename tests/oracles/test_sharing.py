@@ -47,7 +47,9 @@ def requests() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return random_model("gemma3", dtype=torch.float64)
+    model = random_model("gemma3", dtype=torch.float64)
+    model.config.max_position_embeddings = 2048
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The Python snippets of docs/serving.md run as they stand, but for the port."""
+"""Snippets on serving, of docs/serving.md and the README, run as they stand but for the port."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ from amulet.serve.app import create_app
 from tests.serve.conftest import listening, saying
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+
+
+def python_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+SNIPPETS = python_of(ROOT / "docs" / "serving.md")
+CLIENTS = [text for text in python_of(ROOT / "README.md") if "http://127.0.0.1:8000" in text]
 
 
 @pytest.fixture(scope="module")
 def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     """A server that shows, by its answer, which preference has reached it."""
-    answers = {"one short sentence": "A hole.", "pirate": "Arr.", "Be brief": "Dark.", "": "?"}
+    answers = {
+        "one short sentence": "A hole.",
+        "pirate": "Arr.",
+        "bullet": "- dark",
+        "Be brief": "Dark.",
+        "": "?",
+    }
     app = create_app(saying(tokenizer, answers), name="SmolLM2-135M-Instruct")
     with listening(app) as (address, _):
         yield address
@@ -28,8 +41,22 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("snippet", "said"),
-    list(zip(SNIPPETS, ["A hole.", "Arr.", "A hole.", "Dark."], strict=True)),
-    ids=["openai", "langchain", "llama_index", "connect"],
+    list(
+        zip(
+            [*SNIPPETS, *CLIENTS],
+            ["A hole.", "Arr.", "A hole.", "Dark.", "A hole.", "Arr.", "- dark"],
+            strict=True,
+        )
+    ),
+    ids=[
+        "openai",
+        "langchain",
+        "llama_index",
+        "connect",
+        "README openai",
+        "README langchain",
+        "README llama_index",
+    ],
 )
 def test_a_snippet_runs(
     snippet: str,

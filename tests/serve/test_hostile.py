@@ -55,7 +55,7 @@ async def test_grammars_that_break_llguidance_break_nothing_else(tiny: Amulet) -
         ({"response_format": schema_format(chain(500))}, '{"": {"": '),
         ({"grammar": {"kind": "lark", "source": "start: start"}}, "could not be followed"),
         ({"grammar": {"kind": "regex", "source": "a{999}{999}{999}"}}, "could not be followed"),
-        ({"grammar": {"kind": "json_schema", "source": "{"}}, "grammar: "),
+        ({"grammar": {"kind": "json_schema", "source": "{"}}, "grammar (json_schema): "),
         ({"response_format": schema_format(chain(1000))}, "this server permits 65536"),
         ({"tools": [big_tool()], "tool_choice": "required"}, "this server permits 65536"),
     )

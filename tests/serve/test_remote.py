@@ -155,6 +155,24 @@ def test_what_it_says_of_the_model(tiny: Amulet, remote: Amulet) -> None:
     assert isinstance(remote, Amulet)
 
 
+async def test_prepared_answers_are_sent_when_they_are_read(tiny: Amulet, remote: Amulet) -> None:
+    request = Request(messages=tuple(user("hi")), max_new_tokens=6, preference="Be brief.")
+    ours = tiny.start(request).read()
+    first, second = remote.prepare(request), remote.prepare(request)
+    first.submit()
+    assert (first.text, first.read(), first.text) == ("", ours, ours.text)
+    assert await remote.astart(second).read() == ours
+    second.cancel()
+    assert second.reply.finish_reason == "cancelled"
+    with pytest.raises(RequestError, match="another model's"):
+        remote.astart(tiny.prepare(request))
+    assert remote.max_rows == tiny.max_rows == 64
+    with pytest.raises(RequestError, match="its /metrics tells"):
+        remote.rows  # noqa: B018  (a property)
+    with pytest.raises(RequestError, match="its /metrics tells"):
+        remote.cache_bytes  # noqa: B018
+
+
 async def test_closing_ends_the_decode(tokenizer: PreTrainedTokenizerFast) -> None:
     app = create_app(Amulet(SlowModel(tokenizer, "a" * 3000), tokenizer), name="m")
     traffic = app.state.service.traffic

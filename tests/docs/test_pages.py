@@ -1,0 +1,179 @@
+"""Every Python block of the pages runs, page by page, and every command has the options it gives.
+
+Models by name are a tiny one with random weights, put where the hub's downloads lie; the embedded
+model is loaded once, and answers are cut short. What can't run here says so in its first line, and
+its imports and keywords are checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import gc
+import importlib
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from llama_index.core import Settings
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import amulet.cli
+from amulet import Amulet, Request
+from amulet.loading import load_pretrained
+from amulet.prepare import Preparer
+from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks
+from tests.models import random_model
+from tests.templates import family_tokenizer
+
+STAND_IN = "Qwen/Qwen3-0.6B"
+SHORT = 8  # tokens per answer, unless cutting it would break what is shown
+NOT_RUN = "# Not run here: "
+# Pages whose blocks another test runs.
+ELSEWHERE = {"serving.md": "tests/serve/test_docs.py"}
+
+RUN = [page for page in PAGES if blocks(page, "python") and page.name not in ELSEWHERE]
+UNRUN = [
+    block for page in [*PAGES, ROOT / "README.md"] for block in blocks(page, "python") if block.mark
+]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A hub cache that holds the stand-in; the tests are offline, so nothing else is looked for."""
+    folder = tmp_path_factory.mktemp("hub")
+    saved = folder / f"models--{STAND_IN.replace('/', '--')}"
+    snapshot = saved / "snapshots" / "0"
+    tokenizer = family_tokenizer("qwen")
+    model = random_model("qwen3", vocab_size=len(tokenizer))
+    model.config.max_position_embeddings = 8192  # its tokens are bytes
+    model.save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (saved / "refs").mkdir()
+    (saved / "refs" / "main").write_text("0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture
+def quick(
+    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model out of the fixture, and short answers."""
+
+    def embedded(cls: type[Amulet], **options: Any) -> Amulet:
+        own = {name: value for name, value in options.items() if name != "dtype"}
+        return cls(*smollm, **own)
+
+    limit: Callable[..., int] = Preparer._limit
+
+    def short(self: Preparer, request: Request, prompt_tokens: int) -> int:
+        is_whole = request.grammar is not None or request.tool_choice not in ("auto", "none")
+        tokens = limit(self, request, prompt_tokens)
+        return tokens if is_whole else min(tokens, SHORT)
+
+    monkeypatch.setattr(Amulet, "embedded", classmethod(embedded))
+    monkeypatch.setattr(Preparer, "_limit", short)
+
+
+# LlamaIndex does not close the event loops and in-memory databases that it opens.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_page_runs(
+    page: Path, hub: None, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("_llm", "_tokenizer"):  # what a page sets ends with it
+        monkeypatch.setattr(Settings, name, None)
+    monkeypatch.setattr("llama_index.core.global_tokenizer", None)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        if not block.mark:
+            exec(block.compiled(), namespace)  # type: ignore[call-overload]
+    namespace.clear()
+    asyncio.set_event_loop(None)  # let go of what it left,
+    gc.collect()  # while this test's filter holds
+
+
+@pytest.mark.parametrize("block", UNRUN, ids=lambda block: block.name)
+def test_what_is_not_run_says_so_and_could(block: Block) -> None:
+    assert block.mark == "no-run", f"{block.name}: what does {block.mark!r} mean?"
+    assert block.text.startswith(NOT_RUN), f"{block.name}: the reader isn't told that it isn't run"
+    check(block)
+
+
+def check(block: Block) -> None:
+    """Import what a block imports, and compare its calls' keywords with what they call."""
+    block.compiled()
+    tree = ast.parse(block.text)
+    names: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            names |= {a.asname or a.name: getattr(module, a.name) for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (called := look_up(node.func, names)) is not None:
+            for keyword in node.keywords:
+                if keyword.arg and (known := keywords(called)) is not None:
+                    assert keyword.arg in known, f"{block.name}: {keyword.arg}"
+
+
+def look_up(node: ast.expr, names: dict[str, Any]) -> Any:
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute) and (owner := look_up(node.value, names)) is not None:
+        return getattr(owner, node.attr)
+    return None
+
+
+def keywords(called: Any) -> set[str] | None:
+    """Return the keywords that something takes; None where it takes any."""
+    parameters = inspect.signature(called).parameters
+    known = set(parameters)
+    if called == Amulet.from_pretrained:
+        return known | set(inspect.signature(load_pretrained).parameters)
+    is_open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return None if is_open else known
+
+
+def test_a_wrong_keyword_is_found() -> None:
+    text = f'{NOT_RUN}x\nfrom amulet import Amulet\nAmulet.from_pretrained("x", devise="cuda")\n'
+    with pytest.raises(AssertionError, match="devise"):
+        check(Block(DOCS / "x.md", "python", "no-run", text, 1))
+
+
+def test_the_other_tests_read_their_pages() -> None:
+    for page, test in ELSEWHERE.items():
+        if (DOCS / page).exists():
+            assert page in (ROOT / test).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [*PAGES, *ROOT.glob("*.md")], ids=lambda path: path.name)
+def test_commands_have_their_options(path: Path) -> None:
+    app: Any = typer.main.get_command(amulet.cli.app)
+    for block in blocks(path, "sh", "bash", "console", "shell"):
+        text = block.text.replace("\\\n", " ")
+        for line in text.splitlines():
+            if not re.match(r"(\$ )?amulet [a-z]", line):
+                continue
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            command: click.Command = app.commands[words[1]]
+            known = {option for each in command.params for option in each.opts} | {"--help"}
+            given = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+            assert given <= known, f"{block.name}: {given - known}"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *ROOT.glob("*.md")], ids=lambda path: path.name)
+def test_json_is_json(path: Path) -> None:
+    for block in blocks(path, "json"):
+        for line in [block.text] if "\n}" in block.text else block.text.splitlines():
+            json.loads(line)
