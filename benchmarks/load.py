@@ -42,7 +42,7 @@ from amulet import Amulet, Request
 from amulet.preference import DEFAULT_STEERING
 from benchmarks.measure import machine
 
-SPACING = 1 / 8  # of bfloat16 numbers from 16 to 32, which the logits of likely tokens are
+SPACING = 1 / 8  # of bfloat16 numbers from 16 to 32: the logits of likely tokens reach 30
 GAP = 10.0  # seconds in which the clients' own loop did nothing: it was suspended
 SAMPLE = 5.0  # seconds between two looks at the server's memory
 CHAT = "/v1/chat/completions"
@@ -598,9 +598,9 @@ must be the same to the token. In bfloat16 the number of rows in a pass changes 
 near tie may fall the other way: at the first token that differs, the decode alone says by how many
 nats it preferred its own. A logit between 16 and 32 is known to 1/16, so rounding of the logits
 alone explains up to {plain:g} nats in a plain answer, and {steered:g} at strength 2, which weighs
-two rows by 3 and −2. More, or a token that was not among the 20 likeliest, counts as a wrong answer.
-(In bfloat16 the requests have no floor: what is cut at its edge has no distance.) That this finds
-what it should is seen by giving each answer in every other request's place.
+two rows by 3 and −2. More, or a token that was not among the 20 likeliest, counts as a wrong
+answer. (In bfloat16 the requests have no floor: what is cut at its edge has no distance.) That this
+finds what it should is seen by giving each answer in every other request's place.
 """
 
 

@@ -45,12 +45,14 @@ def make_scheduler(
     *,
     blocks: int,
     is_async: bool = False,
+    stages: int = 1,
     caching: bool = True,
     **options: Any,
 ) -> PairScheduler:
     config = copy.deepcopy(given)
     for name, value in {"async_scheduling": is_async, **options}.items():
         setattr(config.scheduler_config, name, value)
+    config.parallel_config.pipeline_parallel_size = stages
     config.cache_config.block_size = BLOCK
     config.cache_config.num_gpu_blocks = blocks
     config.cache_config.enable_prefix_caching = caching
@@ -148,15 +150,16 @@ class Worker:
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-@pytest.mark.parametrize("is_async", [False, True])
-def test_random_traffic(config: VllmConfig, policy: str, is_async: bool) -> None:
+@pytest.mark.parametrize("engine", ["plain", "async", "pipeline"])
+def test_random_traffic(config: VllmConfig, policy: str, engine: str) -> None:
     preemptions = 0
     for seed in range(60):
         rng = random.Random(seed)
         scheduler = make_scheduler(
             config,
             blocks=rng.choice((26, 40, 90)),
-            is_async=is_async,
+            is_async=engine == "async",
+            stages=2 if engine == "pipeline" else 1,
             policy=policy,
             max_num_batched_tokens=rng.choice((8, 17, 64)),
             long_prefill_token_threshold=rng.choice((0, 0, 9)),
@@ -164,7 +167,7 @@ def test_random_traffic(config: VllmConfig, policy: str, is_async: bool) -> None
             scheduler_reserve_full_isl=rng.random() < 0.5,
             watermark=rng.choice((0.0, 0.1)),
         )
-        preemptions += run_random_traffic(scheduler, rng, ahead=int(is_async))
+        preemptions += run_random_traffic(scheduler, rng, ahead=int(engine != "plain"))
     assert preemptions > 50
 
 

