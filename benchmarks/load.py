@@ -124,14 +124,15 @@ class Case:
     def tie(self) -> float:
         """Nats by which rounding of the logits may move one token against another.
 
-        Each of two decodes has each logit right to half a spacing, so that the distance of two
-        tokens in one row may differ by two spacings. Steering multiplies the rows by 1 + g and -g.
+        Each of two decodes rounds each logit to half a spacing, so the distance of two tokens in
+        one row may differ by two spacings; as much again is left for what the layers before the
+        head round. Steering multiplies the rows by 1 + g and -g.
         """
         gain = DEFAULT_STEERING.strength
-        return 2 * SPACING * (1 + 2 * gain if self.steered else 1)
+        return 4 * SPACING * (1 + 2 * gain if self.steered else 1)
 
     def distance(self, ids: Sequence[int]) -> float:
-        """Return by how many nats its first other token was less likely; 0 if there is none.
+        """Return by how many nats its first other token was less likely; 0 also at an even tie.
 
         Infinity for a token that wasn't considered, and for an answer that ends elsewhere.
         """
@@ -223,21 +224,31 @@ class Findings:
     ended: Counter[str] = field(default_factory=Counter)  # by what the client did
     wrong: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
-    distances: list[float] = field(default_factory=list)  # of complete answers
+    same: int = 0  # complete answers that are the same to the token
+    distances: list[float] = field(default_factory=list)  # of the others
     seconds: dict[str, list[float]] = field(
         default_factory=lambda: {"first piece": [], "whole, steered": [], "whole, plain": []}
     )
     tokens: int = 0  # of complete answers
 
+    @property
+    def compared(self) -> int:
+        """How many complete answers there were."""
+        return self.same + len(self.distances)
+
     def take(self, case: Case, choice: Mapping[str, Any], text: str, seconds: float | None) -> None:
         """Judge a complete answer; None is a time that doesn't count."""
         ids = choice["details"]["token_ids"]
-        distance = case.distance(ids)
-        self.distances.append(distance)
         self.tokens += len(ids)
+        distance = case.distance(ids)
+        is_same = tuple(ids) == case.ids
+        if is_same:
+            self.same += 1
+        else:
+            self.distances.append(distance)
         if seconds is not None:
             self.seconds["whole, steered" if case.steered else "whole, plain"].append(seconds)
-        if distance > case.tie or (distance == 0 and text != case.text):
+        if distance > case.tie or (is_same and text != case.text):
             self.wrong.append(f"{case.body}: {text!r} instead of {case.text!r} ({distance:.2g})")
 
 
@@ -463,8 +474,8 @@ class Outcome:
         """Return what went wrong; nothing where all held."""
         found = [f"wrong: {text}" for text in self.findings.wrong]
         found += [f"stuck: {text}" for text in self.findings.stuck]
-        if exact and any(self.findings.distances):
-            found.append("an answer differs from the one decoded alone")
+        if exact and self.findings.distances:
+            found.append(f"{len(self.findings.distances)} answers differ from those decoded alone")
         if self.errors:
             found.append(f"{self.errors:g} answers with a 5xx")
         found += [f"{value:g} {name} left" for name, value in self.left.items() if value]
@@ -530,8 +541,7 @@ def percentiles(values: Sequence[float]) -> str:
 def section(outcome: Outcome, exact: bool) -> str:
     """Return one run as Markdown."""
     found, memory = outcome.findings, outcome.memory
-    same = sum(distance == 0 for distance in found.distances)
-    ties = sorted(distance for distance in found.distances if distance)
+    ties = sorted(found.distances)
     lines = [
         f"## {outcome.dtype}, {outcome.clients} clients, {outcome.seconds / 60:.1f} minutes",
         "",
@@ -539,8 +549,8 @@ def section(outcome: Outcome, exact: bool) -> str:
         "|---|---|",
         f"| requests | {found.ended.total()} |",
         *(f"| of these: {kind} | {found.ended[kind]} |" for kind in sorted(found.ended)),
-        f"| complete answers, compared | {len(found.distances)} |",
-        f"| the same to the token as alone | {same} |",
+        f"| complete answers, compared | {found.compared} |",
+        f"| the same to the token as alone | {found.same} |",
     ]
     if not exact:
         lines.append(f"| another token somewhere | {len(ties)} |")
@@ -597,8 +607,9 @@ Every complete answer is compared with the same request decoded alone before the
 must be the same to the token. In bfloat16 the number of rows in a pass changes its rounding, so a
 near tie may fall the other way: at the first token that differs, the decode alone says by how many
 nats it preferred its own. A logit between 16 and 32 is known to 1/16, so rounding of the logits
-alone explains up to {plain:g} nats in a plain answer, and {steered:g} at strength 2, which weighs
-two rows by 3 and −2. More, or a token that was not among the 20 likeliest, counts as a wrong
+alone moves two tokens of a row by up to 1/4 against each other, and as much again is left for what
+the layers before them round: {plain:g} nats in a plain answer, and {steered:g} at strength 2, which
+weighs two rows by 3 and −2. More, or a token that was not among the 20 likeliest, counts as a wrong
 answer. (In bfloat16 the requests have no floor: what is cut at its edge has no distance.) That this
 finds what it should is seen by giving each answer in every other request's place.
 """
@@ -610,8 +621,8 @@ def page_of(options: argparse.Namespace, sections: Sequence[str], faults: Sequen
         when=time.strftime("%Y-%m-%d"),
         machine=", ".join(f"{name} {value}" for name, value in machine().items()),
         clients=options.clients,
-        plain=2 * SPACING,
-        steered=2 * SPACING * (1 + 2 * DEFAULT_STEERING.strength),
+        plain=4 * SPACING,
+        steered=4 * SPACING * (1 + 2 * DEFAULT_STEERING.strength),
         least=options.tokens // 4,
         tokens=options.tokens,
     )
@@ -655,7 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             faults += [f"{dtype}: {fault}" for fault in outcome.faults(exact)]
             pages.append(section(outcome, exact))
             figures[dtype] = {
-                "answers": len(outcome.findings.distances),
+                "answers": outcome.findings.compared,
                 "wrong": len(outcome.findings.wrong),
                 "stuck": len(outcome.findings.stuck),
                 "left": outcome.left,

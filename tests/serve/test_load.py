@@ -42,7 +42,7 @@ async def test_a_sound_server_is_found_sound(tiny: Amulet, cases: list[load.Case
     assert outcome.faults(exact=True) == []
     assert findings.ended.total() == 4 * NUMBER
     assert len(findings.ended) == 6  # of every kind of client
-    assert len(findings.distances) >= NUMBER
+    assert findings.same == findings.compared >= NUMBER
     assert set(outcome.left) == {
         "rows",
         "cache_bytes",
@@ -51,7 +51,7 @@ async def test_a_sound_server_is_found_sound(tiny: Amulet, cases: list[load.Case
     }
     page = load.section(outcome, exact=True)
     assert "| **wrong answers** | **0** |" in page
-    assert f"| the same to the token as alone | {len(findings.distances)} |" in page
+    assert f"| the same to the token as alone | {findings.same} |" in page
 
 
 async def test_a_wrong_answer_is_found(tiny: Amulet, cases: list[load.Case]) -> None:
@@ -61,7 +61,8 @@ async def test_a_wrong_answer_is_found(tiny: Amulet, cases: list[load.Case]) -> 
     ]
     with listening(create_app(tiny, limits=Limits(max_tokens=64))) as (url, _):
         findings = await load.clients(url, swapped, 2, math.inf, each=4)
-    assert len(findings.wrong) >= len(findings.distances) > 0
+    assert findings.wrong
+    assert findings.same == 0
 
 
 def test_how_far_an_answer_is_from_the_one_alone() -> None:
@@ -71,8 +72,17 @@ def test_how_far_an_answer_is_from_the_one_alone() -> None:
     assert case.distance([7, 2]) == pytest.approx(1.9)
     assert case.distance([8]) == float("inf")  # not considered
     assert case.distance([1]) == float("inf")  # ended early
-    assert case.tie == 0.25
-    assert replace(case, body={"preference": "x"}).tie == 1.25
+    assert case.tie == 0.5
+    assert replace(case, body={"preference": "x"}).tie == 2.5
+
+
+def test_an_even_tie_is_not_the_same() -> None:
+    case = load.Case({}, "a", (1,), ({1: -0.5, 2: -0.5},))
+    findings = load.Findings()
+    for ids, text in (([1], "a"), ([2], "b"), ([1], "torn")):
+        findings.take(case, {"details": {"token_ids": ids}}, text, None)
+    assert (findings.same, findings.distances, findings.compared) == (2, [0.0], 3)
+    assert len(findings.wrong) == 1  # whose text is not that of its tokens
 
 
 def test_exchanged_answers_are_found(cases: list[load.Case]) -> None:
@@ -90,7 +100,7 @@ def test_what_counts_as_a_fault() -> None:
         'amulet_requests_total{route="/v1/models",status="200"}': 5.0,
         'amulet_requests_total{route="/v1/models",status="503"}': 1.0,
     }
-    findings = load.Findings(distances=[0.0, 0.2], stuck=["x"])
+    findings = load.Findings(same=1, distances=[0.2], stuck=["x"])
     memory = [(float(at), 100.0 + at, 0.0) for at in range(61)]
     before = {'amulet_requests_total{route="/health",status="503"}': 4.0}
     metrics |= before  # while it was loading
@@ -101,5 +111,5 @@ def test_what_counts_as_a_fault() -> None:
         "2 rows left",
         "the server ended with 1",
     ]
-    assert "an answer differs from the one decoded alone" in outcome.faults(exact=True)
+    assert "1 answers differ from those decoded alone" in outcome.faults(exact=True)
     assert outcome.growth == pytest.approx(60.0)
