@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -140,7 +140,7 @@ def compare(
                 for _ in answer.decode(amulet, messages):
                     live.update(_side_by_side(answers))
                 live.update(_side_by_side(answers))
-        Console().print(legend_text())
+            live.update(Group(_side_by_side(answers), legend_text()))
 
 
 @app.command()
