@@ -13,7 +13,7 @@ from amulet.comparison import as_messages, wished
 from amulet.errors import MissingPackageError, RequestError
 from amulet.preference import PreferenceLike
 from amulet.rendering.pieces import harmless
-from amulet.request import Reply, Request
+from amulet.request import Reply, Request, changed_share, mean_base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,14 +48,12 @@ class Point:
         Low means that the plain model would hardly say it: it follows the preference, or falls
         apart.
         """
-        trace = self.reply.trace or ()
-        return sum(token.base for token in trace) / max(1, len(trace))
+        return mean_base(self.reply.trace or ())
 
     @property
     def changed(self) -> float:
         """Share of the tokens, 0 to 1, for which the plain model would have said another."""
-        trace = self.reply.trace or ()
-        return sum(token.unsteered_id != token.token_id for token in trace) / max(1, len(trace))
+        return changed_share(self.reply.trace or ())
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -141,6 +141,15 @@ def _one_preference(entry: object) -> Preference:
         f"a preference of type {type(entry).__name__}: expected text, a Preference, or a dict "
         "with its text and weight."
     )
+
+
+def row_weights(preferences: Sequence[Preference], strength: float) -> list[float]:
+    """Return the w_i of `r + Σ w_i·(p_i − r)`, one per preferred row.
+
+    Strength alone says how hard: weights that sum to more than 1 share it.
+    """
+    share = (1.0 + strength) / max(1.0, sum(abs(p.weight) for p in preferences))
+    return [share * preference.weight for preference in preferences]
 
 
 def describe(error: ValidationError) -> str:

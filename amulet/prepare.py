@@ -12,7 +12,7 @@ from amulet.answer import Answer
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.generation import Generation
 from amulet.grammar import Grammar
-from amulet.preference import Preference, Steering
+from amulet.preference import Preference, Steering, row_weights
 from amulet.prompts import Prompts, encode_chat, encode_text
 from amulet.request import Request
 from amulet.sampling import Sampling
@@ -87,9 +87,7 @@ class Preparer:
         rows = [*prompts.preferred, prompts.base]
         weights: list[float] = []
         if steering is not None:
-            # Strength alone says how hard: weights that sum to more than 1 share it.
-            share = (1.0 + steering.strength) / max(1.0, sum(abs(p.weight) for p in preferences))
-            weights = [share * p.weight for p in preferences]
+            weights = row_weights(preferences, steering.strength)
             # The prompt alone needs no base row, where no part is to be decoded plainly.
             if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
                 rows, weights = [prompts.preferred[0]], []
@@ -203,8 +201,7 @@ class Preparer:
         if last["role"] == "assistant":  # it is continued
             written = str(last.get("content") or "")
             return written.rfind(opening) > written.rfind(closing)
-        tail = str(self.tokenizer.decode(prompt[-32:], skip_special_tokens=False))
-        return tail.rstrip().endswith(opening)
+        return ends_with(self.tokenizer, prompt, opening)
 
     def _encode(
         self,
@@ -229,13 +226,27 @@ class Preparer:
         """How many tokens there is room for; an answer may be cut by the window, a prompt not."""
         if self.window is None:
             return request.max_new_tokens
-        room = self.window - prompt_tokens
-        if room < 1:
-            raise PromptTooLongError(
-                f"The prompt has {prompt_tokens} tokens (the preference included) and the model's "
-                f"context window {self.window}, so no answer fits; shorten the prompt."
-            )
-        return min(request.max_new_tokens, room)
+        return min(request.max_new_tokens, room_for_answer(prompt_tokens, self.window))
+
+
+def room_for_answer(prompt_tokens: int, window: int) -> int:
+    """Return how many tokens of a context window a prompt leaves.
+
+    Raises:
+        PromptTooLongError: none.
+    """
+    if prompt_tokens >= window:
+        raise PromptTooLongError(
+            f"The prompt has {prompt_tokens} tokens (the preference included) and the model's "
+            f"context window {window}, so no answer fits; shorten the prompt."
+        )
+    return window - prompt_tokens
+
+
+def ends_with(tokenizer: PreTrainedTokenizerBase, prompt: list[int], text: str) -> bool:
+    """Tell whether a prompt ends in a text, such as a thinking marker; white space aside."""
+    tail = str(tokenizer.decode(prompt[-32:], skip_special_tokens=False))
+    return tail.rstrip().endswith(text)
 
 
 def _knows_tools(template: ChatTemplate) -> bool:

@@ -5,7 +5,7 @@ Every range is checked here, once; the modules below trust it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -203,6 +203,16 @@ class TokenTrace:
     unsteered_id: int
     unsteered_text: str
     top: tuple[tuple[int, str, float], ...] = ()
+
+
+def mean_base(trace: Sequence[TokenTrace]) -> float:
+    """Return the mean log-probability of the tokens under the plain model, nats; 0 for none."""
+    return sum(token.base for token in trace) / max(1, len(trace))
+
+
+def changed_share(trace: Sequence[TokenTrace]) -> float:
+    """Return the share of tokens for which the plain model would have said another; 0 for none."""
+    return sum(token.unsteered_id != token.token_id for token in trace) / max(1, len(trace))
 
 
 @dataclass(frozen=True)

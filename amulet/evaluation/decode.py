@@ -28,7 +28,7 @@ from amulet.evaluation.methods import BEAMS, Method
 from amulet.evaluation.paper import opposite_of
 from amulet.evaluation.questions import QuestionSet
 from amulet.evaluation.run import Answer, Meta, MethodMeta, PreferenceMeta, Run, SetMeta
-from amulet.request import Request
+from amulet.request import Request, changed_share, mean_base
 
 if TYPE_CHECKING:
     import os
@@ -175,10 +175,9 @@ def _streamed_answers(
     reply = stream.read()
     changed, steered_tokens, log_probability = None, None, None
     if reply.trace:
-        log_probability = sum(token.base for token in reply.trace) / len(reply.trace)
+        log_probability = mean_base(reply.trace)
     if reply.trace and job.method.is_steered:
-        moved = sum(token.unsteered_id != token.token_id for token in reply.trace)
-        changed = moved / len(reply.trace)
+        changed = changed_share(reply.trace)
         if settings.trace:
             steered_tokens = [(token.text, token.steered - token.base) for token in reply.trace]
     return _answers_of(

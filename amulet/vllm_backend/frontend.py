@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from amulet.errors import ModelError, PromptTooLongError, RequestError
-from amulet.preference import DEFAULT_STEERING
+from amulet.errors import ModelError, RequestError
+from amulet.preference import DEFAULT_STEERING, row_weights
+from amulet.prepare import ends_with, room_for_answer
 from amulet.prompts import Prompts, encode_chat, encode_text
 from amulet.request import Request
 from amulet.spans import find_thinking
@@ -153,9 +154,7 @@ class Encoder:
     def _steered(self, request: Request, encode: Any, spans: Any) -> Steered | None:
         preferences = request.preference
         steering = request.steering(DEFAULT_STEERING)
-        # As `amulet.prepare` has it: weights that sum to more than 1 share the strength.
-        share = (1.0 + steering.strength) / max(1.0, sum(abs(p.weight) for p in preferences))
-        weights = [share * preference.weight for preference in preferences]
+        weights = row_weights(preferences, steering.strength)
         if not any(weights):
             return None
         if len(preferences) > MAX_PREFERENCES or len(preferences) >= self._rows:
@@ -171,21 +170,16 @@ class Encoder:
                 f"preference: a prompt of one token, together with others of {sum(lengths) - 1}, "
                 f"is more than this server reads in one step ({self._step}); shorten it."
             )
-        if longest >= self._window:
-            raise PromptTooLongError(
-                f"The prompt has {longest} tokens (the preference included) and the model's "
-                f"context window {self._window}, so no answer fits; shorten the prompt."
-            )
+        room_for_answer(longest, self._window)
         marked, opening = spans()
         if weights == [1.0] and not marked:  # the preference in the prompt, and nothing else
             return Steered(prompts.preferred[0], None)
-        tail = str(self._tokenizer.decode(prompts.base[-32:])).rstrip()
         pair = Pair(
             [*prompts.preferred[1:], prompts.base],
             weights,
             steering.floor,
             marked,
-            inside=bool(opening) and tail.endswith(opening),
+            inside=bool(opening) and ends_with(self._tokenizer, prompts.base, opening),
         )
         return Steered(prompts.preferred[0], pair)
 

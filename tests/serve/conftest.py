@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -48,32 +48,41 @@ def user(text: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def listening(app: FastAPI, keep_alive: bool = False) -> Iterator[tuple[str, Server]]:
-    """Run uvicorn on a free loopback port in a thread; give its address and the server.
+def listening(
+    app: FastAPI,
+    keep_alive: bool = False,
+    *,
+    around: Callable[[Any], Any] = lambda app: app,
+    port: int = 0,
+    drain_seconds: int = 5,
+    patience: int = 10,
+) -> Iterator[tuple[str, Server]]:
+    """Run uvicorn on a loopback port, a free one, in a thread; give its address and the server.
 
     Connections end with their response unless `keep_alive`: some clients never close theirs.
+    `around` puts another application before `app`.
     """
     config = uvicorn.Config(
-        app,
+        around(app),
         "127.0.0.1",
-        0,
+        port,
         access_log=False,
         log_config=None,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=drain_seconds,
         headers=[] if keep_alive else [("Connection", "close")],
     )
-    server = Server(config, app.state.service, drain_seconds=5.0)
+    server = Server(config, app.state.service, float(drain_seconds))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    taken = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", server
+        yield f"http://127.0.0.1:{taken}", server
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(patience)
         assert not thread.is_alive()
 
 

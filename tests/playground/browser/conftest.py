@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from amulet import Amulet
 from amulet.playground import page as playground
 from amulet.serve.app import create_app
-from amulet.serve.server import Server
-from tests.models import ScriptedModel
+from tests.serve.conftest import listening
 
 TIMEOUT = 60_000  # milliseconds; a busy machine is slow, and nothing here measures time
 
@@ -33,23 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def serving(amulet: Amulet, port: int = 0, **options: Any) -> Iterator[tuple[str, int]]:
     """Serve a model with the page; give the page's address and the port."""
     app = create_app(amulet, **{"name": "scripted", **options})
-    whole = playground.Page(app)
-    config = uvicorn.Config(
-        whole, "127.0.0.1", port, access_log=False, log_config=None, timeout_graceful_shutdown=1
-    )
-    server = Server(config, app.state.service, drain_seconds=1.0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    taken = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{taken}/", taken
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with listening(
+        app, keep_alive=True, around=playground.Page, port=port, drain_seconds=1, patience=30
+    ) as (url, _):
+        yield f"{url}/", int(url.rpartition(":")[2])
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +79,6 @@ def visit(browser: Browser) -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert wrong == []
-
-
-def saying(tokenizer: Any, answers: Any) -> Amulet:
-    return Amulet(ScriptedModel(tokenizer, answers), tokenizer)
 
 
 def ask(page: Page, question: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from amulet import Amulet
-from tests.playground.browser.conftest import Open, answer, ask, prefer, saying, serving
+from tests.playground.browser.conftest import Open, answer, ask, prefer, serving
+from tests.serve.conftest import saying
 
 LONG = "A black hole is a region of space from which nothing escapes, not even light."
 SHORT = "A hole in space."

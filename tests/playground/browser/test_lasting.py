@@ -6,7 +6,8 @@ from typing import Any
 
 from playwright.sync_api import expect
 
-from tests.playground.browser.conftest import Open, answer, ask, prefer, saying, serving
+from tests.playground.browser.conftest import Open, answer, ask, prefer, serving
+from tests.serve.conftest import saying
 
 ANSWERS = {"Be brief": "Short.", "Be rude": "No.", "": "A long answer to the question."}
 

@@ -8,7 +8,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.playground.browser.conftest import Open, answer, ask, prefer, saying, serving
+from tests.playground.browser.conftest import Open, answer, ask, prefer, serving
+from tests.serve.conftest import saying
 
 ANSWER = (
     "# Holes\n\nA **black** hole:\n\n1. it pulls\n2. it is `dark`\n\n"

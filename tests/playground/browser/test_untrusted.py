@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.playground.browser.conftest import Open, answer, ask, prefer, saying, serving
+from tests.playground.browser.conftest import Open, answer, ask, prefer, serving
+from tests.serve.conftest import saying
 
 HOSTILE = """\
 # <img src=x onerror="window.hacked=1">
