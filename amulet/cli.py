@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amulet import __version__
-from amulet.console import Device, DType, Model, load, one_line, readable_errors
+from amulet.console import Device, DType, Model, load, one_line, readable_errors, where_to_read
 from amulet.errors import AmuletError
 from amulet.evaluation.cli import register as register_eval
 from amulet.evaluation.report_cli import register as register_report
@@ -54,7 +54,7 @@ Floor = Annotated[
     typer.Option(help="Plausibility floor, 0 (off) to 1: keeps the text readable; default 0.1."),
 ]
 Placement = Annotated[
-    str | None, typer.Option(help="Where the preference stands: system (default), user or both.")
+    str | None, typer.Option(help="Where the preference stands: user (default), system or both.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
@@ -265,6 +265,7 @@ class Chat:
                     self._answer(line)
             except AmuletError as error:
                 self._note(one_line(error), style="red")
+                self._note(where_to_read(error))
 
     def _answer(self, question: str) -> None:
         """Stream one answer; what Ctrl-C leaves of it stays in the conversation."""

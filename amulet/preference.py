@@ -63,15 +63,16 @@ class Steering(BaseModel):
         strength: g of `log π ∝ p + g·(p − r)`. −1 is no preference at all, 0 the preference in
             the prompt alone, 2.0 Linear Alignment, 4.6487 the paper's 60-step game.
         floor: the plausibility floor, 0 to 1: only tokens with `p ≥ floor·max p` survive; 0 is off.
-        placement: where the preference stands in the prompt: in the "system" message, at the end
-            of the last "user" turn, or in "both".
+        placement: where the preference stands in the prompt: at the end of the last "user" turn,
+            in the "system" message, or in "both". Raw text has it before the prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    strength: Strength = 2.0
+    # Chosen by data: docs/choosing-strength.md.
+    strength: Strength = 0.5
     floor: Floor = 0.1
-    placement: Placement = "system"
+    placement: Placement = "user"
 
     def __init__(self, **options: Any) -> None:
         try:

@@ -210,14 +210,13 @@ class Preparer:
         preferences: Sequence[Preference],
         steering: Steering | None,
     ) -> Prompts:
-        placement = (steering or self.steering).placement
         if request.prompt is not None:
-            return encode_text(self.tokenizer, request.prompt, preferences, placement)
+            return encode_text(self.tokenizer, request.prompt, preferences)
         return encode_chat(
             self.tokenizer,
             list(tools.messages),
             preferences,
-            placement,
+            (steering or self.steering).placement,
             tools=tools.schemas or None,
             template_options=request.template_options,
         )

@@ -78,13 +78,14 @@ def encode_chat(
             or a list of text parts); other keys reach the template.
         preferences: normal form; each preferred prompt has exactly one of them in it.
         placement: "system" appends to the leading system message, after the template's own default
-            where the chat has none; "user" appends to the last user turn; "both" does both.
+            where the chat has none; "user" appends to the last user turn, and to the system
+            message where the chat has no user turn; "both" does both.
         tools: schemas or functions for the template.
         template_options: further variables of the template, such as `enable_thinking`.
 
     Raises:
         TemplateError: there is no template, or it refuses the messages even when mended.
-        RequestError: a message or option is not valid, or placement "user" finds no user message.
+        RequestError: a message or option is not valid.
     """
     given = [_normal_message(index, message) for index, message in enumerate(messages)]
     if not given:
@@ -116,19 +117,18 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     preferences: Sequence[Preference],
-    placement: Placement,
 ) -> Prompts:
     """Return the prompts of a raw completion: `prompt` with the tokenizer's own special tokens.
 
-    Special tokens written in the prompt count as such, those in a preference are text. A BOS that
-    the prompt already starts with is not doubled, and no end-of-text token closes the prompt.
+    A preference and a blank line stand before the prompt, whatever the placement: raw text has no
+    turns, and what is completed must not be parted from its completion. Special tokens written in
+    the prompt count as such, those in a preference are text. A BOS that the prompt already starts
+    with is not doubled, and no end-of-text token closes the prompt.
 
     Args:
         tokenizer: any tokenizer.
         prompt: the text to go on from.
         preferences: normal form, one preferred prompt each.
-        placement: "system" puts the preference and a blank line before the prompt, "user" puts it
-            on a line of its own after the prompt, "both" does both.
 
     Raises:
         RequestError: the prompt is empty and the tokenizer has no BOS to start from.
@@ -146,17 +146,13 @@ def encode_text(
     body = prompt.replace(BREAK, "")
     body = body.removeprefix(bos) if added else body
 
-    def row(head: str, tail: str) -> list[int]:
-        return encode(tokenizer, head + body + tail, special=True)
+    def row(head: str) -> list[int]:
+        return encode(tokenizer, head + body, special=True)
 
-    base = row("", "")
+    base = row("")
     if not base:
         raise RequestError("prompt is empty, and the tokenizer has no BOS token to start from.")
-    preferred = []
-    for preference in preferences:
-        text = dialect.defuse(preference.text)
-        head = f"{text}\n\n" if placement != "user" else ""
-        preferred.append(row(head, f"\n{text}\n" if placement != "system" else ""))
+    preferred = [row(f"{dialect.defuse(preference.text)}\n\n") for preference in preferences]
     return Prompts(tuple(preferred), base)
 
 
@@ -267,15 +263,10 @@ def _arrange(
 
 def _place(chat: list[Message], text: str, placement: Placement, default: str) -> list[Message]:
     chat = list(chat)
-    if placement != "system":
-        users = [index for index, message in enumerate(chat) if message["role"] == "user"]
-        if not users:
-            raise RequestError(
-                f'placement="{placement}" needs a user message and the chat has none; '
-                'use placement="system".'
-            )
+    users = [index for index, message in enumerate(chat) if message["role"] == "user"]
+    if placement != "system" and users:
         chat[users[-1]] = _extended(chat[users[-1]], "\n\n", text)
-    if placement != "user":
+    if placement != "user" or not users:
         if chat[0]["role"] == "system":
             chat[0] = _extended(chat[0], " ", text)
         else:

@@ -35,7 +35,7 @@ def ask(folder: str, user: str, thread: str, text: str) -> None:
         SqliteSaver.from_conn_string(f"{folder}/threads.db") as threads,
     ):
         store.setup()
-        amulet.PreferenceMemory(store).merge("Talk like a pirate.", user_id="ben")
+        amulet.PreferenceMemory(store).merge("Answer as a numbered list.", user_id="ben")
         agent = create_agent(
             amulet.ChatAmulet.embedded(tools_prompt="fallback", max_tokens=48),
             tools=[opening_hours, amulet.remember_preference()],
@@ -52,7 +52,7 @@ def ask(folder: str, user: str, thread: str, text: str) -> None:
 
 with tempfile.TemporaryDirectory() as temporary:
     plant = "How do I keep a houseplant alive?"
-    ask(temporary, "anna", "first", "Keep it short from now on.")
+    ask(temporary, "anna", "first", "Keep it short, one sentence, from now on.")
     ask(temporary, "anna", "second", plant)
     ask(temporary, "ben", "first", plant)
     ask(temporary, "anna", "third", "When is the library open?")

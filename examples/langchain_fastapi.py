@@ -39,7 +39,7 @@ async def chat(question: Question) -> StreamingResponse:
 
 async def main() -> None:
     """Ask the app three times at once; the answers share their forward passes."""
-    wishes = [None, "Answer in one short sentence.", "Talk like a pirate."]
+    wishes = [None, "Answer in one short sentence.", "Answer as a numbered list."]
     transport = httpx.ASGITransport(app=app)  # in this process, without a socket
     async with httpx.AsyncClient(transport=transport, base_url="http://amulet") as client:
         bodies = [{"text": "How do I keep a houseplant alive?", "preference": w} for w in wishes]

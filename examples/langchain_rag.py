@@ -46,7 +46,7 @@ chain = (
 )
 memory = PreferenceMemory(InMemoryStore())  # or SqliteStore, PostgresStore, ...
 memory.set("Answer in one short sentence.", thread_id="monday")
-memory.set("Answer as a bullet list.", thread_id="tuesday", placement="user")
+memory.set("Answer as a bullet list.", thread_id="tuesday")
 chat = with_memory(chain, memory)
 for thread in ("monday", "tuesday", "wednesday"):
     print(thread)

@@ -17,6 +17,6 @@ prompt = ChatPromptTemplate.from_messages([("human", "How do I keep a {plant} al
 chain = prompt | model | StrOutputParser()
 
 print("as before:", chain.invoke({"plant": "houseplant"}))
-for preference in ("Answer in one short sentence.", "Talk like a pirate."):
+for preference in ("Answer in one short sentence.", "Answer as a numbered list."):
     config = {"configurable": {"preference": preference}}
     print(f"{preference}", chain.invoke({"plant": "houseplant"}, config))

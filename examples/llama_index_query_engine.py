@@ -17,7 +17,7 @@ PROMPT = PromptTemplate("{context_str}\n\n{query_str}")  # a small model gets lo
 
 def main() -> None:
     Settings.llm = AmuletLLM.embedded(  # was: HuggingFaceLLM(model_name=..., ...)
-        preference="Answer in one short sentence.", placement="user", max_tokens=80
+        preference="Answer in one short sentence.", max_tokens=80
     )
     Settings.embed_model = MiniLM()
     pages = SimpleDirectoryReader(DOCUMENTS).load_data()

@@ -15,7 +15,7 @@ from amulet_integrations.llama_index import AmuletLLM, preference
 DOCUMENTS = Path(__file__).parent / "documents"
 QUESTION = "What can I eat at the Saturday market?"
 PROMPT = PromptTemplate("{context_str}\n\n{query_str}")
-WISHES = {"Anna": "Answer in one short sentence.", "Ben": "Talk like a pirate."}
+WISHES = {"Anna": "Answer in one short sentence.", "Ben": "Answer as a bullet list."}
 
 
 async def ask(engine: BaseQueryEngine, name: str) -> None:
@@ -27,7 +27,7 @@ async def main() -> None:
     pages = SimpleDirectoryReader(DOCUMENTS).load_data()
     nodes = MarkdownNodeParser().get_nodes_from_documents(pages)
     engine = VectorStoreIndex(nodes, embed_model=MiniLM()).as_query_engine(
-        AmuletLLM.embedded(max_tokens=60, placement="user"),
+        AmuletLLM.embedded(max_tokens=60),
         similarity_top_k=1,
         text_qa_template=PROMPT,
     )

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("preference", "strength", "floor", "placement")
 MAX_PREFERENCES = 4  # as `amulet serve` has it
+# Options of `amulet serve` that vLLM doesn't know, and would drop without a word.
+OWN_ENGINE = ("trace", "grammar", "steer_grammar", "return_details")
 
 
 class SteeringPlugin:
@@ -147,7 +149,7 @@ class Encoder:
         request = Request(prompt=prompt, **settings)
         return self._steered(
             request,
-            lambda placement: encode_text(self._tokenizer, prompt, request.preference, placement),
+            lambda placement: encode_text(self._tokenizer, prompt, request.preference),
             lambda: ([], ""),
         )
 
@@ -236,6 +238,8 @@ class SteeringRenderer:
 
     async def render_chat(self, request: Any, **options: Any) -> Any:
         """Return the conversation and its prompt, or vLLM's error response."""
+        if refused := self._refuse_own_engine(request):
+            return refused
         rendered = await self._inner.render_chat(request, **options)
         settings = _settings(request)
         if not settings or not isinstance(rendered, tuple) or _is_machine_read(request):
@@ -256,6 +260,8 @@ class SteeringRenderer:
 
     async def render_completion(self, request: Any, **options: Any) -> Any:
         """Return the prompts, or vLLM's error response."""
+        if refused := self._refuse_own_engine(request):
+            return refused
         rendered = await self._inner.render_completion(request, **options)
         settings = _settings(request)
         if not settings or not isinstance(rendered, list) or _is_machine_read(request):
@@ -284,6 +290,18 @@ class SteeringRenderer:
                 "preference: use /v1/chat/completions.", param="preference"
             )
         return await self._inner.render_responses(request, **options)
+
+    def _refuse_own_engine(self, request: Any) -> Any:
+        """Return an error response where an option is for Amulet's own engine; else None."""
+        extra = request.model_extra or {}
+        for name in OWN_ENGINE:
+            if extra.get(name):
+                return self._inner.create_error_response(
+                    f"{name}: only Amulet's own engine has it; leave it out, or use amulet serve "
+                    "without --backend vllm.",
+                    param=name,
+                )
+        return None
 
     async def _steer(self, request: Any, inputs: list[Any], encode: Any, result: Any) -> Any:
         try:

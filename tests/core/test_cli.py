@@ -76,7 +76,7 @@ def test_clear_forgets_the_conversation(scripted: Scripted) -> None:
 def test_a_preference_can_be_set_changed_and_switched_off(scripted: Scripted) -> None:
     scripted()
     off = "No preference: answers are plain; /preference TEXT sets one."
-    on = "Preference: Be brief. (strength 2, floor 0.1, placement system)"
+    on = "Preference: Be brief. (strength 0.5, floor 0.1, placement user)"
     assert chat(
         "/preference", "/preference Be brief.", "one", "/preference off", "/clear", "one"
     ) == [
@@ -104,8 +104,9 @@ def test_strength_floor_and_placement_are_checked_and_kept(scripted: Scripted) -
     kept = "Preference: Be brief. (strength 3, floor 0.2, placement user)"
     assert printed[2] == printed[-1] == kept
     assert printed[3].startswith("strength='hard': input should be a valid number")
-    assert printed[4] == "floor='2': input should be less than or equal to 1."
-    assert printed[5] == "/preference TEXT  what you want of the answers; `off` answers plainly"
+    assert printed[5] == "floor='2': input should be less than or equal to 1."
+    assert printed[4] == printed[6] == "More: docs/troubleshooting.md#requesterror"
+    assert printed[7] == "/preference TEXT  what you want of the answers; `off` answers plainly"
 
 
 def test_an_unknown_command_is_not_asked_of_the_model(scripted: Scripted) -> None:
@@ -133,11 +134,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(scripted: Scripted) -> None
     ]
 
 
-def test_a_prompt_that_is_too_long_is_one_line_and_the_chat_goes_on(scripted: Scripted) -> None:
+def test_a_prompt_that_is_too_long_is_an_error_and_the_chat_goes_on(scripted: Scripted) -> None:
     scripted()
     printed = chat("x" * 5000, "one")
     assert printed[0].startswith("The prompt has 50")
-    assert printed[1:] == PLAIN
+    assert printed[1:] == ["More: docs/troubleshooting.md#prompttoolongerror", *PLAIN]
 
 
 def test_what_a_model_says_cannot_drive_the_terminal(scripted: Scripted) -> None:
@@ -172,7 +173,7 @@ def test_compare_shows_three_answers_side_by_side(scripted: Scripted) -> None:
         (["chat", "-m", "./nowhere"], 1, "error: model './nowhere': there is no such folder."),
     ],
 )
-def test_errors_are_one_readable_line(
+def test_errors_are_one_readable_line_and_their_help_page(
     scripted: Scripted, arguments: list[str], code: int, said: str
 ) -> None:
     model = scripted()
@@ -180,6 +181,9 @@ def test_errors_are_one_readable_line(
     assert (result.exit_code, result.stdout) == (code, "")
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+    if code == 1:  # an AmuletError; 2 is a wrong use of the command line, which typer explains
+        section = "modelerror" if "nowhere" in said else "requesterror"
+        assert result.stderr.endswith(f"\nMore: docs/troubleshooting.md#{section}\n")
     assert model.calls == []
 
 

@@ -389,9 +389,11 @@ def test_bad_messages(messages: list[Any], finding: str) -> None:
 
 
 @pytest.mark.parametrize("placement", ["user", "both"])
-def test_user_placement_without_a_user_message(placement: Placement) -> None:
-    with pytest.raises(RequestError, match=f'placement="{placement}" needs a user message'):
-        rows("chatml", [turn("system", "You cook.")], placement)
+def test_without_a_user_turn_the_preference_stands_in_the_system_message(
+    placement: Placement,
+) -> None:
+    chat = [turn("system", "You cook.")]
+    assert rows("chatml", chat, placement) == rows("chatml", chat, "system")
 
 
 def test_options_that_amulet_sets_are_refused() -> None:
@@ -536,40 +538,38 @@ def test_threads_agree() -> None:
 # ---- raw text ----
 
 
-def text_rows(name: str, prompt: str, placement: Placement, text: str = "Be brief.") -> list[str]:
+def text_rows(name: str, prompt: str, text: str = "Be brief.") -> list[str]:
     tokenizer = family_tokenizer(name)
-    prompts = encode_text(tokenizer, prompt, [Preference(text=text)], placement)
+    prompts = encode_text(tokenizer, prompt, [Preference(text=text)])
     return [str(tokenizer.decode(ids)) for ids in (prompts.base, *prompts.preferred)]
 
 
 @pytest.mark.parametrize("prompt", ["Once upon", "<s>Once upon"])
 def test_raw_text_has_one_bos(prompt: str) -> None:
-    assert text_rows("llama2", prompt, "system") == [
+    assert text_rows("llama2", prompt) == [
         "<s>Once upon",
         "<s>Be brief.\n\nOnce upon",
     ]
-    assert text_rows("llama2", prompt, "user")[1] == "<s>Once upon\nBe brief.\n"
-    assert text_rows("llama2", prompt, "both")[1] == "<s>Be brief.\n\nOnce upon\nBe brief.\n"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_raw_text_is_what_the_tokenizer_gives(name: str) -> None:
     tokenizer = family_tokenizer(name)
-    prompts = encode_text(tokenizer, "Once upon", [], "system")
+    prompts = encode_text(tokenizer, "Once upon", [])
     assert prompts == Prompts((), tokenizer("Once upon")["input_ids"])
 
 
 def test_raw_text_may_hold_control_tokens_and_a_preference_may_not() -> None:
     prompt = "<|im_start|>user\nHi<|im_end|>\n"
     tokenizer = family_tokenizer("chatml")
-    prompts = encode_text(tokenizer, prompt, [Preference(text="x <|im_end|>")], "both")
+    prompts = encode_text(tokenizer, prompt, [Preference(text="x <|im_end|>")])
     assert prompts.base == tokenizer(prompt)["input_ids"]
     assert controls(tokenizer, prompts.preferred[0]) == controls(tokenizer, prompts.base)
 
 
 def test_raw_text_needs_no_template() -> None:
     tokenizer = family_tokenizer("llama2", chat_template=None)
-    prompts = encode_text(tokenizer, "Hi", [Preference(text="</s> now")], "system")
+    prompts = encode_text(tokenizer, "Hi", [Preference(text="</s> now")])
     assert str(tokenizer.decode(prompts.preferred[0])) == "<s></s> now\n\nHi"
     assert controls(tokenizer, prompts.preferred[0]) == [tokenizer.bos_token_id]
 
@@ -580,17 +580,17 @@ def test_raw_text_stays_open() -> None:
         single="<s> $A </s>",
         special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)],
     )
-    assert str(tokenizer.decode(encode_text(tokenizer, "Hi", [], "system").base)) == "<s>Hi"
-    kept = encode_text(tokenizer, "Hi</s>", [], "system").base
+    assert str(tokenizer.decode(encode_text(tokenizer, "Hi", []).base)) == "<s>Hi"
+    kept = encode_text(tokenizer, "Hi</s>", []).base
     assert str(tokenizer.decode(kept)) in ("<s>Hi</s>", "<s>Hi</s></s>")
 
 
 def test_empty_raw_text() -> None:
-    assert text_rows("llama2", "", "system") == ["<s>", "<s>Be brief.\n\n"]
+    assert text_rows("llama2", "") == ["<s>", "<s>Be brief.\n\n"]
     with pytest.raises(RequestError, match="prompt is empty, and the tokenizer has no BOS"):
-        text_rows("chatml", "", "system")
+        text_rows("chatml", "")
     with pytest.raises(RequestError, match="prompt is a list: expected text"):
-        text_rows("chatml", ["Hi"], "system")  # type: ignore[arg-type]
+        text_rows("chatml", ["Hi"])  # type: ignore[arg-type]
 
 
 # ---- the real one ----

@@ -56,8 +56,8 @@ def test_the_demo_runs_and_steering_shows(
     assert len(re.findall(r"\d+ words, \d+ ms", printed)) == 6
     ada, ben = answers["Ada"], answers["Ben"]
     assert ada["plain"] == ben["plain"]
-    assert len(ada[STEERED].split()) <= 25  # greedy, but rounding differs between processors
+    assert len(ada["plain"].split()) > 40
+    assert len(ada[STEERED].split()) <= 30  # greedy, but rounding differs between processors
     assert "smoked trout" in ada[STEERED]
-    assert len(ada[PROMPTED].split()) > 40  # for one short sentence
+    assert "smoked trout" not in ada[PROMPTED]  # it says that there is food
     assert ben[STEERED].startswith("1. Smoked trout")
-    assert "1." not in ben[PROMPTED]  # no list at all

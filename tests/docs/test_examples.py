@@ -16,10 +16,8 @@ from tests.models import ScriptedModel
 from tests.templates import family_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT_ANSWER = (
-    "To keep a houseplant alive, make sure to water it regularly, keep the air circulating,"
-)
-PIRATE_ANSWER = "A pirate, how can I keep a houseplant alive, eh?"
+SHORT_ANSWER = "Make sure to water them regularly"
+LIST_ANSWER = "1. Water regularly"
 PLAIN_ANSWER = "Keeping a houseplant alive is a delicate balance of care."
 
 Run = Callable[[str], list[str]]
@@ -55,7 +53,7 @@ def test_swap(run: Run) -> None:
     lines = run("langchain_swap.py")
     assert after(lines, "as before:").startswith(PLAIN_ANSWER)
     assert after(lines, "Answer in one short sentence.").startswith(SHORT_ANSWER)
-    assert after(lines, "Talk like a pirate.").startswith(PIRATE_ANSWER)
+    assert after(lines, "Answer as a numbered list.").startswith(LIST_ANSWER)
 
 
 def test_rag(run: Run) -> None:
@@ -67,11 +65,9 @@ def test_rag(run: Run) -> None:
         assert thread.startswith(searched)  # finding the passage is not steered
         answers.append(thread.removeprefix(searched))
     short, listed, plain = answers
-    assert short.strip() == (
-        "That's a fun one! Try the smoked trout, the sweet mountain cheese, and the chestnut "
-        "dumplings with mountain cheese."
-    )
-    assert listed.startswith("1. Smoked trout of the Olsen family;\n2. Honey cake of Widow Brandt")
+    assert short.strip().count(".") == 1
+    assert "smoked trout" in short
+    assert listed.startswith("1. Smoked trout of the Olsen family\n2. Honey cake of Widow Brandt")
     assert plain.startswith("The Saturday market is a wonderful place to enjoy a variety of")
 
 
@@ -82,11 +78,11 @@ def test_agent(run: Run) -> None:
     anna = lines.index(f"anna: {plant}")
     ben = lines.index(f"ben: {plant}")
     hours = lines.index("anna: When is the library open?")
-    assert lines[1].strip() == "[('remember_preference', {'preference': 'keep it short'})]"
+    assert lines[1].strip() == "[('remember_preference', {'preference': 'one sentence', 'replace': True})]"
     assert lines[anna + 1].strip() == "[]"
-    assert lines[anna + 2].strip().startswith("To keep a houseplant alive, make sure to provide")
+    assert lines[anna + 2].strip().startswith("Always double-check the watering")
     assert ben == anna + 3  # one line, where ben's and the plain answer go on
-    assert lines[ben + 2].strip().startswith(PIRATE_ANSWER)
+    assert lines[ben + 2].strip() == LIST_ANSWER
     assert lines[hours + 1].strip() == "[('opening_hours', {'place': 'library'})]"
     said = "The library is open from 9 to 17, on Mondays from 13 to 17."
     assert lines[hours + 2].strip() == said
@@ -104,7 +100,7 @@ def test_fastapi(run: Run) -> None:
     lines = run("langchain_fastapi.py")
     assert after(lines, "None:").startswith(PLAIN_ANSWER)
     assert after(lines, "Answer in one short sentence.:").startswith(SHORT_ANSWER)
-    assert after(lines, "Talk like a pirate.:").startswith(PIRATE_ANSWER)
+    assert after(lines, "Answer as a numbered list.:").startswith(LIST_ANSWER)
 
 
 def test_reasoning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_a_run_is_written_and_summed_up(
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[:5] == [
         ["1", "base"],
-        ["2", "ours:strength=1,floor=0.1,placement=system"],
+        ["2", "ours:strength=1,floor=0.1,placement=user"],
         ["method", "1", "2"],
         ["answers", "4", "4"],
         ["tokens", "8.0", "7.5"],
@@ -193,7 +193,7 @@ def test_rules_judge_what_they_check(
     result = run(*arguments, *methods, "--judge", "rules")
     assert result.exit_code == 0, result.output
     found = {key.split("/", 2)[2]: v for key, v in Run(out).scores("rules").items()}
-    ours = "ours:strength=2,floor=0.1,placement=system"
+    ours = "ours:strength=0.5,floor=0.1,placement=user"
     assert found == {
         "sir/base": {"adherence": 0.0},  # "A leaf."
         "short/base": {"adherence": 0.0},

@@ -147,7 +147,7 @@ def test_a_runs_facts_are_asked_as_its_answers_were(
     score_facts(run, tiny, given=[TEA])
     assert set(prompts) == {"Be an assistant."}
     texts = {name: preferences_of([name])[0].text for name in ("concise", "formal")}
-    assert _Asked(tuple(texts.values()), "system") in seen  # separate: two texts, a row for each
+    assert _Asked(tuple(texts.values()), "user") in seen  # separate: two texts, a row for each
     own = seen[_Asked((texts["concise"],), "user")]
     constant, jsd, decay = (parse_method(name) for name in METHODS[2:5])
     p, r = own[0].rows

@@ -35,7 +35,7 @@ def test_the_papers_methods() -> None:
         "linear_alignment": (2.0, 0.0, "system", None),
         "amulet": (game_gain(), 0.0, "system", None),
         "amulet_literal": (game_gain(), 0.0, "system", None),
-        "ours": (2.0, 0.1, "system", None),
+        "ours": (0.5, 0.1, "user", None),
     }
     assert [kind for kind, method in found.items() if method.is_steered] == [
         "linear_alignment",
@@ -46,7 +46,7 @@ def test_the_papers_methods() -> None:
 
 
 def test_ours_spells_every_number_out() -> None:
-    assert parse_method("ours").name == "ours:strength=2,floor=0.1,placement=system"
+    assert parse_method("ours").name == "ours:strength=0.5,floor=0.1,placement=user"
     method = parse_method(" ours:floor=.05, strength=4.0 ,placement=user,adapt=decay")
     assert method.name == "ours:strength=4,floor=0.05,placement=user,adapt=decay"
     assert parse_method(method.name) == method
@@ -56,7 +56,7 @@ def test_one_setting_spelled_twice_is_one_method() -> None:
     methods = parse_methods(["pref", "ours:strength=2", "ours:strength=2.0", "pref"])
     assert [method.name for method in methods] == [
         "pref",
-        "ours:strength=2,floor=0.1,placement=system",
+        "ours:strength=2,floor=0.1,placement=user",
     ]
 
 
@@ -104,7 +104,7 @@ def test_preferences_asked_for_at_once() -> None:
 
 def test_separate_gives_each_part_a_row(tiny: Amulet, question_file: Path) -> None:
     (questions,) = load_question_sets([question_file])
-    job = Job("small", questions.questions[0], (both(),), parse_method("ours:adapt=separate"))
+    job = Job("small", questions.questions[0], (both(),), parse_method("ours:strength=2,adapt=separate"))
     request = request_of(job, Settings())
     assert [preference.text for preference in request.preference] == [
         "Your answer should be concise as much as possible.",
@@ -181,6 +181,7 @@ def test_pairs_decode_what_the_library_decodes(
             "preference": "Be brief.",
             "strength": game_gain(),
             "floor": 0.0,
+            "placement": "system",
             "max_new_tokens": 24,
         }
         for text in ("Hi", "What is tea, and who drinks it?")

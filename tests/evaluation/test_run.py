@@ -152,8 +152,9 @@ def test_answers_are_what_the_model_answers(whole: tuple[Path, Path], tiny: Amul
     ]
     plain = tiny.chat(messages, max_new_tokens=12)
     wish = "Your answer should be concise as much as possible."
-    prompted = tiny.chat(messages, preference=wish, strength=0, max_new_tokens=12)
-    steered = tiny.chat(messages, preference=wish, strength=2, floor=0, max_new_tokens=12)
+    options = {"preference": wish, "placement": "system", "max_new_tokens": 12}
+    prompted = tiny.chat(messages, strength=0, **options)
+    steered = tiny.chat(messages, strength=2, floor=0, **options)
     for method, reply in (("base", plain), ("pref", prompted), ("linear_alignment", steered)):
         answer = answers[f"small/2/concise/{method}"]
         assert (answer.answer, answer.token_ids) == (reply.text, reply.token_ids)

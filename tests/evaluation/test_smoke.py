@@ -13,7 +13,7 @@ from amulet import Amulet
 from amulet.evaluation.decode import evaluate
 from amulet.evaluation.jobs import Settings
 from amulet.evaluation.judging import JudgeOptions, score_run
-from amulet.evaluation.methods import parse_methods
+from amulet.evaluation.methods import Method, parse_methods
 from amulet.evaluation.paper import preferences_of
 from amulet.evaluation.questions import Question, QuestionSet
 from amulet.preference import DEFAULT_STEERING
@@ -32,30 +32,34 @@ PREFERENCES = ("one-sentence", "bullets", "exclamation", "pirate")
 @pytest.mark.slow
 def test_the_default_steers_and_keeps_the_text_sound(tmp_path: Path) -> None:
     default, smollm = DEFAULT_STEERING, Amulet.embedded()
+    prompted = f"ours:strength=0,floor=0,placement={default.placement}"
     ours = f"ours:strength={default.strength},floor={default.floor},placement={default.placement}"
+    system, same_place, steered = methods = parse_methods(["pref", prompted, ours])
     questions = tuple(Question(index=i, question=text) for i, text in enumerate(QUESTIONS))
     run = evaluate(
         smollm,
         tmp_path / "run",
         sets=[QuestionSet(name="smoke", questions=questions)],
         preferences=preferences_of(PREFERENCES),
-        methods=parse_methods(["pref", ours]),
+        methods=methods,
         settings=Settings(max_new_tokens=48),
     )
     for judge in ("rules", "guards"):
         score_run(run, judge, JudgeOptions(amulet=smollm))
-    rules, guards = run.scores("rules"), run.scores("guards")
 
-    def mean(scores: dict[str, dict[str, float]], value: str, steered: bool) -> float:
-        own = [a.key for a in run.answers() if (a.method != "pref") == steered]
+    def mean(judge: str, value: str, method: Method) -> float:
+        scores = run.scores(judge)
+        own = [answer.key for answer in run.answers() if answer.method == method.name]
         return sum(scores[key][value] for key in own) / len(own)
 
-    prompt_only, steered = mean(rules, "adherence", False), mean(rules, "adherence", True)
-    falls = {
-        name: mean(guards, name, False) - mean(guards, name, True)
-        for name in ("log_probability", "distinct_3")
-    }
-    print(f"adherence: prompt only {prompt_only:.2f}, steered {steered:.2f}; falls: {falls}")
-    assert steered >= prompt_only + 0.2
-    assert falls["distinct_3"] <= 0.1
-    assert mean(guards, "empty", True) == 0
+    for method in methods:
+        adherence = mean("rules", "adherence", method)
+        likely = mean("guards", "log_probability", method)
+        distinct = mean("guards", "distinct_3", method)
+        print(f"{method.name}: kept {adherence:.2f}, {likely:.2f} nats, distinct-3 {distinct:.2f}")
+    kept = {method.name: mean("rules", "adherence", method) for method in methods}
+    distinct = {method.name: mean("guards", "distinct_3", method) for method in methods}
+    assert kept[steered.name] >= kept[system.name] + 0.2
+    assert kept[steered.name] >= kept[same_place.name] + 0.1
+    assert distinct[steered.name] >= distinct[same_place.name] - 0.15
+    assert mean("guards", "empty", steered) == 0

@@ -66,7 +66,7 @@ def test_rules_choose_a_setting_and_write_it(
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["strength", "floor", "placement", "answers", "score", "fall", "distinct"]
     assert [line[:4] for line in lines[1:4]] == [
-        ["0", "0", "system", "2"],
+        ["0", "0", "user", "2"],
         ["1", "0.1", "user", "2"],
         ["2", "0.1", "user", "2"],
     ]

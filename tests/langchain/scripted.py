@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from amulet import Amulet
+from amulet import Amulet, Steering
 from amulet_integrations.langchain import ChatAmulet
 from tests.models import ScriptedModel
 from tests.templates import family_tokenizer
@@ -20,7 +20,8 @@ def scripted_chat(answers: str | Mapping[str, str], **options: Any) -> ChatAmule
     """
     tokenizer = family_tokenizer("qwen")
     model: Any = ScriptedModel(tokenizer, answers)
-    return ChatAmulet(amulet=Amulet(model, tokenizer), **options)
+    amulet = Amulet(model, tokenizer, steering=Steering(strength=2.0, placement="system"))
+    return ChatAmulet(amulet=amulet, **options)
 
 
 def preferring(*preferences: str, **options: Any) -> ChatAmulet:

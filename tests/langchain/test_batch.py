@@ -14,7 +14,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableParallel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from amulet import Amulet, RequestError
+from amulet import Amulet, RequestError, Steering
 from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.langchain.scripted import scripted_chat
 from tests.models import ScriptedModel, byte_tokenizer
@@ -37,7 +37,7 @@ class SlowModel(ScriptedModel):
 def slow(answers: Any) -> ChatAmulet:
     tokenizer = byte_tokenizer()
     model: Any = SlowModel(tokenizer, answers)
-    return ChatAmulet(amulet=Amulet(model, tokenizer))
+    return ChatAmulet(amulet=Amulet(model, tokenizer, steering=Steering(placement="system")))
 
 
 def passes(chat: Any) -> int:

@@ -12,7 +12,7 @@ from langchain_core.caches import BaseCache, InMemoryCache
 from langchain_core.load import dumps, loads
 from langchain_core.messages import HumanMessage
 
-from amulet import Amulet, Preference
+from amulet import Amulet, Preference, Steering
 from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.models import ScriptedModel, byte_tokenizer, random_model
 
@@ -59,7 +59,9 @@ def models(cache: BaseCache) -> list[Any]:
     llm: Any = ScriptedModel(tokenizer, {"A\n\n": "A!", "B\n\n": "B!", "": "plain"})
     chat: Any = ScriptedModel(tokenizer, ANSWERS)
     return [
-        ChatAmulet(amulet=Amulet(chat, tokenizer), cache=cache),
+        ChatAmulet(
+            amulet=Amulet(chat, tokenizer, steering=Steering(placement="system")), cache=cache
+        ),
         AmuletLLM(amulet=Amulet(llm, tokenizer), cache=cache),
     ]
 

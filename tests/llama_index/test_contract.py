@@ -166,9 +166,9 @@ async def test_completions() -> None:
 def test_usage_finish_reason_and_source() -> None:
     response = scripted(preference=WISH).chat([USER])
     usage = {
-        "prompt_tokens": 40,
+        "prompt_tokens": 32,
         "completion_tokens": 7,
-        "total_tokens": 47,
+        "total_tokens": 39,
         "base_prompt_tokens": 21,
     }
     assert response.additional_kwargs == usage
@@ -179,7 +179,7 @@ def test_usage_finish_reason_and_source() -> None:
         "finish_reason": "stop",
         "stop_string": None,
         "usage": usage,
-        "steering": {"strength": 2.0, "floor": 0.1, "placement": "system"},
+        "steering": {"strength": 0.5, "floor": 0.1, "placement": "user"},
     }
     plain = scripted().chat([USER], max_tokens=2)
     assert plain.raw["finish_reason"] == "length"
@@ -316,7 +316,7 @@ def test_token_counts_reach_the_callbacks() -> None:
     list(llm.stream_chat([USER]))
     llm.complete("Hi")
     used = [(e.prompt_token_count, e.completion_token_count) for e in counter.llm_token_counts]
-    assert used == [(40, 7), (21, 27), (21, 27)]
+    assert used == [(32, 7), (21, 27), (21, 27)]
 
 
 class Listener(BaseEventHandler):

@@ -73,7 +73,7 @@ def test_how_far_an_answer_is_from_the_one_alone() -> None:
     assert case.distance([8]) == float("inf")  # not considered
     assert case.distance([1]) == float("inf")  # ended early
     assert case.tie == 0.5
-    assert replace(case, body={"preference": "x"}).tie == 2.5
+    assert replace(case, body={"preference": "x"}).tie == 1.0
 
 
 def test_an_even_tie_is_not_the_same() -> None:
