@@ -154,7 +154,7 @@ def test_both_are_frozen_and_can_be_keys() -> None:
 
 def test_the_default_and_the_papers_steering() -> None:
     assert Steering() == DEFAULT_STEERING
-    assert DEFAULT_STEERING == Steering(strength=0.5, floor=0.1, placement="user")
+    assert Steering(strength=0.5, floor=0.1, placement="user") == DEFAULT_STEERING
     paper = Steering.paper()
     assert (round(paper.strength, 4), paper.floor, paper.placement) == (4.6487, 0.0, "system")
     assert Steering.paper(10, alpha=1.0).strength == game_gain(10, alpha=1.0)

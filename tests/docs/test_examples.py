@@ -78,7 +78,8 @@ def test_agent(run: Run) -> None:
     anna = lines.index(f"anna: {plant}")
     ben = lines.index(f"ben: {plant}")
     hours = lines.index("anna: When is the library open?")
-    assert lines[1].strip() == "[('remember_preference', {'preference': 'one sentence', 'replace': True})]"
+    kept = {"preference": "one sentence", "replace": True}
+    assert lines[1].strip() == str([("remember_preference", kept)])
     assert lines[anna + 1].strip() == "[]"
     assert lines[anna + 2].strip().startswith("Always double-check the watering")
     assert ben == anna + 3  # one line, where ben's and the plain answer go on

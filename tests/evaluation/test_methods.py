@@ -104,7 +104,8 @@ def test_preferences_asked_for_at_once() -> None:
 
 def test_separate_gives_each_part_a_row(tiny: Amulet, question_file: Path) -> None:
     (questions,) = load_question_sets([question_file])
-    job = Job("small", questions.questions[0], (both(),), parse_method("ours:strength=2,adapt=separate"))
+    method = parse_method("ours:strength=2,adapt=separate")
+    job = Job("small", questions.questions[0], (both(),), method)
     request = request_of(job, Settings())
     assert [preference.text for preference in request.preference] == [
         "Your answer should be concise as much as possible.",
