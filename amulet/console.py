@@ -89,12 +89,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def where_to_read(error: AmuletError) -> str:
+    """Return the line that names the page and section on which an error is explained."""
+    return f"More: {error.help_page}"
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Print an `AmuletError` as one red line and leave with exit code 1."""
+    """Print an `AmuletError` as one red line and its help page; leave with exit code 1."""
     try:
         yield
     except AmuletError as error:
-        message = Text(f"error: {one_line(error)}", style="red")
-        Console(stderr=True).print(message, soft_wrap=True)
+        console = Console(stderr=True)
+        console.print(Text(f"error: {one_line(error)}", style="red"), soft_wrap=True)
+        console.print(Text(where_to_read(error), style="dim"), soft_wrap=True)
         raise typer.Exit(1) from None

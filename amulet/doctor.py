@@ -148,7 +148,7 @@ def _extras() -> list[Finding]:
             groups.setdefault(extra, []).append(requirement)
     findings = []
     for extra, requirements in groups.items():
-        if extra in ("all", "dev"):  # made of the others; for working on Amulet itself
+        if extra in ("all", "browser", "dev"):  # made of the others; for working on Amulet itself
             continue
         problems = [problem for r in requirements if (problem := _problem(r))]
         if problems:

@@ -1,15 +1,15 @@
 """Every error that Amulet raises on purpose.
 
-AmuletError
-├── RequestError (ValueError)     the caller's input can't be decoded as given
-│   ├── PromptTooLongError        prompt and answer don't fit the model's context window
-│   └── TemplateError             the chat template is missing or refuses the messages
-├── ModelError                    the model or tokenizer can't be loaded or isn't supported
-│   └── MissingPackageError (ImportError)   an optional package is not installed
-├── DecodeError (RuntimeError)    decoding started and could not go on
-│   ├── OutOfMemoryError          the device has no room for the batch
-│   └── InterruptedDecodeError    another caller's interrupt ended the shared step
-└── EvaluationError               an evaluation's questions, run folder or judge are not usable
+    AmuletError
+    ├── RequestError (ValueError)     the caller's input can't be decoded as given
+    │   ├── PromptTooLongError        prompt and answer don't fit the model's context window
+    │   └── TemplateError             the chat template is missing or refuses the messages
+    ├── ModelError                    the model or tokenizer can't be loaded or isn't supported
+    │   └── MissingPackageError (ImportError)   an optional package is not installed
+    ├── DecodeError (RuntimeError)    decoding started and could not go on
+    │   ├── OutOfMemoryError          the device has no room for the batch
+    │   └── InterruptedDecodeError    another caller's interrupt ended the shared step
+    └── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
 Each message says what was given, what was expected and how to mend it. Where to read more stands
 below the traceback (Python 3.11 and newer), and in the error's `help_page`.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from amulet.gain import steer, steer_many
-from amulet.sampling import NEVER
+from amulet.sampling import NEVER, on_device
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Mixture:
         if positive:
             self._wanted = take_rows(preferred_log, positive)
             self._wanted_by = [owner[i] for i in positive]
-        owners = torch.tensor(owner, device=logits.device)
-        w = torch.tensor([flat, shares], dtype=logits.dtype, device=logits.device)
+        owners = on_device(owner, logits.device)
+        w = on_device([flat, shares], logits.device, logits.dtype)
         if owner == list(range(len(base))) and all(shares):  # one preference each: no scatter
             steered = steer(preferred_log, self._base_log, w[0, :, None] - 1.0)
             self._mean = preferred_log
@@ -106,12 +106,12 @@ class Mixture:
         With several preferences the best of their rows counts: each may propose what the others
         would not think of. Without any of positive weight it is the base row.
         """
+        if self._wanted is not None and self._wanted_by == list(range(len(self.scores))):
+            return _relative(self._wanted, permitted)
         relative = _relative(self.base_log, permitted)
         if self._wanted is None:
             return relative
-        if self._wanted_by == list(range(len(relative))):
-            return _relative(self._wanted, permitted)
-        wanted_by = torch.tensor(self._wanted_by, device=relative.device)
+        wanted_by = on_device(self._wanted_by, relative.device)
         wanted = _relative(self._wanted, None if permitted is None else permitted[wanted_by])
         relative = relative.clone()
         relative[wanted_by] = NEVER
@@ -139,7 +139,7 @@ class Mixture:
             self.scores = self.scores.masked_fill(~permitted, NEVER)
         if any(floors):
             plausibility = self._plausibility(permitted)
-            shares = torch.tensor(floors, dtype=plausibility.dtype, device=plausibility.device)
+            shares = on_device(floors, plausibility.device, plausibility.dtype)
             self.scores = self.scores.masked_fill(plausibility < shares.log()[:, None], NEVER)
 
     def trace(self, i: int, token_id: int, top: int) -> TokenScores:
@@ -164,10 +164,20 @@ def _relative(logs: torch.Tensor, permitted: torch.Tensor | None) -> torch.Tenso
 
 def take_rows(rows: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
     """Return `rows[index]`; as a view where the index goes up in equal steps, as it mostly does."""
+    return rows[_places(index, rows.device)]
+
+
+def put_rows(rows: torch.Tensor, index: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+    """Write values into `rows[index]`, in place, and return `rows`."""
+    rows[_places(index, rows.device)] = values.to(rows.dtype)
+    return rows
+
+
+def _places(index: Sequence[int], device: torch.device) -> slice | torch.Tensor:
     step = index[1] - index[0] if len(index) > 1 else 1
     if step > 0 and list(index) == list(range(index[0], index[-1] + 1, step)):
-        return rows[index[0] : index[-1] + 1 : step]
-    return rows[torch.tensor(index, device=rows.device)]
+        return slice(index[0], index[-1] + 1, step)
+    return on_device(index, device)
 
 
 def positive_shares(weights: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def warp(scores: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
+        return on_device(values, scores.device, scores.dtype)[:, None]
 
     scores = scores / column([s.temperature for s in samplings])
     vocab = scores.shape[-1]
@@ -93,7 +94,16 @@ def choose(
     drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         own = [generator for i in drawn if (generator := generators[i]) is not None]
-        index = torch.tensor(drawn, device=scores.device)
+        index = on_device(drawn, scores.device)
         warped = warp(scores[index], [samplings[i] for i in drawn])
         chosen[index] = draw(warped, own)
     return chosen
+
+
+def on_device(
+    values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return a tensor of numbers on a device; the host doesn't wait for what the GPU is at."""
+    is_pinned = device.type == "cuda"  # from other memory the copy would wait
+    made = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=is_pinned)
+    return made.to(device, non_blocking=True)

@@ -1,8 +1,9 @@
 """Runs all benchmarks, each in a process of its own, and prints one table of their claims.
 
-Under 15 minutes on two cores. What can't run here (no GPU, no llama.cpp) is left out, with a line.
+Under 15 minutes on two cores, and some 5 more with vLLM. What can't run here (no GPU, no llama.cpp,
+no vLLM) is left out, with a line.
 
-    python -m benchmarks.all [--quick] [--only decode] [--llamacpp PYTHON]
+    python -m benchmarks.all [--quick] [--only decode] [--llamacpp PYTHON] [--vllm PYTHON]
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ RUNS: dict[str, list[str]] = {
     "users": ["users", "--rounds", "3", "--tokens", "24"],
     "llamacpp": ["llamacpp", "--rounds", "5", "--tokens", "32"],
     "gpu": ["gpu"],
+    "vllm_pairs": ["vllm_pairs", "--rounds", "5", "--tokens", "48"],
 }
 
 
-def run(arguments: Sequence[str]) -> dict[str, Any] | None:
+def run(arguments: Sequence[str], python: str = sys.executable) -> dict[str, Any] | None:
     """Run one script, its output shown as it comes; return its JSON, or None if it failed."""
-    command = [sys.executable, "-m", f"benchmarks.{arguments[0]}", *arguments[1:]]
+    command = [python, "-m", f"benchmarks.{arguments[0]}", *arguments[1:]]
     print(f"\n## {' '.join(command[1:])}\n", flush=True)
     start, last = time.perf_counter(), ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -63,6 +65,8 @@ def absent(name: str, options: argparse.Namespace) -> str:
         return "no CUDA GPU"
     if name == "llamacpp" and options.llamacpp is None and find_spec("llama_cpp") is None:
         return "no llama-cpp-python; name an environment that has it with --llamacpp"
+    if name == "vllm_pairs" and options.vllm is None and find_spec("vllm") is None:
+        return "no vLLM; name an environment that has it with --vllm"
     return ""
 
 
@@ -72,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="only see that they run")
     parser.add_argument("--only", action="append", choices=list(RUNS), help="(default all)")
     parser.add_argument("--llamacpp", metavar="PYTHON", help="an environment with llama-cpp-python")
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", help="an environment with vLLM and this package"
+    )
     options = parser.parse_args(arguments)
     start, results, failed = time.perf_counter(), {}, []
     for name in options.only or RUNS:
@@ -81,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         given = RUNS[name] if not options.quick else [RUNS[name][0], "--quick"]
         if name == "llamacpp" and options.llamacpp:
             given = [*given, "--python", os.fspath(options.llamacpp)]
-        if (result := run(given)) is None:
+        others = [options.vllm] if name == "vllm_pairs" and options.vllm else []
+        if (result := run(given, *others)) is None:
             failed.append(name)
         else:
             results[name] = result

@@ -7,9 +7,12 @@ font or a script from elsewhere.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from pydantic import BaseModel
 
 import amulet
 
@@ -34,18 +37,27 @@ myst_fence_as_directive: list[str] = []
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": "model_config",
+}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
+smartquotes = False  # commands and JSON stand in the text too, and are copied
+pygments_dark_style = "github-dark"  # the theme's own underlines names, as if they were links
+
 html_theme = "furo"
 html_title = f"Amulet {version}"
 html_static_path = ["static"]
 html_css_files = ["amulet.css"]
+html_favicon = "../amulet/playground/web/src/icon.svg"
 html_show_sourcelink = False
 html_copy_source = False
+html_use_index = html_domain_indices = False  # nothing leads there; the search finds more
 html_theme_options = {"navigation_with_keys": True}
 
 # Files of the repository's root that have a page here; links to them work in both places.
@@ -56,18 +68,16 @@ ROOT_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
 }
-DOCS = Path(__file__).parent
-PENDING = ("notebook", "playground", "scaling", "vllm")  # pages that another change may bring
 _NAME = re.compile(r"(?<![`\w:])`([^`\n]+)`(?!`)(\w?)")
+_TYPES = re.compile(r"Annotated|~typing|<factory>")
+_SECTION = re.compile(r"[A-Z][a-z]+:")
+_ENTRY = re.compile(r"    (\w+(?:, \w+)+): (.*)")
 _LINK = re.compile(r"(\]\()((?:\.\./)*)([\w./-]+\.(?:md|py))(#[\w-]+)?\)")
 
 
 def _read(app: Any, name: str, source: list[str]) -> None:
     """Turn links that fit the repository's folders into links that fit the site."""
     source[0] = site_links(source[0])
-    for page in PENDING:
-        if not (DOCS / f"{page}.md").exists():
-            source[0] = source[0].replace(f"\n{page}\n", "\n")
 
 
 def site_links(text: str) -> str:
@@ -92,7 +102,52 @@ def _names(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
             )
 
 
+def _blocks(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Before napoleon: indented blocks are literal, and `a, b: text` are two attributes."""
+    out: list[str] = []
+    section = before = ""
+    for line in lines:
+        if line and not line[0].isspace():
+            section = line if _SECTION.fullmatch(line) else ""
+        elif line and not section and not out[-1] and not before[0].isspace():
+            out += ["::", ""]
+        entry = _ENTRY.fullmatch(line) if section == "Attributes:" else None
+        out += [f"    {each}: {entry[2]}" for each in entry[1].split(", ")] if entry else [line]
+        before = line or before
+    lines[:] = out
+
+
+def _signature(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str, returned: str
+) -> tuple[str, str] | None:
+    """Write a pydantic model's fields without their types, which fill half a page, and its own."""
+    if what != "class" or not issubclass(thing, BaseModel) or not _TYPES.search(signature):
+        return None
+    own = {
+        field
+        for base in thing.__mro__
+        if base.__module__.startswith("amulet")
+        for field in inspect.get_annotations(base)
+    }
+    shown = [
+        field if what.is_required() else f"{field}={what.get_default(call_default_factory=True)!r}"
+        for field, what in thing.model_fields.items()
+        if field in own
+    ]
+    return f"(*, {', '.join(shown)})", returned
+
+
+def _dashes(app: Any, doctree: nodes.document, page: str) -> None:
+    """Set the dash between a parameter and its text, which `smartquotes` would have set."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _blocks, priority=400)
     app.connect("autodoc-process-docstring", _names)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("doctree-resolved", _dashes)

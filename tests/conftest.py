@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -11,6 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.models import byte_tokenizer
+
+with suppress(ImportError):  # the environment of vLLM's tests goes without Hypothesis
+    from hypothesis import settings
+
+    # A busy machine is slow, and nothing here measures time.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

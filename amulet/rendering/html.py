@@ -2,7 +2,9 @@
 
 Styles stand in the elements, because notebooks and mail clients drop style sheets. Colours are
 blue for raised and orange for lowered, which every kind of colour blindness tells apart, under
-black text at a contrast of 7:1 or more; what they say stands in titles and a table too.
+black text at a contrast of 7:1 or more; what they say stands in titles and a table too. Blue is
+the one that has most to show: its levels differ in lightness more than those of a yellow or an
+orange, so they can be told in grey too. The playground has the same colours.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 RAISED = ("#dbe9f6", "#b7d4ea", "#85bcdc", "#5ba3cf")
 """Colours of the levels 1 to 4: the deeper, the more steering raised a token."""
-LOWERED = ("#fee8d3", "#fdd0a2", "#fdae6b", "#fb9a4b")
+LOWERED = ("#fee8d3", "#fdd0a2", "#fdae6b", "#f4872a")
 """Colours of the levels −1 to −4."""
 
 ROWS = 100  # of the table of differences; a page with thousands of them helps nobody

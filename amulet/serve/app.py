@@ -100,6 +100,8 @@ def create_app(
         title="Amulet",
         version=__version__,
         description="An OpenAI-compatible server that steers each answer to a preference.",
+        docs_url=None,  # these pages load their scripts from another host
+        redoc_url=None,
         lifespan=lifespan,
     )
     app.state.service = service

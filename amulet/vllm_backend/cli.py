@@ -41,13 +41,16 @@ def serve(arguments: Sequence[str]) -> None:
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="amulet serve --backend vllm"))
-    parser.set_defaults(host="127.0.0.1", model=None)
+    # Otherwise the page /docs loads its scripts from another host.
+    parser.set_defaults(host="127.0.0.1", model=None, enable_offline_docs=True)
     args = parser.parse_args(list(arguments))
     if args.model is None and args.model_tag is None:
         from amulet.embedded import HUB_NAME, embedded_folder
 
         args.model = str(embedded_folder())
         args.served_model_name = args.served_model_name or [HUB_NAME.split("/")[-1]]
+    if not args.api_key:  # vLLM's own variable is another one
+        args.api_key = os.environ.get("AMULET_API_KEY", "").split() or None
     if args.speculative_config:
         raise RequestError(
             "--speculative-config: a steered request needs the logits of every token that is "

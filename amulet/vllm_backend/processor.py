@@ -2,12 +2,13 @@
 
 vLLM calls it once a step for the whole batch, `[rows, vocab]` in float32, after what excludes
 tokens (`min_tokens`, `logit_bias`, `bad_words`) and before temperature. The arithmetic is
-`amulet.mixture`'s, the choice `amulet.sampling`'s, the same as in Amulet's own engine. Where a
-token is drawn it is drawn here, once, and every row of the request is left with no other choice.
+`amulet.mixture`'s, as in Amulet's own engine, and so are draws where the request has a seed. Where
+a token is drawn it is drawn here, once, and every row of the request is left with no other choice.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
-from amulet.mixture import Mixture, take_rows
-from amulet.sampling import NEVER, Sampling, choose
+from amulet.mixture import Mixture, put_rows, take_rows
+from amulet.sampling import NEVER, Sampling, draw, on_device, warp
 from amulet.vllm_backend.version import check_vllm
 from amulet.vllm_backend.wire import Pair, Row
 
@@ -90,6 +91,10 @@ class _Steered:
         self.drawn = number + 1
         return self.generator
 
+    def number(self) -> float:
+        """Return a number in [0, 1) for the next token, the same in every worker."""
+        return random.Random(f"{self.row.seed} {len(self.output)}").random()
+
 
 class PairProcessor(LogitsProcessor):
     """Combines rows; for `--logits-processors amulet.vllm_backend.processor:PairProcessor`."""
@@ -159,22 +164,44 @@ class PairProcessor(LogitsProcessor):
         scores = _penalised(mix.scores, steered)
         drawn = [i for i, one in enumerate(steered) if one.row.temperature > 0]
         if drawn:
-            tokens = choose(
-                scores[drawn],
-                [steered[i].sampling for i in drawn],
-                [steered[i].noise(scores.device, scores.shape[-1]) for i in drawn],
-            )
-            scores = scores.clone() if scores is mix.scores else scores
-            scores[drawn] = torch.full_like(scores[drawn], NEVER).scatter_(1, tokens[:, None], 0.0)
-        rows = torch.tensor([index for one in steered for index in one.indices])
-        owner = torch.tensor([i for i, one in enumerate(steered) for _ in one.indices])
-        logits[rows.to(logits.device)] = scores[owner.to(logits.device)].to(logits.dtype)
+            tokens = _drawn(take_rows(scores, drawn), [steered[i] for i in drawn])
+            only = torch.full((len(drawn), scores.shape[-1]), NEVER, device=scores.device)
+            only.scatter_(1, tokens[:, None], 0.0)
+            scores = put_rows(scores.clone(), drawn, only) if len(drawn) < len(scores) else only
+        # All first rows, then all second ones, ...: the scores need not be repeated by row.
+        for number in range(max(len(one.indices) for one in steered)):
+            having = [i for i, one in enumerate(steered) if number < len(one.indices)]
+            rows = [steered[i].indices[number] for i in having]
+            put_rows(logits, rows, take_rows(scores, having))
         return logits
 
 
 def _entry(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Entry | None:
     row = Row.read(params.extra_args)
     return None if row is None else _Entry(row, prompt or [], output)
+
+
+def _drawn(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
+    """Return a token for each request, `[requests]`, by its temperature, top-k, top-p and min-p.
+
+    One that names its seed gets what Amulet's own engine draws. That takes noise for the whole
+    vocabulary, request by request; the others take one number each, whose place in the cumulated
+    probabilities is the token.
+    """
+    scores = warp(scores, [one.sampling for one in steered])
+    tokens = torch.empty(len(steered), dtype=torch.int64, device=scores.device)
+    seeded = [i for i, one in enumerate(steered) if one.row.is_seeded]
+    if seeded:
+        noise = [steered[i].noise(scores.device, scores.shape[-1]) for i in seeded]
+        put_rows(tokens, seeded, draw(take_rows(scores, seeded), noise))
+    others = [i for i, one in enumerate(steered) if not one.row.is_seeded]
+    if others:
+        upto = take_rows(scores, others).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        numbers = on_device([[steered[i].number()] for i in others], upto.device, upto.dtype)
+        # Of the sum, which is 1 but for rounding: so the place is never behind the last token.
+        places = torch.searchsorted(upto, numbers * upto[:, -1:], right=True)
+        put_rows(tokens, others, places[:, 0])
+    return tokens
 
 
 def _penalised(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
@@ -188,13 +215,11 @@ def _penalised(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tenso
     scores = scores.clone()
     vocab, device = scores.shape[-1], scores.device
     longest = max(len(steered[i].prompt) for i in asked)
-    prompts = torch.tensor(
-        [steered[i].prompt + [vocab] * (longest - len(steered[i].prompt)) for i in asked],
-        device=device,
+    prompts = on_device(
+        [steered[i].prompt + [vocab] * (longest - len(steered[i].prompt)) for i in asked], device
     )
     repetition, presence, frequency = (
-        torch.tensor([steered[i].row.penalties[kind] for i in asked], device=device)
-        for kind in range(3)
+        on_device([steered[i].row.penalties[kind] for i in asked], device) for kind in range(3)
     )
     chosen: Any = scores[asked].contiguous()
     outputs = [list(steered[i].output) for i in asked]

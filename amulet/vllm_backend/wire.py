@@ -85,6 +85,7 @@ class Row:
         temperature, top_k, top_p, min_p: how the token is chosen; 0 is greedy.
         penalties: repetition, presence and frequency penalty.
         seed: of the draws.
+        is_seeded: the request names it; else any draw will do.
         is_masked: vLLM may have excluded tokens before (-inf).
     """
 
@@ -98,6 +99,7 @@ class Row:
     min_p: float
     penalties: tuple[float, float, float]
     seed: int
+    is_seeded: bool
     is_masked: bool
 
     def args(self) -> dict[str, Any]:

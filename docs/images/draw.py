@@ -12,14 +12,15 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from amulet import Amulet, Reply, game_gain
+from amulet import Amulet, Reply, Steering, game_gain
+from amulet.rendering.html import RAISED
+from amulet.rendering.pieces import BOUNDS
 
 QUESTION = "What is a black hole?"
 PREFERENCE = "Talk like a pirate."
 FOLDER = Path(__file__).parent
 WIDTH, LINE, ADVANCE, MARGIN = 980, 26, 8.43, 24
 COLUMNS = int((WIDTH - 2 * MARGIN) / ADVANCE)
-FULL = 6.0  # nats at which a token has its full colour
 STYLE = """\
   <style>
     text { font: 14px "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #1b1f24 }
@@ -66,11 +67,11 @@ def coloured(answer: Sequence[Piece], top: int) -> tuple[list[str], int]:
         left = float(MARGIN)
         for piece in line:
             width = ADVANCE * len(piece.text)
-            strength = min(1.0, max(0.0, piece.raised / FULL))
-            if strength > 0.03:
+            level = sum(piece.raised >= bound for bound in BOUNDS)
+            if level:
                 parts.append(
                     f'  <rect x="{left:.1f}" y="{top - 16}" width="{width:.1f}" height="22" rx="3" '
-                    f'fill="#3b82f6" fill-opacity="{0.6 * strength:.2f}"/>'
+                    f'fill="{RAISED[level - 1]}"/>'
                 )
             text = escape(piece.text)
             parts.append(
@@ -93,7 +94,7 @@ def draw_answers(amulet: Amulet) -> str:
             amulet.chat(messages, preference=PREFERENCE, strength=0.0, floor=0.0, **shared),
         ),
         (
-            f"“{PREFERENCE}” steered (strength 2)",
+            f"“{PREFERENCE}” steered (strength {Steering().strength:g})",
             amulet.chat(messages, preference=PREFERENCE, **shared),
         ),
     ]

@@ -127,10 +127,11 @@ def test_the_command_gives_json(tmp_path: Path) -> None:
     assert plan["work"]["preferences"] == 1
 
 
-def test_errors_are_one_line() -> None:
+def test_errors_are_one_line_and_where_to_read_on() -> None:
+    more = f"More: {RequestError.help_page}"
     both = run("-m", "llama-3.1-8b", "--users", "1", code=1)
-    assert both == "error: Give --gpu NAME or --memory GB, one of them."
+    assert both == f"error: Give --gpu NAME or --memory GB, one of them. {more}"
     named = run("-m", "llama", "--users", "1", "--gpu", "H100", code=1)
     assert named.startswith("error: model-config='llama': no such file or folder; known names")
     small = run("-m", "llama-3.1-8b", "--users", "1", "--memory", "0", code=1)
-    assert small == "error: memory=0: expected GB above 0."
+    assert small == f"error: memory=0: expected GB above 0. {more}"

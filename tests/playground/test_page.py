@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from amulet import Amulet, MissingPackageError
 from amulet.playground import cli as playground_cli
 from amulet.playground.page import POLICY, STATIC, Page
+from amulet.rendering.html import LOWERED, RAISED
+from amulet.rendering.pieces import BOUNDS
 from amulet.serve import cli as serve_cli
 from amulet.serve.app import create_app
 from amulet.serve.server import Server
@@ -126,6 +128,18 @@ def test_the_build_is_of_this_source() -> None:
         digest.update(f"{name}\n".encode() + (WEB / name).read_bytes())
     built = (STATIC / "sources.txt").read_text().strip()
     assert built == digest.hexdigest(), "the page's source has changed: make playground"
+
+
+def test_tokens_have_the_colours_that_a_notebook_gives_them() -> None:
+    style = (WEB / "src" / "style.css").read_text()
+    light = style[: style.index('data-theme="dark"')]
+    for name, colours in (("up", RAISED), ("down", LOWERED)):
+        for level, colour in enumerate(colours, 1):
+            assert f"--{name}{level}: {colour};" in light
+            assert style.count(f"--{name}{level}: ") == 3  # light, dark, dark by the system
+    steps = re.search(r"const STEPS = \[(.+)\];", (WEB / "src" / "tokens.tsx").read_text())
+    assert steps
+    assert tuple(float(step) for step in steps[1].split(",")) == BOUNDS
 
 
 def test_the_command_puts_the_page_before_the_server(

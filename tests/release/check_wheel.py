@@ -5,6 +5,7 @@ It is not named test_*, because it takes minutes and needs package indexes: `mak
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -156,12 +157,17 @@ def test_every_requirement_has_a_lower_bound(described: Message) -> None:
     ] == []
 
 
-def test_the_sdist_has_what_the_wheel_has(wheel: Path, names: set[str]) -> None:
+def test_the_sdist_has_what_the_wheel_has_and_what_the_readme_links_to(
+    wheel: Path, names: set[str]
+) -> None:
     (sdist,) = wheel.parent.glob(f"amulet_integrations-{__version__}.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in names if ".dist-info/" not in name} <= packed
     assert {"README.md", "LICENSE", "pyproject.toml"} <= packed
+    links = re.findall(r"\]\(([\w./-]+)", (ROOT / "README.md").read_text("utf-8"))
+    assert {link for link in links if not link.startswith("http")} <= packed
+    assert "amulet/playground/web/package.json" in packed
     assert not any(name.startswith((".venv", "shared", "docs/_build")) for name in packed)
     assert not any("node_modules" in name for name in packed)
 

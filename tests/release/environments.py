@@ -81,6 +81,17 @@ class Environment:
                                f"{done.stderr[-4000:]}")  # fmt: skip
         return done
 
+    def start(
+        self, command: str, *arguments: str, further: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a command that one of its packages brought, and don't wait for it."""
+        return subprocess.Popen(
+            [self.folder / "bin" / command, *arguments],
+            cwd=self.folder,
+            env={**_environment(), **(further or {})},
+            stderr=subprocess.DEVNULL,
+        )
+
     def watch(self, *arguments: str, cwd: Path) -> int:
         """Run its interpreter, show what it prints, and return its exit code."""
         command = [str(self.python), *arguments]

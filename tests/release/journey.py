@@ -14,12 +14,18 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tests.release.environments import Environment, install_models, make, newest_wheel
 
 LIMIT = 300.0  # seconds
+SERVER = "http://127.0.0.1:8000"  # the README's
+# Clients of the server in the README's snippets; who reads these has them, and no extra does.
+CLIENTS = ("langchain-openai>=1", "llama-index-llms-openai-like>=0.8")
 OWN = Path(__file__).parent / "newcomer"
 
 
@@ -28,7 +34,7 @@ def main(wheel: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         environment = make(Path(folder) / "venv", share_torch=False)
-        environment.pip("install", "--quiet", f"{wheel}[all]")
+        environment.pip("install", "--quiet", f"{wheel}[all]", *CLIENTS)
         install_models(environment)
         print(f"installed in {time.perf_counter() - started:.0f} s")
         snippets = readme_snippets(environment)
@@ -39,7 +45,8 @@ def main(wheel: Path) -> float:
         cache = {"AMULET_CACHE": f"{folder}/cache"}
         for name, code in {**snippets, **own}.items():
             before = _children()
-            done = environment.run("-c", code, further=cache)
+            with _server(environment, cache) if SERVER in code else nullcontext():
+                done = environment.run("-c", code, further=cache)
             spent += (used := _children() - before)
             print(f"\n--- {name}: {used:.0f} s of processor time\n{done.stdout.strip()}")
         clock = time.perf_counter() - started
@@ -60,6 +67,28 @@ def readme_snippets(environment: Environment) -> dict[str, str]:
     if len(found) < 3:
         raise LookupError("The wheel's description is not the README, or has lost its snippets.")
     return {f"README {i}: {snippet.splitlines()[0]}": snippet for i, snippet in enumerate(found, 1)}
+
+
+@contextmanager
+def _server(environment: Environment, further: dict[str, str]) -> Iterator[None]:
+    """Run `amulet serve`, as the README says to do for its snippets about clients."""
+    with environment.start("amulet", "serve", further=further) as server:
+        try:
+            while not _is_ready():
+                if server.poll() is not None:
+                    raise RuntimeError("`amulet serve` ended; is something else on its port?")
+                time.sleep(0.2)
+            yield
+        finally:
+            server.terminate()
+
+
+def _is_ready() -> bool:
+    try:
+        with urllib.request.urlopen(f"{SERVER}/health"):
+            return True
+    except urllib.error.URLError:  # nobody listens yet, or it is loading its model
+        return False
 
 
 def _children() -> float:

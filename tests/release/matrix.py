@@ -54,6 +54,10 @@ TESTS = (
 """What meets the frameworks; arithmetic and the command line don't change with them."""
 
 
+NEWER = ("tests/core/test_prompts.py::test_sanitised_contents_equal_transformers",)
+"""Left out: it compares with what Transformers has since 5.20 only, and the package doesn't use."""
+
+
 def lower_bounds() -> dict[str, str]:
     """Return `name==version` of each framework's oldest release by pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -120,6 +124,7 @@ def main() -> int:
             installed = time.perf_counter()
             # Old releases warn of newer packages under them; that is theirs to mend.
             options = ("-m", "pytest", "-q", "-o", "filterwarnings=default", "-m", "not slow")
+            options += tuple(f"--deselect={test}" for test in NEWER)
             code = environment.watch(*options, *tests, cwd=ROOT)
             took = time.perf_counter() - installed
             print(f"{row}: installed in {installed - started:.0f} s, tested in {took:.0f} s")

@@ -54,6 +54,12 @@ def test_what_is_installed_here_is_in_the_ranges() -> None:
             assert requirement.specifier.contains(metadata.version(requirement.name))
 
 
+def test_contributing_explains_every_target() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    explained = re.findall(r"^\| `make ([a-z-]+)` \|", contributing, re.MULTILINE)
+    assert sorted(explained) == sorted(make_targets() - {"help", "install"})
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_call_the_makes_targets_that_there_are(path: Path) -> None:
     called = commands(path)
@@ -67,9 +73,10 @@ def test_workflows_call_the_makes_targets_that_there_are(path: Path) -> None:
             assert command == ".ci/run" or command.startswith("test "), command
 
 
-def test_a_hosted_ci_runs_what_the_local_one_runs() -> None:
-    workflow = ROOT / ".github" / "workflows" / "ci.yml"
-    assert ".ci/run" in commands(workflow)
+def test_a_hosted_ci_runs_what_the_local_one_runs_and_every_further_check() -> None:
+    called = commands(ROOT / ".github" / "workflows" / "ci.yml")
+    further = ["make docs", "make test-browser", "make test-dist", "make test-vllm"]
+    assert {".ci/run", *further} <= set(called)
 
 
 def test_the_matrix_of_the_workflow_has_every_row() -> None:

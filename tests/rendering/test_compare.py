@@ -63,7 +63,7 @@ def test_all_are_decoded_together() -> None:
 
 
 def test_a_comparison_is_three_titled_columns(scripted: Amulet) -> None:
-    found = scripted.compare(QUESTION, "Be <brief>.")
+    found = scripted.compare(QUESTION, "Be <brief>.", strength=2)
     page = Page(found._repr_html_())
     titles = [attributes["aria-label"] for tag, attributes in page.elements if tag == "section"]
     assert titles == ["plain", "prompt only (strength 0)", "steered (strength 2)"]

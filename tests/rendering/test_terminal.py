@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from amulet import Amulet, InvalidToolCall, Reply, ToolCall
+from amulet import Amulet, InvalidToolCall, Reply, Steering, ToolCall
 from amulet.cli import app
 from amulet.rendering.html import RAISED
 from amulet.rendering.terminal import answer_text
@@ -67,8 +67,10 @@ def test_the_command_compare_colours_the_steered_answer(
 
 
 def test_a_reply_is_printed_with_its_figures_and_the_legend() -> None:
-    lines = printed(reply("Ahoy you", token("Ahoy", 9.0), token(" you"))).splitlines()
-    assert lines[:2] == ["Ahoy you", "2 words · 2 tokens · strength 2, floor 0.1"]
+    steering = Steering(strength=0.7, floor=0.2)
+    given = reply("Ahoy you", token("Ahoy", 9.0), token(" you"), steering=steering)
+    lines = printed(given).splitlines()
+    assert lines[:2] == ["Ahoy you", "2 words · 2 tokens · strength 0.7, floor 0.2"]
     assert lines[2].startswith("Nats by which steering made a token likelier")
 
 

@@ -14,6 +14,7 @@ from schemathesis import GenerationMode
 from amulet import Amulet
 from amulet.serve.app import create_app
 from amulet.serve.limits import Limits
+from tests.serve.conftest import asking
 
 EXAMPLES = 6  # per operation and mode
 
@@ -55,3 +56,10 @@ def test_nothing_that_is_sent_is_a_server_error(
         tried.add(operation.label)
     assert {"POST /v1/chat/completions", "PUT /v1/preferences/{user}"} <= tried
     assert len(app.state.service.traffic) == 0
+
+
+async def test_no_page_loads_scripts_from_another_host(tiny: Amulet) -> None:
+    async with asking(create_app(tiny, name="m")) as client:
+        assert "/v1/models" in (await client.get("/openapi.json")).json()["paths"]
+        for page in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+            assert (await client.get(page)).status_code == 404

@@ -13,10 +13,17 @@ from tests.models import END_OF_TEXT, IM_END, VOCAB_SIZE, byte_tokenizer
 Kind = Literal["qwen2", "llama"]
 
 
-def save_model(folder: Path, kind: Kind, window: int = 512) -> Path:
+def save_model(folder: Path, kind: Kind, window: int = 512, *, is_readable: bool = False) -> Path:
     """Save three layers with heads of 32, vLLM's smallest on a CPU, and the byte tokenizer.
 
     Weights are drawn wide, so that logits differ clearly and greedy text varies.
+
+    Args:
+        folder: where to.
+        kind: the architecture.
+        window: the context window in tokens.
+        is_readable: answers are ASCII, so that equal texts are equal tokens; else they are any
+            bytes, of which most are no characters.
     """
     config_class = {"qwen2": Qwen2Config, "llama": LlamaConfig}[kind]
     config = config_class(
@@ -37,6 +44,11 @@ def save_model(folder: Path, kind: Kind, window: int = 512) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if is_readable:
+        # Half of a printable letter's logit: it is never the largest one.
+        head = model.lm_head.weight.data
+        for token in [*range(32), *range(127, IM_END), *range(IM_END + 1, VOCAB_SIZE)]:
+            head[token] = head[32 + token % 95] / 2
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

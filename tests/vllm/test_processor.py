@@ -24,6 +24,7 @@ ROW = Row(
     min_p=0.0,
     penalties=(1.0, 0.0, 0.0),
     seed=0,
+    is_seeded=True,
     is_masked=False,
 )
 
@@ -100,9 +101,10 @@ def test_what_vllm_excluded_stays_excluded() -> None:
     assert result[0, 3] == float("-inf")
 
 
+@pytest.mark.parametrize("is_seeded", [True, False])
 @pytest.mark.parametrize("outputs", [0, 1, 5])
-def test_draws_go_on_where_they_were(outputs: int) -> None:
-    row = replace(ROW, temperature=1.0, seed=4)
+def test_draws_go_on_where_they_were(outputs: int, is_seeded: bool) -> None:
+    row = replace(ROW, temperature=1.0, seed=4, is_seeded=is_seeded)
     output: list[int] = []
     processor = make(row, replace(row, number=1), output=output)
     given = logits(2)
@@ -115,3 +117,37 @@ def test_draws_go_on_where_they_were(outputs: int) -> None:
     assert torch.equal(result, again)
     assert result[0].argmax() == result[1].argmax()
     assert (result[0] == 0.0).sum() == 1
+
+
+@pytest.mark.parametrize("is_seeded", [True, False])
+def test_draws_follow_the_distribution(is_seeded: bool) -> None:
+    row = replace(ROW, temperature=2.0, top_k=6, is_seeded=is_seeded)
+    output: list[int] = []
+    processor = make(row, replace(row, number=1), output=output)
+    given = logits(2)
+    kept = combined(given[0], given[1]).topk(6)
+    wanted = torch.zeros(VOCAB).scatter_(0, kept.indices, (kept.values / 2.0).softmax(-1))
+    counts = torch.zeros(VOCAB)
+    for _ in range(4000):
+        token = int(processor.apply(given.clone())[0].argmax())
+        counts[token] += 1
+        output.append(token)
+    assert not counts[wanted == 0].any()
+    # four standard deviations of a share at 4,000 draws are at most 0.032
+    torch.testing.assert_close(counts / 4000, wanted, rtol=0.0, atol=0.032)
+
+
+def test_seeded_and_other_draws_and_greedy_rows_side_by_side() -> None:
+    drawn = replace(ROW, temperature=1.0, seed=4)
+    kinds = [
+        drawn,
+        replace(ROW, request="b"),
+        replace(drawn, request="c", is_seeded=False),
+        replace(drawn, request="d", seed=5),
+    ]
+    given = logits(8)
+    pairs = [(kind, replace(kind, number=1)) for kind in kinds]
+    together = make(*(row for pair in pairs for row in pair)).apply(given.clone())
+    for i, pair in enumerate(pairs):
+        alone = make(*pair).apply(given[2 * i : 2 * i + 2].clone())
+        assert torch.equal(together[2 * i : 2 * i + 2], alone)

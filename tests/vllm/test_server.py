@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import re
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from amulet import Amulet
+from tests.vllm.serving import KEY, serving, wait_until_idle
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -27,35 +22,10 @@ WISH = "Answer like a pirate."
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running server's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [str(Path(sys.executable).parent / "amulet"), "serve", "--backend", "vllm"]
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
-    limits = ["--max-num-seqs", "16", "--port", str(port), "--api-key", "secret"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, *options, *limits], stdout=out, stderr=out, env=environment
-        )
-    try:
-        for _ in range(2400):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    assert code == 0, log.read_text()[-4000:]
+    options = ["--backend", "vllm", "--enforce-eager", "--max-model-len", "1024"]
+    with serving([*options, "--max-num-seqs", "16"], log) as url:
+        yield url
     told = log.read_text()
     assert WISH not in told  # neither prompts nor preferences are logged
     assert QUESTION[0]["content"] not in told
@@ -63,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server, api_key="secret", max_retries=0) as client:
+    with openai.OpenAI(base_url=server, api_key=KEY, max_retries=0) as client:
         yield client
 
 
@@ -182,6 +152,8 @@ def test_many_clients_at_once(client: openai.OpenAI, amulet: Amulet) -> None:
         ({"preference": WISH, "prompt_logprobs": 1}, None),
         ({"preference": WISH, "vllm_xargs": {"amulet": "x"}}, None),
         ({"vllm_xargs": {"amulet": "x"}}, None),
+        ({"preference": WISH, "trace": True}, "trace"),
+        ({"grammar": {"kind": "regex", "source": "a+"}}, "grammar"),
     ],
 )
 def test_what_is_wrong_is_status_400(
@@ -194,6 +166,11 @@ def test_what_is_wrong_is_status_400(
         assert caught.value.param == param
 
 
+def test_a_text_completion_refuses_what_vllm_would_drop(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="own engine"):
+        client.completions.create(model=MODEL, prompt="a", extra_body={"return_details": True})
+
+
 def test_too_long_with_the_preference(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="context window"):
         ask(client, extra={"preference": "Be brief. " * 400})
@@ -204,15 +181,7 @@ def test_a_client_that_goes_leaves_nothing(client: openai.OpenAI, server: str) -
         stream = ask(client, extra={"preference": WISH}, stream=True, max_tokens=400)
         next(iter(stream))
         stream.close()
-    metrics = server.removesuffix("v1") + "metrics"
-    for _ in range(100):
-        with urllib.request.urlopen(metrics) as answer:
-            lines = answer.read().decode().splitlines()
-        running = [line for line in lines if line.startswith("vllm:num_requests_running{")]
-        if running and all(line.endswith(" 0.0") for line in running):
-            return
-        time.sleep(0.1)
-    raise AssertionError(running)
+    wait_until_idle(server, "vllm:num_requests_running")
 
 
 def test_responses_refuse_a_preference(client: openai.OpenAI) -> None:
@@ -226,3 +195,11 @@ def test_the_key_is_asked_for(server: str) -> None:
         pytest.raises(openai.AuthenticationError),
     ):
         ask(other, extra={"preference": WISH})
+
+
+def test_the_page_of_routes_loads_no_scripts_from_elsewhere(server: str) -> None:
+    with urllib.request.urlopen(server.removesuffix("v1") + "docs") as answer:
+        page = answer.read().decode()
+    scripts = re.findall(r'<script[^>]* src="([^"]*)"', page)
+    assert scripts
+    assert all(script.startswith("/") for script in scripts)

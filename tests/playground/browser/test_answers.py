@@ -75,6 +75,7 @@ def test_what_is_sent(visit: Open, url: str) -> None:
     prefer(page, "Be brief.")
     page.get_by_label("Steer away from: Be brief.").click()
     page.get_by_label("Weight of: Be brief.").fill("0.5")
+    page.get_by_label("Strength").fill("2")
     page.get_by_label("Floor").press("Home")
     page.get_by_label("Both").check()
     page.get_by_text("Sampling").click()

@@ -128,4 +128,4 @@ def test_pictures(
     picture = folder / f"{name}.png"
     page.screenshot(path=picture)
     assert picture.stat().st_size < 200_000
-    assert page.locator("section.steered .token.up4, section.steered .token.up5").count() > 0
+    assert page.locator("section.steered .token.up3, section.steered .token.up4").count() > 0

@@ -15,7 +15,7 @@ model = ChatAmulet(amulet=Amulet.embedded(), max_tokens=48)
 chain = prompt | model | StrOutputParser()
 
 plain = chain.invoke({"part": "chain"})
-wish = {"configurable": {"preference": "Use at most ten words.", "strength": 2.0}}
+wish = {"configurable": {"preference": "Use at most ten words."}}
 short = chain.invoke({"part": "chain"}, config=wish)
 print(f"plain: {plain}\n\nUse at most ten words.: {short}")
 assert len(short.split()) < len(plain.split())

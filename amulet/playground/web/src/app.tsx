@@ -135,10 +135,11 @@ function Turns({ turns, onCode }: { turns: Turn[]; onCode: (turn: Turn, column: 
 function Legend() {
   return (
     <p class="legend">
+      <span class="token down4">lowered most</span>
       <span class="token down2">lowered</span>
-      <span class="token up0">as it was</span>
+      <span class="token">as it was</span>
       <span class="token up2">raised</span>
-      <span class="token up5">raised most</span>
+      <span class="token up4">raised most</span>
       <span class="token other">not what the unsteered model would say</span>
       <span class="token part">the answers part here</span>
     </p>

@@ -90,7 +90,7 @@ export const SettingsPanel = memo(() => {
           max={8}
           step={0.1}
           set={(value) => changeSettings({ strength: value })}
-          hint="−1 no preference · 0 the prompt alone · 2 a good push · 4.6 the paper"
+          hint="−1 no preference · 0 the prompt alone · 0.5 to 2 a push · 4.6 the paper"
         />
         <Slider
           name="Floor"

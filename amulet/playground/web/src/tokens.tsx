@@ -10,14 +10,13 @@ export function raised(token: Token): number | null {
   return token.base === null ? Infinity : token.steered - token.base;
 }
 
-const STEPS = [0.2, 0.7, 1.5, 3, 5];
+// As BOUNDS of amulet/rendering/pieces.py; a test compares them.
+const STEPS = [0.5, 1.5, 3, 5];
 
-/** The class of a token's colour: up0 (hardly raised) to up5, down1 or down2 where lowered. */
+/** The class of a token's colour: up1 to up4 by how much it was raised, down1 to down4 lowered. */
 export function level(token: Token): string {
-  const by = raised(token);
-  if (by === null) return "up0";
-  if (by < -0.2) return by < -1 ? "down2" : "down1";
-  return `up${STEPS.filter((step) => by >= step).length}`;
+  const by = raised(token) ?? 0;
+  return `${by < 0 ? "down" : "up"}${STEPS.filter((step) => Math.abs(by) >= step).length}`;
 }
 
 const number = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
