@@ -7,12 +7,18 @@ the caller that runs the step, and there is nothing to shut down.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 
 from amulet.engine import Engine
 from amulet.errors import AmuletError, DecodeError, InterruptedDecodeError
 from amulet.generation import Generation
+from amulet.openmp import release
+
+# Every thread that computes has OpenMP helpers of its own, and too many helpers are slow ones (see
+# `openmp`). So the thread that ran the last step is waited for, but not long.
+PATIENCE = 0.003  # seconds
 
 
 class Driver:
@@ -29,6 +35,7 @@ class Driver:
         self._waiting: deque[Generation] = deque()
         self._changed = threading.Condition()
         self._busy = False  # one caller is running a step
+        self._runner = 0  # the thread that ran the last one, if it still has an answer to decode
 
     def submit(self, generation: Generation) -> None:
         """Queue a generation; it joins the batch at the next step that anyone runs."""
@@ -52,12 +59,33 @@ class Driver:
 
         while True:
             with self._changed:
-                while self._busy and not news():
-                    self._changed.wait()
-                if news():
-                    return
-                self._busy = True
+                since = None  # when this thread began to wait for the last runner to come back
+                while not news():
+                    if self._busy:
+                        self._changed.wait()
+                        since = None
+                    elif self._runner in (0, threading.get_ident()):
+                        break
+                    else:
+                        since = time.monotonic() if since is None else since
+                        left = since + PATIENCE - time.monotonic()
+                        if left <= 0:
+                            break
+                        self._changed.wait(left)
+                else:
+                    break
+                self._busy, self._runner = True, threading.get_ident()
             self._take_turn()
+        if all(generation.done for generation in known):
+            self._leave()
+
+    def _leave(self) -> None:
+        """Let another thread run the steps at once, and with quick helpers."""
+        with self._changed:
+            if not self._busy and self._runner == threading.get_ident():
+                self._runner = 0
+                self._changed.notify_all()
+        release()
 
     @staticmethod
     def check(generation: Generation) -> None:
@@ -74,6 +102,7 @@ class Driver:
                 self._waiting.remove(generation)
             if not self._busy:
                 self._engine.sweep()
+        self._leave()
 
     @staticmethod
     def _has_news(generation: Generation, known: int) -> bool:

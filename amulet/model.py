@@ -18,6 +18,7 @@ from amulet.curve import STRENGTHS, Point, StrengthCurve, curve_requests
 from amulet.driver import Driver
 from amulet.engine import Engine
 from amulet.errors import AmuletError, RequestError
+from amulet.openmp import release
 from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.request import Reply, Request
@@ -73,6 +74,7 @@ class Amulet:
         self._engine = Engine(model, prefix_cache_bytes, compile, drafts)
         self._driver = Driver(self._engine, max_rows)
         self._pump = Pump(self._driver)
+        release()  # loading computed, and perhaps another thread will decode
 
     @classmethod
     def from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -189,3 +190,51 @@ def test_a_slow_reader_does_not_hold_up_the_others(
     assert finish(driver, quick) == TEXT
     assert len(slow.token_ids) >= len(TEXT), "it was carried along"
     assert finish(driver, slow) == TEXT
+
+
+def test_one_thread_runs_the_steps_until_its_answer_ends(
+    model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread that computes would have its own OpenMP helpers, and too many are slow ones."""
+    monkeypatch.setattr("amulet.driver.PATIENCE", 60.0)
+    engine = Engine(model)
+    driver = Driver(engine, max_rows=64)
+    runners: list[int] = []
+    step = engine.step
+
+    def recorded() -> None:
+        runners.append(threading.get_ident())
+        step()
+
+    monkeypatch.setattr(engine, "step", recorded)
+    generations = [make(max_new_tokens=n) for n in (8, 12, 16, 20)]
+    for generation in generations:
+        driver.submit(generation)
+    threads = [threading.Thread(target=_read, args=(driver, one)) for one in generations]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(generation.done for generation in generations)
+    changes = sum(one != other for one, other in pairwise(runners))
+    assert changes <= 3  # only where the runner's own answer was over
+
+
+def test_a_runner_that_stays_away_is_not_waited_for(
+    model: ScriptedModel, make: Callable[..., Generation]
+) -> None:
+    driver = Driver(Engine(model), max_rows=64)
+    mine, other = make(), make()
+    driver.submit(mine)
+    driver.submit(other)
+    driver.advance(mine, 0)  # this thread ran the step, and reads no further
+    thread = threading.Thread(target=_read, args=(driver, other))
+    thread.start()
+    thread.join(timeout=60)
+    assert other.done
+    assert finish(driver, mine) == TEXT
+
+
+def _read(driver: Driver, generation: Generation) -> None:
+    while not generation.done:
+        driver.advance(generation, len(generation.token_ids))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
-from amulet.engine import Engine, common_prefix
+from amulet.engine import WORTH_SHARING, Engine, common_prefix
 from amulet.errors import ModelError, OutOfMemoryError
 from amulet.generation import Generation
 from amulet.sampling import Sampling
@@ -153,9 +153,25 @@ def test_the_shared_prefix_is_computed_once(
 ) -> None:
     model = ScriptedModel(tokenizer, "ok")
     engine = Engine(model)
-    rows = [[*prompt, 65, 10], [*prompt, 66, 67, 10], [*prompt, 10]]
+    long = prompt * (1 + WORTH_SHARING // len(prompt))
+    rows = [[*long, 65, 10], [*long, 66, 67, 10], [*long, 10]]
     engine.admit(Generation(prompts=rows, weights=[1.0, 1.0], max_new_tokens=1))
-    assert model.calls == [(1, len(prompt)), (3, 3)]
+    assert model.calls == [(1, len(long)), (3, 3)]
+    engine.admit(Generation(prompts=[[*prompt, 65], [*prompt, 66]], max_new_tokens=1))
+    assert model.calls[2:] == [(2, len(prompt) + 1)], "so short a beginning is no pass of its own"
+
+
+def test_long_rows_that_share_little_start_anew_each_by_itself(
+    tokenizer: PreTrainedTokenizerFast, prompt: list[int]
+) -> None:
+    """A pass that starts at column 0 needs no mask, and a long one fills the processor alone."""
+    model = ScriptedModel(tokenizer, "ok")
+    rows = [[*prompt, 65, *prompt * 40], [*prompt, *prompt * 40]]
+    Engine(model).admit(Generation(prompts=rows, weights=[1.0], max_new_tokens=1))
+    assert model.calls == [(1, len(rows[0])), (1, len(rows[1]))]
+
+
+def test_common_prefix() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2, "each row keeps an id of its own"
     assert common_prefix([[1], [1, 2]]) == 0
     assert common_prefix([[1, 2]]) == 0
