@@ -2,8 +2,8 @@
 
 GNU's OpenMP keeps helpers for every thread that ever computed. Once all of them together are more
 than the processor has cores, none waits actively for work any more, and each of the hundreds of
-short products of a decode step waits for a helper to be woken: a step takes twice as long, whichever
-thread runs it.
+short products of a decode step waits for a helper to be woken: a step takes twice as long,
+whichever thread runs it.
 """
 
 from __future__ import annotations
