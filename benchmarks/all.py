@@ -35,6 +35,7 @@ RUNS: dict[str, list[str]] = {
     "rag_quote": ["rag_quote", "--rounds", "3", "--dtype", "bfloat16"],
     "first_token": ["first_token", "--rounds", "3", "--dtype", "bfloat16"],
     "users": ["users", "--rounds", "3", "--tokens", "24"],
+    "served": ["served", "--rounds", "3"],
     "llamacpp": ["llamacpp", "--rounds", "5", "--tokens", "32"],
     "gpu": ["gpu"],
     "vllm_pairs": ["vllm_pairs", "--rounds", "5", "--tokens", "48"],

@@ -608,10 +608,11 @@ must be the same to the token. In bfloat16 the number of rows in a pass changes 
 near tie may fall the other way: at the first token that differs, the decode alone says by how many
 nats it preferred its own. A logit between 16 and 32 is known to 1/16, so rounding of the logits
 alone moves two tokens of a row by up to 1/4 against each other, and as much again is left for what
-the layers before them round: {plain:g} nats in a plain answer, and {steered:g} at strength 2, which
-weighs two rows by 3 and −2. More, or a token that was not among the 20 likeliest, counts as a wrong
-answer. (In bfloat16 the requests have no floor: what is cut at its edge has no distance.) That this
-finds what it should is seen by giving each answer in every other request's place.
+the layers before them round: {plain:g} nats in a plain answer, and {steered:g} in a steered one,
+which weighs two rows by 1 + g and −g. More, or a token that was not among the 20 likeliest, counts
+as a wrong answer. (In bfloat16 the requests have no floor: what is cut at its edge has no
+distance.) That this finds what it should is seen by giving each answer in every other request's
+place.
 """
 
 

@@ -23,6 +23,7 @@ from benchmarks import (
     llamacpp,
     measure,
     rag_quote,
+    served,
     startup,
     users,
 )
@@ -85,6 +86,15 @@ CLAIMS: list[tuple[ModuleType, list[tuple[str, str]]]] = [
         ],
     ),
     (
+        served,
+        [
+            (
+                "smollm2, bfloat16, tokens per second of 16 steered users: amulet serve / batch",
+                "≥ 0.9",
+            )
+        ],
+    ),
+    (
         gpu,
         [
             ("tiny, bfloat16, cpu, per token: amulet steered / own plain", "≤ 1.03"),
@@ -112,6 +122,7 @@ def _apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("script", "claims"), [pytest.param(s, c, id=s.__name__.split(".")[1]) for s, c in CLAIMS]
 )
+@pytest.mark.allow_hosts(["127.0.0.1"])  # a server on a loopback port
 def test_a_script_runs(
     script: Any, claims: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
