@@ -53,31 +53,25 @@ class Driver:
 
     def advance_any(self, known: Mapping[Generation, int]) -> None:
         """Return once one of the generations has more tokens than are known of it, or has ended."""
-
-        def news() -> bool:
-            return any(self._has_news(generation, count) for generation, count in known.items())
-
-        while True:
-            with self._changed:
-                since = None  # when this thread began to wait for the last runner to come back
-                while not news():
-                    if self._busy:
-                        self._changed.wait()
-                        since = None
-                    elif self._runner in (0, threading.get_ident()):
-                        break
-                    else:
-                        since = time.monotonic() if since is None else since
-                        left = since + PATIENCE - time.monotonic()
-                        if left <= 0:
-                            break
-                        self._changed.wait(left)
-                else:
-                    break
-                self._busy, self._runner = True, threading.get_ident()
+        while self._is_our_turn(known):
             self._take_turn()
         if all(generation.done for generation in known):
             self._leave()
+
+    def _is_our_turn(self, known: Mapping[Generation, int]) -> bool:
+        """Wait for news, or for the turn to run a step; return whether it is the turn."""
+        me, deadline = threading.get_ident(), time.monotonic() + PATIENCE
+        with self._changed:
+            while not any(self._has_news(*one) for one in known.items()):
+                if self._busy:
+                    self._changed.wait()
+                    deadline = time.monotonic() + PATIENCE  # who ran it has so long to come back
+                elif self._runner in (0, me) or (left := deadline - time.monotonic()) <= 0:
+                    self._busy, self._runner = True, me
+                    return True
+                else:
+                    self._changed.wait(left)
+        return False
 
     def _leave(self) -> None:
         """Let another thread run the steps at once, and with quick helpers."""

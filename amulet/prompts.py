@@ -146,13 +146,13 @@ def encode_text(
     body = prompt.replace(BREAK, "")
     body = body.removeprefix(bos) if added else body
 
-    def row(head: str) -> list[int]:
-        return encode(tokenizer, head + body, special=True)
-
-    base = row("")
+    base = encode(tokenizer, body, special=True)
     if not base:
         raise RequestError("prompt is empty, and the tokenizer has no BOS token to start from.")
-    preferred = [row(f"{dialect.defuse(preference.text)}\n\n") for preference in preferences]
+    preferred = [
+        encode(tokenizer, f"{dialect.defuse(preference.text)}\n\n{body}", special=True)
+        for preference in preferences
+    ]
     return Prompts(tuple(preferred), base)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from benchmarks.load import PREFERENCES, serving
 from benchmarks.measure import Claim, Spread
 
 USERS = 16
+BATCH, SERVED = "amulet, batch", "amulet serve"
 
 
 def bodies(turn: int, tokens: int) -> list[dict[str, Any]]:
@@ -39,26 +40,22 @@ def bodies(turn: int, tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def by_batch(amulet: Amulet, asked: Sequence[dict[str, Any]]) -> float:
-    """Return tokens per second."""
+def by_batch(amulet: Amulet, asked: Sequence[dict[str, Any]]) -> int:
+    """Return the tokens of all answers."""
     requests = [
         {"max_new_tokens": body["max_tokens"], **{k: body[k] for k in ("messages", "preference")}}
         for body in asked
     ]
-    start = time.perf_counter()
-    replies = amulet.batch(requests)
-    return sum(reply.usage.completion_tokens for reply in replies) / (time.perf_counter() - start)
+    return sum(reply.usage.completion_tokens for reply in amulet.batch(requests))
 
 
-async def by_server(url: str, asked: Sequence[dict[str, Any]]) -> float:
-    """Return tokens per second of clients that ask all at once."""
+async def by_server(url: str, asked: Sequence[dict[str, Any]]) -> int:
+    """Return the tokens of all answers to clients that ask at once."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        start = time.perf_counter()
         answers = await asyncio.gather(
             *(client.post("/v1/chat/completions", json=body) for body in asked)
         )
-        took = time.perf_counter() - start
-    return sum(answer.json()["usage"]["completion_tokens"] for answer in answers) / took
+    return sum(answer.json()["usage"]["completion_tokens"] for answer in answers)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -67,29 +64,36 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
     (dtype,) = map(measure.name_of, options.dtypes)
     amulet = Amulet.embedded(dtype=dtype)
-    own, served = [], []
+    tokens: dict[str, list[int]] = {BATCH: [], SERVED: []}
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(dtype, Path(folder) / "log") as (url, _),
     ):
-        for turn in range(-1, options.rounds):  # the first warms up
-            asked = bodies(turn + 1, options.tokens)
-            for kind in ("own", "served") if turn % 2 else ("served", "own"):
-                if kind == "own":
-                    own.append(by_batch(amulet, asked))
-                else:
-                    served.append(asyncio.run(by_server(url, asked)))
-    own, served = own[1:], served[1:]
-    rates = {"amulet, batch": Spread.of(own), "amulet serve": Spread.of(served)}
-    for name, rate in rates.items():
-        print(f"{name:20} {rate} tokens per second, prefill included")
+        runs = {
+            BATCH: lambda turn: tokens[BATCH].append(
+                by_batch(amulet, bodies(turn, options.tokens))
+            ),
+            SERVED: lambda turn: tokens[SERVED].append(
+                asyncio.run(by_server(url, bodies(turn, options.tokens)))
+            ),
+        }
+        for name, run in runs.items():
+            run(options.rounds)  # warms up, with questions of its own
+            tokens[name].clear()
+        times = measure.in_turns(runs, options.rounds)
+    rates = {
+        name: [1e3 * rate for rate in measure.ratios(tokens[name], times[name])] for name in runs
+    }
+    spreads = {name: Spread.of(rate) for name, rate in rates.items()}
+    for name, spread in spreads.items():
+        print(f"{name:20} {spread} tokens per second, prefill included")
     claim = Claim(
         f"smollm2, {dtype}, tokens per second of {USERS} steered users: amulet serve / batch",
         0.9,
-        Spread.of(measure.ratios(served, own)),
+        Spread.of(measure.ratios(rates[SERVED], rates[BATCH])),
         at_most=False,
     )
-    shown = {name: vars(rate) for name, rate in rates.items()}
+    shown = {name: asdict(spread) for name, spread in spreads.items()}
     return measure.report("served", options, [claim], {"tokens_per_s": shown})
 
 

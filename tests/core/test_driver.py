@@ -210,7 +210,7 @@ def test_one_thread_runs_the_steps_until_its_answer_ends(
     generations = [make(max_new_tokens=n) for n in (8, 12, 16, 20)]
     for generation in generations:
         driver.submit(generation)
-    threads = [threading.Thread(target=_read, args=(driver, one)) for one in generations]
+    threads = [threading.Thread(target=finish, args=(driver, one)) for one in generations]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -228,13 +228,8 @@ def test_a_runner_that_stays_away_is_not_waited_for(
     driver.submit(mine)
     driver.submit(other)
     driver.advance(mine, 0)  # this thread ran the step, and reads no further
-    thread = threading.Thread(target=_read, args=(driver, other))
+    thread = threading.Thread(target=finish, args=(driver, other))
     thread.start()
     thread.join(timeout=60)
     assert other.done
     assert finish(driver, mine) == TEXT
-
-
-def _read(driver: Driver, generation: Generation) -> None:
-    while not generation.done:
-        driver.advance(generation, len(generation.token_ids))
