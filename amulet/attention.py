@@ -1,7 +1,8 @@
 """Attention of a few new tokens over cached ones, without copies of keys and values.
 
-Where query heads share key and value heads, Transformers repeats the latter in every pass of more
-than one token, and in compiled code always. Here the query heads of a group are tokens of one head.
+Where query heads share key and value heads, Transformers repeats the latter in a pass of more than
+one token and in compiled code, or has PyTorch read them once for each query head. Here the query
+heads of a group are tokens of one head.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 GROUPED = "amulet_grouped"
@@ -55,9 +56,16 @@ def grouped_attention(
     Returns:
         `[rows, width, heads, dim]`, and None for the weights.
     """
-    rows, heads, width, _ = query.shape
-    kv_heads = key.shape[1]
-    alike = heads == kv_heads or attention_mask is None or width > WIDEST
+    rows, heads, width, dim = query.shape
+    kv_heads, columns = key.shape[1:3]
+    if attention_mask is None and 1 < width < columns:
+        plain = value.shape[-1] == dim and options.get("position_bias") is None
+        if plain and query.device.type == "cpu":
+            return _behind_cached(query, key, value, scaling).transpose(1, 2).contiguous(), None
+        attention_mask = torch.ones(width, columns, dtype=torch.bool).tril(columns - width)
+        attention_mask = attention_mask[None, None].to(query.device)
+    # Without a mask several tokens are causal, which can't be said of grouped ones.
+    alike = heads == kv_heads or width > (1 if attention_mask is None else WIDEST)
     if alike or options.get("position_bias") is not None:
         attended, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
@@ -74,6 +82,38 @@ def grouped_attention(
         scale=scaling,
     )
     return attended.reshape(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def causal_behind_cached(model: PreTrainedModel) -> bool:
+    """Whether new tokens behind cached ones need no mask to be causal, in the `grouped` block.
+
+    Only on the CPU: a GPU's attention reads a mask at no cost. Code that doesn't call its attention
+    through Transformers' interface would attend without any mask.
+    """
+    config = model.config.get_text_config()
+    asked = config._attn_implementation == "sdpa" and model._supports_attention_backend
+    return bool(asked and model.device.type == "cpu")
+
+
+def _behind_cached(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attend causally where the new tokens are the last columns; `[rows, heads, width, dim]`.
+
+    Once over the cached columns, all of which every new token sees, and once over the new ones; the
+    two are joined by their log-sum-exps. Neither needs a mask, which is what makes a pass slow.
+    """
+    rows, heads, width, dim = query.shape
+    kv_heads, start = key.shape[1], key.shape[2] - width
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    new, weight_new = attend(
+        query, key[:, :, start:], value[:, :, start:], 0.0, True, scale=scaling
+    )
+    groups = query.reshape(rows, kv_heads, heads // kv_heads * width, dim)
+    old, weight_old = attend(groups, key[:, :, :start], value[:, :, :start], scale=scaling)
+    old, weight_old = old.reshape(query.shape), weight_old.reshape(rows, heads, width)
+    share = torch.sigmoid(weight_old - weight_new)[..., None]  # of the cached columns
+    return torch.lerp(new.to(share.dtype), old.to(share.dtype), share).to(query.dtype)
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

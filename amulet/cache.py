@@ -158,6 +158,7 @@ class RowCache(ColumnCache):
         dtype: torch.dtype,
         device: torch.device,
         always: bool = False,
+        causal_behind_cached: bool = False,
     ) -> Masks:
         """Return the attention mask of the pass in the form that the model's forward expects.
 
@@ -168,7 +169,8 @@ class RowCache(ColumnCache):
         text = config.get_text_config()
         additive = dtype if config._attn_implementation == "eager" else None
         made = {
-            kind: self._mask(kind, text, additive, device, always) for kind in layer_kinds(text)
+            kind: self._mask(kind, text, additive, device, always, causal_behind_cached)
+            for kind in layer_kinds(text)
         }
         if getattr(text, "layer_types", None):
             return made
@@ -181,10 +183,11 @@ class RowCache(ColumnCache):
         additive: torch.dtype | None,
         device: torch.device,
         always: bool,
+        causal_behind_cached: bool,
     ) -> torch.Tensor | None:
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         level = len(set(self._starts)) == 1  # all rows at the same position
-        causal = level and (self._width == 1 or self._starts[0] == 0)
+        causal = level and (self._width == 1 or self._starts[0] == 0 or causal_behind_cached)
         chunk = config.attention_chunk_size if kind == "chunked_attention" else None
         within = self.columns <= min(window or self.columns, chunk or self.columns)
         if causal and within and additive is None and not always:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from amulet.attention import grouped
+from amulet.attention import causal_behind_cached, grouped
 from amulet.cache import RowCache, cache_argument, check_supported
 from amulet.choice import append_token, choose_tokens
 from amulet.compiled import LEAST_ROWS, CompiledStep
@@ -23,9 +23,7 @@ from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 
-# Tokens in one pass of a prefill: its activations are memory on top of the cache, and only the
-# first pass goes without a mask, which makes attention twice as fast.
-CHUNK = 4096
+CHUNK = 1024  # tokens in one pass of a prefill: its activations are memory on top of the cache
 CHUNK_BESIDE_OTHERS = 512  # the same while answers are running: they wait for it
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
@@ -65,6 +63,7 @@ class Engine:
         self.prefixes = Prefixes(prefix_bytes)
         self._cache = RowCache()
         self._cache_argument = cache_argument(model)
+        self._causal_behind_cached = causal_behind_cached(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
         self._filling = False  # a prefill is under way in rows behind those of `_owners`
@@ -234,8 +233,8 @@ class Engine:
         filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
         shared = common_prefix(prompts)
         lead = filled.index(max(filled))
-        # A pass of its own for the shared beginning must be worth it: it also makes what follows
-        # start behind something, and so under a mask.
+        # A pass of its own for the shared beginning must be worth it: what follows then starts
+        # behind something, which takes a mask on a GPU and more work without one.
         if shared - filled[lead] < max(WORTH_SHARING, max(map(len, prompts)) - shared):
             shared = min(shared, filled[lead])
         while filled[lead] < shared:
@@ -340,7 +339,9 @@ class Engine:
         options: dict[str, Any] = {self._cache_argument: self._cache}
         if self._keeps_logits:
             options["logits_to_keep"] = 1 if keep is None else torch.tensor(keep, device=device)
-        masks = self._cache.masks(model.config, model.dtype, device)
+        masks = self._cache.masks(
+            model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
+        )
         with grouped(model.config):
             logits: torch.Tensor = model(
                 input_ids=torch.tensor(ids, device=device),

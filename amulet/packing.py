@@ -58,7 +58,10 @@ class PackedLinear(nn.Module):
         self.dtype = linear.weight.dtype
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self._number = next(_numbers)
-        _packed[self._number] = packed, None if linear.bias is None else linear.bias.detach()
+        _packed[self._number] = (
+            packed,
+            None if linear.bias is None else linear.bias.detach().clone(),
+        )
         weakref.finalize(self, _packed.pop, self._number)
 
     @property
@@ -93,7 +96,7 @@ class _RoundedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach().clone()
         self._round(linear.weight.detach().float())
 
     def _round(self, weight: torch.Tensor) -> None:
@@ -219,6 +222,9 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
             if type(child) is nn.Linear:
                 setattr(parent, name, _packed_layer(child, pack, child is head))
                 count += 1
+    # A tensor that still lies in the mapped file would keep the whole of it in memory.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return count
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from amulet import packing
 from amulet.errors import ModelError
@@ -35,6 +39,15 @@ def test_a_packed_model_gives_the_same_logits_and_keeps_a_tied_embedding() -> No
         assert pack_linears(model) == 4 * 7 + 1
         torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)
     assert model.get_input_embeddings().weight.shape == (320, 64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_a_packed_model_lets_go_of_the_file_it_was_mapped_from(tmp_path: Path) -> None:
+    random_model("qwen2").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    assert pack_linears(model) > 0
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_what_can_not_be_packed_is_left_alone() -> None:

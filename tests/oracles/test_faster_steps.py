@@ -6,11 +6,13 @@ import logging
 import random
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from amulet.attention import grouped
+from amulet.attention import causal_behind_cached, grouped
+from amulet.cache import layer_kinds
 from amulet.drafts import Draft
 from amulet.engine import Engine
 from amulet.generation import Generation
@@ -223,3 +225,39 @@ def test_grouped_attention_gives_what_sdpa_gives(kind: Kind, width: int) -> None
             found = model(tokens, attention_mask=mask).logits
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("start", [1, 25])
+@pytest.mark.parametrize("width", [2, 40])
+def test_a_pass_behind_cached_tokens_needs_no_mask(kind: Kind, start: int, width: int) -> None:
+    model = random_model(kind, dtype=torch.float64)
+    engine = Engine(model)
+    tokens = [ids(random.Random(seed), start + width) for seed in (10, 11)]
+    made: list[torch.Tensor | None] = []
+    masks = engine._cache._mask
+
+    def noted(kind: str, *given: Any) -> torch.Tensor | None:
+        mask = masks(kind, *given)
+        if kind == "full_attention" or len(layer_kinds(model.config)) == 1:
+            made.append(mask)
+        return mask
+
+    engine._cache._mask = noted  # type: ignore[method-assign]
+    with torch.inference_mode():
+        expected = model(torch.tensor(tokens)).logits[:, start:]
+        engine._cache.reserve(2, start + width)
+        engine._forward([row[:start] for row in tokens], [0, 0], 0, [start - 1])
+        found = engine._forward([row[start:] for row in tokens], [start] * 2, 0, list(range(width)))
+    torch.testing.assert_close(found, expected)
+    assert made == [None, None]
+
+
+def test_code_that_brings_its_own_attention_gets_a_mask() -> None:
+    model = random_model("llama")
+    assert causal_behind_cached(model)
+    model._supports_attention_backend = False
+    assert not causal_behind_cached(model)
+    model = random_model("llama")
+    model.set_attn_implementation("eager")
+    assert not causal_behind_cached(model)
