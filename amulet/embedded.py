@@ -52,7 +52,9 @@ def load_embedded(**options: Any) -> Loaded:
     if _gguf_file() is not None:
         folder = str(embedded_folder())
         with _quiet():
-            return load_pretrained(folder, **options)
+            model, tokenizer = load_pretrained(folder, **options)
+        model.config._name_or_path = HUB_NAME  # where it lies on this machine is nobody's business
+        return model, tokenizer
     try:
         return load_pretrained(HUB_NAME, **options)
     except ModelError as error:

@@ -26,9 +26,9 @@ const CURRENT = "amulet-current";
 export function defaults(known: Model | null): Settings {
   return {
     wishes: [],
-    strength: known?.steering.strength ?? 2,
+    strength: known?.steering.strength ?? 0.5,
     floor: known?.steering.floor ?? 0.1,
-    placement: known?.steering.placement ?? "system",
+    placement: known?.steering.placement ?? "user",
     maxTokens: Math.min(256, known?.maxTokens ?? 256),
     temperature: 0,
     seed: null,
