@@ -60,6 +60,7 @@ def grouped_attention(
     kv_heads, columns = key.shape[1:3]
     if attention_mask is None and 1 < width < columns:
         plain = value.shape[-1] == dim and options.get("position_bias") is None
+        # (On another device if the model's layers are spread over several.)
         if plain and query.device.type == "cpu":
             return _behind_cached(query, key, value, scaling).transpose(1, 2).contiguous(), None
         attention_mask = torch.ones(width, columns, dtype=torch.bool).tril(columns - width)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from amulet.attention import causal_behind_cached, grouped
+from amulet.attention import causal_behind_cached, grouped, grouped_attention
 from amulet.cache import layer_kinds
 from amulet.drafts import Draft
 from amulet.engine import Engine
@@ -261,3 +261,19 @@ def test_code_that_brings_its_own_attention_gets_a_mask() -> None:
     model = random_model("llama")
     model.set_attn_implementation("eager")
     assert not causal_behind_cached(model)
+
+
+@pytest.mark.parametrize("width", [4, 40])
+def test_values_of_another_size_than_keys_are_causal_behind_cached_tokens(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, width, 8, generator=generator, dtype=torch.float64)
+    key = torch.randn(2, 3, width + 5, 8, generator=generator, dtype=torch.float64)
+    value = torch.randn(2, 3, width + 5, 4, generator=generator, dtype=torch.float64)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    found, _ = grouped_attention(module, query, key, value, None)
+    products = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5
+    hidden = torch.ones(width, width + 5, dtype=torch.bool).triu(6)
+    weights = products.masked_fill(hidden, float("-inf")).softmax(-1)
+    expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
