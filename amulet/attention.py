@@ -1,8 +1,9 @@
-"""Attention of a few new tokens over cached ones, without copies of keys and values.
+"""Attention of new tokens over cached ones, without copies of keys and values, and without a mask.
 
 Where query heads share key and value heads, Transformers repeats the latter in a pass of more than
 one token and in compiled code, or has PyTorch read them once for each query head. Here the query
-heads of a group are tokens of one head.
+heads of a group are tokens of one head. On the CPU, where a mask makes a pass slow, a long pass
+attends to the cached and to the new columns apart, neither of which needs one.
 """
 
 from __future__ import annotations
@@ -58,16 +59,16 @@ def grouped_attention(
     """
     rows, heads, width, dim = query.shape
     kv_heads, columns = key.shape[1:3]
+    biased = options.get("position_bias") is not None
     if attention_mask is None and 1 < width < columns:
-        plain = value.shape[-1] == dim and options.get("position_bias") is None
-        # (On another device if the model's layers are spread over several.)
-        if plain and query.device.type == "cpu":
+        if value.shape[-1] == dim and not biased and query.device.type == "cpu":
             return _behind_cached(query, key, value, scaling).transpose(1, 2).contiguous(), None
-        attention_mask = torch.ones(width, columns, dtype=torch.bool).tril(columns - width)
-        attention_mask = attention_mask[None, None].to(query.device)
+        # What the CPU's kernel doesn't do, or a layer that lies on another device than the first.
+        allowed = torch.ones(width, columns, dtype=torch.bool, device=query.device)
+        attention_mask = allowed.tril(columns - width)[None, None]
     # Without a mask several tokens are causal, which can't be said of grouped ones.
     alike = heads == kv_heads or width > (1 if attention_mask is None else WIDEST)
-    if alike or options.get("position_bias") is not None:
+    if alike or biased:
         attended, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )

@@ -45,6 +45,11 @@ def _packed_linear_shape(hidden: torch.Tensor, layer: int, out_features: int) ->
     return hidden.new_empty((*hidden.shape[:-1], out_features))
 
 
+def _own_bias(linear: nn.Linear) -> torch.Tensor | None:
+    """Return a copy: the bias itself may lie in the mapped file, and would keep it in memory."""
+    return None if linear.bias is None else linear.bias.detach().clone()
+
+
 class PackedLinear(nn.Module):
     """A linear layer that holds its weight packed, and only so.
 
@@ -58,10 +63,7 @@ class PackedLinear(nn.Module):
         self.dtype = linear.weight.dtype
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self._number = next(_numbers)
-        _packed[self._number] = (
-            packed,
-            None if linear.bias is None else linear.bias.detach().clone(),
-        )
+        _packed[self._number] = packed, _own_bias(linear)
         weakref.finalize(self, _packed.pop, self._number)
 
     @property
@@ -96,7 +98,7 @@ class _RoundedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self._bias = _own_bias(linear)
         self._round(linear.weight.detach().float())
 
     def _round(self, weight: torch.Tensor) -> None:
@@ -222,7 +224,7 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
             if type(child) is nn.Linear:
                 setattr(parent, name, _packed_layer(child, pack, child is head))
                 count += 1
-    # A tensor that still lies in the mapped file would keep the whole of it in memory.
+    # What is left may lie in the mapped file, too, and would keep the whole of it in memory.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return count

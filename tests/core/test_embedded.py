@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet import embedded
+from amulet import Amulet, embedded
 from amulet.errors import MissingPackageError, ModelError
 
 NAME = "smollm2-135m-instruct-0.1.2-1"
@@ -65,7 +65,7 @@ def test_racing_threads_convert_once(cache: Path, converted: list[Path]) -> None
 
 RACER = """
 import time
-from amulet import embedded
+from amulet import Amulet, embedded
 
 def convert(gguf, folder):
     print("converts")
@@ -231,3 +231,9 @@ def test_digits_are_split_before_spaces_are_joined(
         *("It", "Ġcosts", "Ġ", "4", "2", ":", "ĊĊ", "1", ".", "Ġdon", "'t")
     ]
     assert tokenizer.decode(ids) == text
+
+
+def test_it_is_called_by_its_hub_id_and_not_by_a_folder_of_this_machine(
+    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    assert Amulet(*smollm).name == embedded.HUB_NAME

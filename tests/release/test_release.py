@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +30,13 @@ def commands(path: Path) -> list[str]:
     """The commands of all steps of a workflow."""
     jobs = yaml.safe_load(path.read_text("utf-8"))["jobs"].values()
     return [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+
+
+def whole_links() -> str:
+    """The command by which a release makes README's links whole."""
+    called = commands(ROOT / ".github" / "workflows" / "release.yml")
+    (command,) = [command for command in called if command.startswith("sed ")]
+    return command
 
 
 def test_the_version_is_a_version_and_the_newest_of_the_changelog() -> None:
@@ -70,13 +80,27 @@ def test_workflows_call_the_makes_targets_that_there_are(path: Path) -> None:
             assert words
             assert set(words) <= make_targets(), command
         else:
-            assert command.startswith(("test ", "sed ")), command
+            assert command.startswith("test ") or command == whole_links(), command
 
 
 def test_a_hosted_ci_runs_what_the_local_one_runs_and_every_further_check() -> None:
-    called = " ".join(commands(ROOT / ".github" / "workflows" / "ci.yml")).split()
+    commanded = commands(ROOT / ".github" / "workflows" / "ci.yml")
+    called = " ".join(c for c in commanded if c.startswith("make ")).split()
     (local,) = re.findall(r"^make (.*)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
     assert {*local.split(), "docs", "test-dist", "matrix"} <= set(called)
+
+
+def test_a_release_has_no_link_that_pypi_could_not_follow(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "README.md", tmp_path)
+    told = {
+        "GITHUB_SERVER_URL": "https://host",
+        "GITHUB_REPOSITORY": "owner/name",
+        "GITHUB_REF_NAME": "v1",
+    }
+    subprocess.run(["bash", "-c", whole_links()], cwd=tmp_path, env=os.environ | told, check=True)
+    links = re.findall(r"\]\(([^)]*)\)", (tmp_path / "README.md").read_text("utf-8"))
+    assert "https://host/owner/name/blob/v1/docs/images/steered.svg?raw=true" in links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
 
 
 def test_the_matrix_of_the_workflow_has_every_row() -> None:
