@@ -10,23 +10,34 @@ import itertools
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from amulet import products
 from amulet.errors import ModelError
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 TRIAL = 2**27, 2**28  # bytes of weights: what fits into a cache tells nothing, more is not needed
 INT4_GROUP = 32  # weights that share a scale and a least value
 
+
+class _Packed(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    blocks: int | None  # where the weight lies, if `products` can read it
+    most: int  # numbers in what is multiplied, up to which `products` is the faster one
+
+
 _numbers = itertools.count()
-_packed: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # weight and bias by number
+_packed: dict[int, _Packed] = {}
 
 
-def _multiply(hidden: torch.Tensor, layer: int, _: int) -> torch.Tensor:
-    weight, bias = _packed[layer]
+def _multiply(hidden: torch.Tensor, layer: int, out_features: int) -> torch.Tensor:
+    weight, bias, blocks, most = _packed[layer]
+    if blocks is not None and hidden.numel() <= most and hidden.dtype == weight.dtype:
+        return products.multiply(hidden.contiguous(), blocks, bias, out_features)
     # The overload by name: to let PyTorch find it costs as much as a small layer's product.
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
         hidden, weight, bias, "none", [], ""
@@ -61,15 +72,19 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        weight = linear.weight.detach()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        most = products.most_rows(self.dtype) * self.in_features
         self._number = next(_numbers)
-        _packed[self._number] = packed, _own_bias(linear)
+        blocks = products.address_of_blocks(packed, weight)
+        self.reads_blocks = blocks is not None
+        _packed[self._number] = _Packed(packed, _own_bias(linear), blocks, most)
         weakref.finalize(self, _packed.pop, self._number)
 
     @property
     def weight(self) -> torch.Tensor:
         """A dense copy of the weight, `[out_features, in_features]`, for whoever asks."""
-        dense: torch.Tensor = _packed[self._number][0].to_dense()
+        dense: torch.Tensor = _packed[self._number].weight.to_dense()
         return dense
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -233,9 +248,12 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
 def _slows(model: nn.Module) -> bool:
     """Tell whether two rows take longer through packed float32 layers than through dense ones.
 
-    That depends on the processor; the trial takes some tenths of a second.
+    Through oneDNN's own products that depends on the processor, and a trial of some tenths of a
+    second decides; through `products` they never do.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
+    if not linears or PackedLinear(linears[0]).reads_blocks:
+        return False
     sizes = itertools.accumulate(linear.weight.nbytes for linear in linears)
     sample = [linear for linear, size in zip(linears, sizes, strict=True) if size <= TRIAL[1]]
     if sum(linear.weight.nbytes for linear in sample) < TRIAL[0] or _dtypes(model) != {

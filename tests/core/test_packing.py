@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amulet import packing
+from amulet import packing, products
 from amulet.errors import ModelError
 from amulet.packing import Int4Linear, Int8Linear, PackedLinear, pack_linears
 from tests.models import random_model
@@ -118,12 +118,13 @@ def test_int4_leaves_the_head_and_odd_shapes_in_8_bits() -> None:
 
 
 @pytest.mark.parametrize(("packed", "dense", "count"), [(0.1, 0.2, 29), (0.2, 0.1, 0)])
-def test_float32_is_packed_only_where_a_trial_is_faster_so(
+def test_without_own_products_float32_is_packed_only_where_a_trial_is_faster_so(
     monkeypatch: pytest.MonkeyPatch, packed: float, dense: float, count: int
 ) -> None:
     def seconds(layers: list[nn.Module]) -> float:
         return packed if isinstance(layers[0], PackedLinear) else dense
 
+    monkeypatch.setattr(products, "library", lambda: None)
     monkeypatch.setattr(packing, "TRIAL", (0, 2**28))
     monkeypatch.setattr(packing, "_seconds", seconds)
     assert pack_linears(random_model("llama")) == count

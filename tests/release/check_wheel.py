@@ -121,6 +121,7 @@ def test_the_wheel_is_the_packages_and_nothing_else(names: set[str]) -> None:
         "amulet/py.typed",
         "amulet_integrations/py.typed",
         "amulet/evaluation/facts.json",
+        "amulet/products.c",
         "amulet/evaluation/templates/report.html.j2",
         "amulet/playground/static/index.html",
     ],

@@ -1,0 +1,167 @@
+"""Products of few rows: near the exact ones, whoever else is in the batch, and never required."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from amulet import products
+from amulet.packing import PackedLinear
+
+DTYPES = [torch.float32, torch.bfloat16]
+needs_code = pytest.mark.skipif(
+    products.library() is None, reason="needs a C compiler, or a processor that it serves"
+)
+
+
+def layer(n: int, k: int, dtype: torch.dtype, bias: bool = False, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(k, n, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def packed_product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    weight = linear.weight
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    address = products.address_of_blocks(packed, weight)
+    assert address is not None, "oneDNN's layout is not the expected one"
+    return products.multiply(hidden, address, linear.bias, linear.out_features)
+
+
+def assert_near_exact(output: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
+    """No further from the float64 product than rounding explains."""
+    weight, terms = linear.weight.double(), hidden.double().abs() @ linear.weight.double().abs().T
+    exact = hidden.double() @ weight.T
+    if linear.bias is not None:
+        exact, terms = exact + linear.bias.double(), terms + linear.bias.double().abs()
+    eps = torch.finfo(hidden.dtype).eps
+    allowed = (
+        eps * exact.abs() + linear.in_features * torch.finfo(torch.float32).eps * terms + 1e-30
+    )
+    assert ((output.double() - exact).abs() <= allowed).all()
+
+
+@needs_code
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    n=st.integers(2, 200),  # a single output is no matrix to oneDNN, and is left to it
+    k=st.integers(1, 12).map(lambda i: 32 * i),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_a_product_is_as_near_as_rounding_allows(
+    rows: int, n: int, k: int, dtype: torch.dtype, bias: bool, seed: int
+) -> None:
+    linear = layer(n, k, dtype, bias, seed)
+    hidden = torch.randn(rows, k, dtype=dtype)
+    assert_near_exact(packed_product(linear, hidden), linear, hidden)
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_s_product_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    """To the last bit, on any number of threads."""
+    linear = layer(200, 96, dtype)
+    hidden = torch.randn(23, 96, dtype=dtype)
+    together = packed_product(linear, hidden)
+    alone = torch.cat([packed_product(linear, row[None]) for row in hidden])
+    assert torch.equal(together, alone)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(together, packed_product(linear, hidden))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    linear = layer(64, 32, dtype)
+    hidden = torch.zeros(3, 32, dtype=dtype)
+    hidden[0, 3], hidden[1, 3] = float("nan"), float("inf")
+    output = packed_product(linear, hidden)
+    assert output[0].isnan().all()
+    assert output[1].isinf().all()
+    assert not output[2].any()
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_layout_is_noticed(dtype: torch.dtype) -> None:
+    weight = layer(64, 64, dtype).weight
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    assert products.address_of_blocks(packed, weight) is not None
+    assert products.address_of_blocks(packed, weight.flip(1)) is None
+    assert products.address_of_blocks(packed, weight[:, :32]) is None
+
+
+@needs_code
+@pytest.mark.parametrize("rows", [2, products.MOST_ROWS + 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_layer_takes_any_hidden_states(dtype: torch.dtype, rows: int) -> None:
+    dense = layer(48, 64, dtype, bias=True)
+    packed = PackedLinear(dense)
+    assert packed.reads_blocks
+    strided = torch.randn(64, rows, dtype=dtype).T
+    torch.testing.assert_close(packed(strided), dense(strided))
+    assert packed(strided[:0]).shape == (0, 48)
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[None]:
+    monkeypatch.setenv("AMULET_CACHE", str(tmp_path))
+    products.library.cache_clear()
+    yield
+    products.library.cache_clear()
+
+
+@pytest.mark.usefixtures("uncached")
+def test_without_a_compiler_pytorch_s_kernels_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    caplog.set_level(logging.INFO, "amulet")
+    dense = layer(48, 64, torch.bfloat16, bias=True)
+    packed = PackedLinear(dense)
+    assert not packed.reads_blocks
+    hidden = torch.randn(2, 64, dtype=torch.bfloat16)
+    torch.testing.assert_close(packed(hidden), dense(hidden))
+    PackedLinear(dense)
+    assert len(caplog.messages) == 1
+    assert "Products of few rows are PyTorch's" in caplog.messages[0]
+
+
+@needs_code
+@pytest.mark.usefixtures("uncached")
+def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert products.library() is not None
+    products.library.cache_clear()
+
+    def compile_again(*command: str) -> None:
+        raise AssertionError(f"compiled again: {command}")
+
+    monkeypatch.setattr(products, "_run", compile_again)
+    assert products.library() is not None
+
+
+@pytest.mark.usefixtures("uncached")
+def test_a_compiler_that_fails_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*command: str) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="cc: no such\n  instruction")
+
+    monkeypatch.setattr(products, "_run", fail)
+    caplog.set_level(logging.INFO, "amulet")
+    assert products.library() is None
+    assert "cc: no such instruction" in caplog.text
