@@ -1,19 +1,22 @@
 /* Products of a few rows with a weight: out[r][n] = sum over k of x[r][k] * weight[n][k] + bias[n].
 
    A decode step has few rows, so its time is the weights' way through memory. Each thread reads
-   its own columns once, in the order in which they lie, and multiplies each line by all rows
-   (by ROWS of them at a time: as many sums as there are registers). Sums are float32. */
+   the weights of its own outputs once, in the order in which they lie, and multiplies each line by
+   all rows (by ROWS of them at a time: as many sums as there are registers). Sums are float32, and
+   a row's are made in one order, whatever the other rows and the number of threads. */
 
 #include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 enum { LANES = 16, BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = 6 };
+enum { FLOAT32, BFLOAT16, INT8, INT4 };  /* of the weight; x is bfloat16 for the last three */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -25,28 +28,38 @@ INLINE float as_float(uint32_t bits)
     return value;
 }
 
+INLINE float from_bfloat16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
+
 INLINE uint16_t to_bfloat16(float value)  /* to nearest, ties to even; no number stays none */
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return bits >> 16 | 0x40;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
 }
 
-INLINE void store(int half, void *out, const void *bias, long place, long column, float value)
-{
-    if (half) {
-        if (bias)
-            value += as_float((uint32_t)((const uint16_t *)bias)[column] << 16);
-        ((uint16_t *)out)[place] = to_bfloat16(value);
-    } else {
-        ((float *)out)[place] = bias ? value + ((const float *)bias)[column] : value;
+/* The compiler keeps sums in registers only where it knows how many there are. */
+#define FOR_ROWS(TILE, VECTORS_) \
+    switch (rows) { \
+    case 1: TILE(1, VECTORS_); break; \
+    case 2: TILE(2, VECTORS_); break; \
+    case 3: TILE(3, VECTORS_); break; \
+    case 4: TILE(4, VECTORS_); break; \
+    case 5: TILE(5, VECTORS_); break; \
+    default: TILE(6, VECTORS_); \
     }
-}
+#define FOR_ROWS_AND_VECTORS(TILE) \
+    if (vectors == 4) { FOR_ROWS(TILE, 4) } \
+    else if (vectors == 2) { FOR_ROWS(TILE, 2) } \
+    else { FOR_ROWS(TILE, 1) }
 
-/* --- oneDNN's layout: weight[n / BLOCK][k][n % BLOCK] in float32; in bfloat16, `half`, two
-   successive k of one n lie side by side, so that a word holds a pair of them */
+/* Sums of `rows` rows with `vectors` times LANES outputs. A word of x is one float32, or two
+   successive bfloat16; `steps` are the words of a row. */
+typedef void tiles(int rows, int vectors, const void *weight, const uint32_t *x, long steps,
+                   const float *group_sums, float out[ROWS][BLOCK]);
+
+/* --- float32 and bfloat16 in oneDNN's layout: weight[n / BLOCK][k][n % BLOCK]; in bfloat16 two
+   successive k of one n lie side by side in a word */
 
 INLINE lanes add_product(int half, lanes sum, words weight, uint32_t x)
 {
@@ -61,8 +74,8 @@ INLINE lanes add_product(int half, lanes sum, words weight, uint32_t x)
 #endif
 }
 
-INLINE void blocked_tile(int half, int rows, int vectors, const words *weight, const uint32_t *x,
-                         long steps, float out[ROWS][BLOCK])
+INLINE void dense_tile(int half, int rows, int vectors, const words *weight, const uint32_t *x,
+                       long steps, float out[ROWS][BLOCK])
 {
     lanes sum[ROWS][VECTORS];
     for (int r = 0; r < rows; r++)
@@ -76,28 +89,178 @@ INLINE void blocked_tile(int half, int rows, int vectors, const words *weight, c
         memcpy(out[r], sum[r], vectors * sizeof(lanes));
 }
 
-/* The compiler keeps sums in registers only where it knows how many there are. */
-#define WITH_CONSTANT_ROWS(TILE, ...) \
-    switch (rows) { \
-    case 1: TILE(1, __VA_ARGS__); break; \
-    case 2: TILE(2, __VA_ARGS__); break; \
-    case 3: TILE(3, __VA_ARGS__); break; \
-    case 4: TILE(4, __VA_ARGS__); break; \
-    case 5: TILE(5, __VA_ARGS__); break; \
-    default: TILE(6, __VA_ARGS__); \
-    }
-#define BLOCKED(ROWS_, HALF, VECTORS_) blocked_tile(HALF, ROWS_, VECTORS_, weight, x, steps, out)
+#define FLOAT32_TILE(ROWS_, VECTORS_) dense_tile(0, ROWS_, VECTORS_, weight, x, steps, out)
+#define BFLOAT16_TILE(ROWS_, VECTORS_) dense_tile(1, ROWS_, VECTORS_, weight, x, steps, out)
 
-#define BLOCKED_TILES(NAME, HALF) \
-    static void NAME(int rows, int vectors, const words *weight, const uint32_t *x, long steps, \
-                     float out[ROWS][BLOCK]) \
-    { \
-        if (vectors == 4) { WITH_CONSTANT_ROWS(BLOCKED, HALF, 4) } \
-        else if (vectors == 2) { WITH_CONSTANT_ROWS(BLOCKED, HALF, 2) } \
-        else { WITH_CONSTANT_ROWS(BLOCKED, HALF, 1) } \
+static void float32_tiles(int rows, int vectors, const void *weight, const uint32_t *x, long steps,
+                          const float *group_sums, float out[ROWS][BLOCK])
+{
+    (void)group_sums;
+    FOR_ROWS_AND_VECTORS(FLOAT32_TILE)
+}
+
+static void bfloat16_tiles(int rows, int vectors, const void *weight, const uint32_t *x,
+                           long steps, const float *group_sums, float out[ROWS][BLOCK])
+{
+    (void)group_sums;
+    FOR_ROWS_AND_VECTORS(BFLOAT16_TILE)
+}
+
+enum { GROUP = 32 };  /* weights in 4 bits that share a scale and a least value */
+enum { INT4_LINES = 4, INT4_GROUP_BYTES = (1 + INT4_LINES) * 64 };
+
+#ifdef __AVX512BF16__
+
+/* --- int8 in the same layout as bfloat16, half as wide */
+
+enum { INT8_LINE = 2 * LANES };
+
+INLINE __m512 widened(const int8_t *line)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)line)));
+}
+
+INLINE void int8_tile(int rows, int vectors, const int8_t *weight, const uint32_t *x, long steps,
+                      float out[ROWS][BLOCK])
+{
+    __m512 sum[ROWS][VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sum[r][v] = _mm512_setzero_ps();
+    for (long k = 0; k < steps; k++)
+        for (int v = 0; v < vectors; v++) {
+            const int8_t *line = weight + (k * VECTORS + v) * INT8_LINE;
+            __m512bh values = _mm512_cvtne2ps_pbh(widened(line + LANES), widened(line));
+            for (int r = 0; r < rows; r++)
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], values,
+                                             (__m512bh)_mm512_set1_epi32((int)x[r * steps + k]));
+        }
+    for (int r = 0; r < rows; r++)
+        memcpy(out[r], sum[r], vectors * sizeof(lanes));
+}
+
+#define INT8_TILE(ROWS_, VECTORS_) int8_tile(ROWS_, VECTORS_, weight, x, steps, out)
+
+static void int8_tiles(int rows, int vectors, const void *weight, const uint32_t *x, long steps,
+                       const float *group_sums, float out[ROWS][BLOCK])
+{
+    (void)group_sums;
+    FOR_ROWS_AND_VECTORS(INT8_TILE)
+}
+
+/* --- int4 in groups: weight[n / LANES][k / GROUP] is a line of (scale, least) of LANES
+   outputs in bfloat16, and four lines of levels: nibble j of the 16 bits at [line][n][odd] is that
+   of k = 8 * line + 2 * j + odd. A weight is scale * level + least. */
+
+INLINE void int4_tile(int rows, int vectors, const uint8_t *weight, const uint32_t *x, long steps,
+                      const float *group_sums, float out[ROWS][BLOCK])
+{
+    /* Levels as bfloat16, by their low five bits: the fifth is the next level's, and ignored. */
+    static const uint16_t NUMBERS[2 * LANES] = {
+        0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
+        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+        0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    const __m512i numbers = _mm512_loadu_si512(NUMBERS);
+    long groups = 2 * steps / GROUP;
+    __m512 total[ROWS][2];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            total[r][v] = _mm512_setzero_ps();
+    for (long g = 0; g < groups; g++) {
+        __m512 sum[ROWS][2];
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = _mm512_setzero_ps();
+        for (int step = 0; step < GROUP / 2; step++)
+            for (int v = 0; v < vectors; v++) {
+                const uint8_t *line = weight + (v * groups + g) * INT4_GROUP_BYTES;
+                __m512i levels = _mm512_loadu_si512(line + (1 + step / 4) * 64);
+                levels = _mm512_srli_epi16(levels, 4 * (step % 4));
+                __m512bh values = (__m512bh)_mm512_permutexvar_epi16(levels, numbers);
+                for (int r = 0; r < rows; r++) {
+                    int pair = (int)x[r * steps + g * (GROUP / 2) + step];
+                    sum[r][v] = _mm512_dpbf16_ps(sum[r][v], values,
+                                                 (__m512bh)_mm512_set1_epi32(pair));
+                }
+            }
+        for (int v = 0; v < vectors; v++) {
+            __m512i both = _mm512_loadu_si512(weight + (v * groups + g) * INT4_GROUP_BYTES);
+            __m512 scale = (__m512)_mm512_slli_epi32(both, 16);
+            __m512 least = (__m512)_mm512_and_epi32(both, _mm512_set1_epi32((int)0xffff0000u));
+            for (int r = 0; r < rows; r++) {
+                __m512 sum_of_x = _mm512_set1_ps(group_sums[r * groups + g]);
+                total[r][v] = _mm512_fmadd_ps(scale, sum[r][v], total[r][v]);
+                total[r][v] = _mm512_fmadd_ps(least, sum_of_x, total[r][v]);
+            }
+        }
     }
-BLOCKED_TILES(bfloat16_tiles, 1)
-BLOCKED_TILES(float32_tiles, 0)
+    for (int r = 0; r < rows; r++)
+        memcpy(out[r], total[r], vectors * sizeof(lanes));
+}
+
+#define INT4_TILE(ROWS_, VECTORS_) int4_tile(ROWS_, VECTORS_, weight, x, steps, group_sums, out)
+
+static void int4_tiles(int rows, int vectors, const void *weight, const uint32_t *x, long steps,
+                       const float *group_sums, float out[ROWS][BLOCK])
+{
+    if (vectors == 2) { FOR_ROWS(INT4_TILE, 2) } else { FOR_ROWS(INT4_TILE, 1) }
+}
+
+static void sum_groups(const uint16_t *x, long count, float *sums)
+{
+    for (long g = 0; g < count; g++) {
+        words pairs = *(const words *)(x + g * GROUP);
+        lanes even = (lanes)(pairs << 16), odd = (lanes)(pairs & 0xffff0000u);
+        sums[g] = _mm512_reduce_add_ps((__m512)(even + odd));
+    }
+}
+
+/* --- rounded weights made dense again, for the long passes of others: out[n][k], bfloat16 */
+
+static void unpack_int8(const int8_t *weight, const uint16_t *scale, uint16_t *out, long n, long k)
+{
+#pragma omp parallel for schedule(static)
+    for (long part = 0; part < (n + LANES - 1) / LANES; part++) {
+        uint32_t lane_scales[LANES] = {0}, pairs[LANES];
+        long width = n - part * LANES < LANES ? n - part * LANES : LANES;
+        for (long i = 0; i < width; i++)
+            lane_scales[i] = (uint32_t)scale[part * LANES + i] << 16;
+        __m512 scales = (__m512)_mm512_loadu_si512(lane_scales);
+        __m512 low = _mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1,
+                                                            1, 0, 0), scales);
+        __m512 high = _mm512_permutexvar_ps(_mm512_set_epi32(15, 15, 14, 14, 13, 13, 12, 12, 11, 11,
+                                                             10, 10, 9, 9, 8, 8), scales);
+        const int8_t *line = weight + part / VECTORS * BLOCK * k + part % VECTORS * INT8_LINE;
+        for (long i = 0; i < k; i += 2, line += VECTORS * INT8_LINE) {
+            _mm512_storeu_si512(pairs, (__m512i)_mm512_cvtne2ps_pbh(widened(line + LANES) * high,
+                                                                    widened(line) * low));
+            for (long lane = 0; lane < width; lane++)
+                memcpy(out + (part * LANES + lane) * k + i, pairs + lane, sizeof *pairs);
+        }
+    }
+}
+
+static void unpack_int4(const uint8_t *weight, uint16_t *out, long n, long k)
+{
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < n; row++)
+        for (long g = 0; g < k / GROUP; g++) {
+            const uint8_t *group = weight + (row / LANES * (k / GROUP) + g) * INT4_GROUP_BYTES;
+            uint16_t pair[2], bits[2];
+            memcpy(pair, group + row % LANES * sizeof pair, sizeof pair);
+            float scale = from_bfloat16(pair[0]), least = from_bfloat16(pair[1]);
+            for (int line = 0; line < INT4_LINES; line++) {
+                memcpy(bits, group + (1 + line) * 64 + row % LANES * sizeof bits, sizeof bits);
+                for (int i = 0; i < 8; i++)
+                    out[row * k + g * GROUP + line * 8 + i] =
+                        to_bfloat16(scale * (bits[i % 2] >> i / 2 * 4 & 15) + least);
+            }
+        }
+}
+
+#endif
+
+/* --- all kinds */
 
 INLINE int next_rows(long left)  /* groups of even size: six and one would read twice for one */
 {
@@ -105,31 +268,100 @@ INLINE int next_rows(long left)  /* groups of even size: six and one would read 
     return (int)((left + groups - 1) / groups);
 }
 
-void amulet_blocked(int half, const void *x, const void *weight, const void *bias, void *out,
-                    long rows, long n, long k)
+int amulet_serves(int kind)
 {
+#ifdef __AVX512BF16__
+    return kind <= INT4;
+#else
+    return kind <= BFLOAT16;
+#endif
+}
+
+/* Write sums of one row, times scale and plus bias, from a column on. One loop for each of these:
+   so the compiler makes vectors of all of them. */
+static void store(int kind, float *restrict sums, const uint16_t *scale, const void *bias,
+                  long column, void *restrict out, long width)
+{
+    if (scale)
+        for (long c = 0; c < width; c++)
+            sums[c] *= from_bfloat16(scale[c]);
+    if (kind == FLOAT32) {
+        if (bias)
+            for (long c = 0; c < width; c++)
+                sums[c] += ((const float *)bias)[column + c];
+        memcpy(out, sums, width * sizeof *sums);
+        return;
+    }
+    if (bias)
+        for (long c = 0; c < width; c++)
+            sums[c] += from_bfloat16(((const uint16_t *)bias)[column + c]);
+    for (long c = 0; c < width; c++)
+        ((uint16_t *)out)[c] = to_bfloat16(sums[c]);
+}
+
+/* Return 0, or 1 where memory is short or the kind is not served. `scale[n]`, bfloat16, is int8's
+   alone; `bias` is of x's type, or null. */
+int amulet_product(int kind, const void *x, const void *weight, const uint16_t *scale,
+                   const void *bias, void *out, long rows, long n, long k)
+{
+    int half = kind != FLOAT32;
     long steps = half ? k / 2 : k, parts = (n + LANES - 1) / LANES;
+    long part_bytes = 64, block_bytes = VECTORS * steps * 64;
+    float *group_sums = NULL;
+    tiles *sums_of = kind == FLOAT32 ? float32_tiles : kind == BFLOAT16 ? bfloat16_tiles : NULL;
+#ifdef __AVX512BF16__
+    if (kind == INT8) {
+        sums_of = int8_tiles;
+        part_bytes = INT8_LINE;
+        block_bytes = VECTORS * steps * INT8_LINE;
+    } else if (kind == INT4) {
+        sums_of = int4_tiles;
+        part_bytes = k / GROUP * INT4_GROUP_BYTES;
+        block_bytes = VECTORS * part_bytes;
+        group_sums = malloc(rows * (k / GROUP) * sizeof *group_sums);
+        if (!group_sums)
+            return 1;
+        sum_groups(x, rows * (k / GROUP), group_sums);
+    }
+#endif
+    if (!sums_of)
+        return 1;
+    long most = kind == INT4 ? 2 : VECTORS;
 #pragma omp parallel
     {
         long threads = omp_get_num_threads(), thread = omp_get_thread_num();
         long last = parts * (thread + 1) / threads;
         for (long part = parts * thread / threads, vectors; part < last; part += vectors) {
-            long whole = part % VECTORS == 0 && part + VECTORS <= last;
-            vectors = whole ? VECTORS : part % 2 == 0 && part + 2 <= last ? 2 : 1;
-            const words *lines = (const words *)weight
-                                 + part / VECTORS * steps * VECTORS + part % VECTORS;
+            long whole = part % most == 0 && part + most <= last;
+            vectors = whole ? most : part % 2 == 0 && part + 2 <= last ? 2 : 1;
+            const char *lines = (const char *)weight + part / VECTORS * block_bytes
+                                + part % VECTORS * part_bytes;
             long column = part * LANES, width = vectors * LANES;
             if (column + width > n)
                 width = n - column;
             for (long r = 0, now; r < rows; r += now) {
                 float sums[ROWS][BLOCK];
                 now = next_rows(rows - r);
-                (half ? bfloat16_tiles : float32_tiles)(
-                    (int)now, (int)vectors, lines, (const uint32_t *)x + r * steps, steps, sums);
+                sums_of((int)now, (int)vectors, lines, (const uint32_t *)x + r * steps, steps,
+                        group_sums ? group_sums + r * (k / GROUP) : NULL, sums);
                 for (long i = 0; i < now; i++)
-                    for (long c = 0; c < width; c++)
-                        store(half, out, bias, (r + i) * n + column + c, column + c, sums[i][c]);
+                    store(kind, sums[i], scale ? scale + column : NULL, bias, column,
+                          (char *)out + ((r + i) * n + column) * (half ? 2 : 4), width);
             }
         }
     }
+    free(group_sums);
+    return 0;
+}
+
+/* Write int8 or int4 weights as bfloat16, out[n][k]. */
+void amulet_unpack(int kind, const void *weight, const uint16_t *scale, uint16_t *out, long n,
+                   long k)
+{
+#ifdef __AVX512BF16__
+    if (kind == INT8)
+        unpack_int8(weight, scale, out, n, k);
+    else
+        unpack_int4(weight, out, n, k);
+#endif
 }

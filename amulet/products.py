@@ -27,8 +27,11 @@ logger = logging.getLogger("amulet")
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights, as `products.c` numbers them
 BLOCK = 64  # outputs that lie together
-MOST_ROWS, MOST_ROWS_AMX = 128, 16  # beyond them oneDNN is as fast: its tiles, in bfloat16
+# By kind, up to how many rows these products are the faster ones; and where oneDNN has AMX's tiles.
+MOST_ROWS = (128, 128, 256, 512)
+MOST_ROWS_AMX = (128, 16, 48, 192)
 
 
 @cache
@@ -42,8 +45,9 @@ def library() -> Any:
         logger.info("Products of few rows are PyTorch's: %.300s", " ".join(str(said).split()))
         return None
     address, number = ctypes.c_void_p, ctypes.c_long
-    loaded.amulet_blocked.argtypes = [ctypes.c_int, *[address] * 4, *[number] * 3]
-    loaded.amulet_blocked.restype = None
+    loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
+    loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
+    loaded.amulet_unpack.restype = None
     return loaded
 
 
@@ -82,11 +86,15 @@ def processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
+def serves(kind: int) -> bool:
+    """Tell whether there are products of this kind here."""
+    return library() is not None and bool(library().amulet_serves(kind))
+
+
 @cache
-def most_rows(dtype: torch.dtype) -> int:
+def most_rows(kind: int) -> int:
     """Return up to how many rows these products are the faster ones."""
-    tiles = dtype == torch.bfloat16 and "amx_bf16" in processor()
-    return MOST_ROWS_AMX if tiles else MOST_ROWS
+    return (MOST_ROWS_AMX if "amx_bf16" in processor() else MOST_ROWS)[kind]
 
 
 def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
@@ -96,7 +104,7 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
         packed: the opaque tensor that oneDNN made of the weight.
         weight: `[out_features, in_features]`, float32 or bfloat16.
     """
-    if library() is None or not hasattr(torch.ops.mkldnn, "data_ptr"):
+    if not serves(FLOAT32) or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None
     address: int = torch.ops.mkldnn.data_ptr(packed)
     pair = 2 if weight.dtype == torch.bfloat16 else 1
@@ -107,7 +115,7 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
     if torch.ops.mkldnn._nbytes(packed) != size or address % weight.itemsize:
         return None
     # The layout is oneDNN's own affair, so it is looked at, bit for bit, and not relied on.
-    whole = torch.int16 if weight.itemsize == 2 else torch.int32
+    whole = torch.int16 if pair == 2 else torch.int32
     found = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=whole)
     padded = pad(weight.contiguous().view(whole), (0, 0, 0, rows - weight.shape[0]))
     expected = padded.view(rows // BLOCK, BLOCK, -1, pair).transpose(1, 2)
@@ -115,26 +123,78 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
 
 
 def multiply(
-    hidden: torch.Tensor, address: int, bias: torch.Tensor | None, out_features: int
+    kind: int,
+    hidden: torch.Tensor,
+    weight: int,
+    out_features: int,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `hidden @ weight.T + bias`, `[..., out_features]`.
 
     Args:
-        hidden: `[..., in_features]`, contiguous, on the CPU, of the weight's dtype.
-        address: what `address_of_blocks` returned.
-        bias: `[out_features]`, contiguous, of the same dtype, or None.
+        kind: of the weight.
+        hidden: `[..., in_features]` on the CPU, float32 for float32 weights, else bfloat16.
+        weight: the address of what `address_of_blocks`, `int8_blocks` or `int4_blocks` returned.
         out_features: the weight's rows.
+        scale: int8's, `[out_features]`, bfloat16.
+        bias: `[out_features]`, contiguous, of the hidden states' dtype, or None.
     """
+    hidden = hidden.contiguous()
     in_features = hidden.shape[-1]
     output = hidden.new_empty((*hidden.shape[:-1], out_features))
-    library().amulet_blocked(
-        hidden.dtype == torch.bfloat16,
+    failed = library().amulet_product(
+        kind,
         hidden.data_ptr(),
-        address,
+        weight,
+        None if scale is None else scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         output.data_ptr(),
         hidden.numel() // in_features,
         out_features,
         in_features,
     )
+    if failed:
+        raise torch.OutOfMemoryError("no memory for the sums of a product")
     return output
+
+
+def int8_blocks(rounded: torch.Tensor) -> torch.Tensor:
+    """Return int8 `[out_features, in_features]` as `[blocks, in_features / 2, BLOCK, 2]`."""
+    padded = pad(rounded, (0, 0, 0, -rounded.shape[0] % BLOCK))
+    return padded.view(-1, BLOCK, rounded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+def int4_blocks(levels: torch.Tensor, scale: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Return weights `scale * level + least` as bytes `[parts, groups, lines, 64]`, 16 rows a part.
+
+    Args:
+        levels: `[out_features, in_features]`, uint8 of 0 to 15; multiples of 16 and 32.
+        scale, least: `[out_features, groups]`, bfloat16, of each 32 weights of a row.
+    """
+    groups = scale.shape[1]
+    byte = levels.view(-1, 16, groups, 4, 2, 2, 2).permute(0, 2, 3, 1, 6, 4, 5)
+    low, high = byte.unbind(-1)  # [parts, groups, lines, rows, odd, byte]
+    lines = (low | high << 4).reshape(-1, groups, 4, 64)
+    pairs = torch.stack([scale, least], dim=2).view(-1, 16, groups, 2).transpose(1, 2)
+    first = pairs.contiguous().view(torch.uint8).reshape(-1, groups, 1, 64)
+    return torch.cat([first, lines], dim=2)
+
+
+def unpack(
+    kind: int, blocks: torch.Tensor, out_features: int, in_features: int, scale: Any = None
+) -> torch.Tensor:
+    """Return what was packed into blocks, `[out_features, in_features]`, bfloat16.
+
+    Args:
+        kind: INT8 or INT4.
+        blocks: of `int8_blocks` or `int4_blocks`.
+        out_features, in_features: their shape.
+        scale: int8's, `[out_features]`, bfloat16.
+    """
+    weight = torch.empty(out_features, in_features, dtype=torch.bfloat16)
+    address = None if scale is None else scale.data_ptr()
+    library().amulet_unpack(
+        kind, blocks.data_ptr(), address, weight.data_ptr(), out_features, in_features
+    )
+    return weight

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amulet import packing, products
+from amulet import packed_layers, packing, products
 from amulet.errors import ModelError
-from amulet.packing import Int4Linear, Int8Linear, PackedLinear, pack_linears
+from amulet.packed_layers import Int4Linear, Int8Linear, PackedLayer, PackedLinear
+from amulet.packing import pack_linears
 from tests.models import random_model
 
 
@@ -130,8 +131,27 @@ def test_without_own_products_float32_is_packed_only_where_a_trial_is_faster_so(
     assert pack_linears(random_model("llama")) == count
 
 
-def test_a_packed_layer_s_weight_goes_when_the_layer_goes() -> None:
-    layer = PackedLinear(nn.Linear(8, 8))
-    held = len(packing._packed)
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])
+def test_a_packed_layer_goes_when_nobody_holds_it(kind: type[PackedLayer]) -> None:
+    held = len(packed_layers._layers)
+    layer = kind(nn.Linear(8, 8, dtype=torch.bfloat16))
+    assert len(packed_layers._layers) == held + 1
     del layer
-    assert len(packing._packed) == held - 1
+    assert len(packed_layers._layers) == held
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_rounded_layers_need_no_c_compiler(
+    monkeypatch: pytest.MonkeyPatch, kind: type[PackedLayer], bias: bool
+) -> None:
+    """PyTorch's kernels give the same, to rounding, of the same weights."""
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(3, 64, dtype=torch.bfloat16)
+    own = kind(dense)
+    weight, output = own.weight, own(hidden)
+    monkeypatch.setattr(products, "library", lambda: None)
+    pytorchs = kind(dense)
+    torch.testing.assert_close(pytorchs.weight, weight, atol=0.002, rtol=0.01)
+    torch.testing.assert_close(pytorchs(hidden), output, atol=0.02, rtol=0.02)

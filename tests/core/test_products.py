@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from amulet import products
-from amulet.packing import PackedLinear
+from amulet.packed_layers import PackedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_code = pytest.mark.skipif(
     products.library() is None, reason="needs a C compiler, or a processor that it serves"
+)
+needs_bfloat16_code = pytest.mark.skipif(
+    not products.serves(products.INT4), reason="needs a processor with AVX-512's bfloat16"
 )
 
 
@@ -32,19 +35,19 @@ def packed_product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     address = products.address_of_blocks(packed, weight)
     assert address is not None, "oneDNN's layout is not the expected one"
-    return products.multiply(hidden, address, linear.bias, linear.out_features)
+    kind = products.FLOAT32 if weight.dtype == torch.float32 else products.BFLOAT16
+    return products.multiply(kind, hidden, address, linear.out_features, bias=linear.bias)
 
 
-def assert_near_exact(output: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
+def assert_near_exact(
+    output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
     """No further from the float64 product than rounding explains."""
-    weight, terms = linear.weight.double(), hidden.double().abs() @ linear.weight.double().abs().T
-    exact = hidden.double() @ weight.T
-    if linear.bias is not None:
-        exact, terms = exact + linear.bias.double(), terms + linear.bias.double().abs()
-    eps = torch.finfo(hidden.dtype).eps
-    allowed = (
-        eps * exact.abs() + linear.in_features * torch.finfo(torch.float32).eps * terms + 1e-30
-    )
+    exact, terms = hidden.double() @ weight.T, hidden.double().abs() @ weight.abs().T
+    if bias is not None:
+        exact, terms = exact + bias.double(), terms + bias.double().abs()
+    summing = weight.shape[1] * torch.finfo(torch.float32).eps * terms
+    allowed = torch.finfo(hidden.dtype).eps * exact.abs() + summing + 1e-30
     assert ((output.double() - exact).abs() <= allowed).all()
 
 
@@ -63,7 +66,66 @@ def test_a_product_is_as_near_as_rounding_allows(
 ) -> None:
     linear = layer(n, k, dtype, bias, seed)
     hidden = torch.randn(rows, k, dtype=dtype)
-    assert_near_exact(packed_product(linear, hidden), linear, hidden)
+    output = packed_product(linear, hidden)
+    assert_near_exact(output, hidden, linear.weight.double(), linear.bias)
+
+
+@needs_bfloat16_code
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    n=st.integers(1, 200),
+    pairs=st.integers(1, 100),
+    bias=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_an_int8_product_is_as_near_as_rounding_allows(
+    rows: int, n: int, pairs: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rounded = torch.randint(-128, 128, (n, 2 * pairs), dtype=torch.int8)
+    scale, added = torch.rand(2, n).bfloat16()
+    hidden = torch.randn(rows, 2 * pairs).bfloat16()
+    blocks = products.int8_blocks(rounded)
+    output = products.multiply(
+        products.INT8, hidden, blocks.data_ptr(), n, scale, added if bias else None
+    )
+    weight = rounded.double() * scale.double()[:, None]
+    assert_near_exact(output, hidden, weight, added if bias else None)
+    unpacked = products.unpack(products.INT8, blocks, n, 2 * pairs, scale)
+    assert torch.equal(unpacked, weight.bfloat16())
+
+
+@needs_bfloat16_code
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    parts=st.integers(1, 12),
+    groups=st.integers(1, 8),
+    bias=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_an_int4_product_is_as_near_as_rounding_allows(
+    rows: int, parts: int, groups: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    n = 16 * parts
+    levels = torch.randint(0, 16, (n, 32 * groups), dtype=torch.uint8)
+    scale, least = torch.randn(2, n, groups).bfloat16()
+    added = torch.randn(n).bfloat16() if bias else None
+    hidden = torch.randn(rows, 32 * groups).bfloat16()
+    blocks = products.int4_blocks(levels, scale, least)
+    output = products.multiply(products.INT4, hidden, blocks.data_ptr(), n, None, added)
+    spread = levels.view(n, groups, 32).double() * scale.double()[..., None]
+    weight = (spread + least.double()[..., None]).flatten(1)
+    # Summed apart, `scale * level` and `least` round by their own sizes.
+    apart = (spread.abs() + least.double().abs()[..., None]).flatten(1)
+    within = 40 * groups * torch.finfo(torch.float32).eps * (hidden.double().abs() @ apart.T)
+    exact = hidden.double() @ weight.T + (0 if added is None else added.double())
+    error = (output.double() - exact).abs()
+    assert (error <= torch.finfo(torch.bfloat16).eps * exact.abs() + within + 1e-6).all()
+    unpacked = products.unpack(products.INT4, blocks, n, 32 * groups)
+    assert torch.equal(unpacked, weight.float().bfloat16())
 
 
 @needs_code
@@ -106,7 +168,7 @@ def test_another_layout_is_noticed(dtype: torch.dtype) -> None:
 
 
 @needs_code
-@pytest.mark.parametrize("rows", [2, products.MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [2, max(products.MOST_ROWS) + 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_layer_takes_any_hidden_states(dtype: torch.dtype, rows: int) -> None:
     dense = layer(48, 64, dtype, bias=True)

@@ -1,0 +1,219 @@
+"""Linear layers whose weights lie as a decode step reads them: as they are, in 8 bits, or in 4."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from amulet import products
+
+INT4_GROUP = 32  # weights that share a scale and a least value
+
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, PackedLayer] = WeakValueDictionary()
+
+
+class PackedLayer(nn.Module):
+    """A linear layer that holds its weight packed, and only so.
+
+    Args:
+        linear: the layer to replace, on the CPU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # A copy: the bias itself may lie in the mapped file, and would keep it in memory.
+        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self._number = next(_numbers)
+        _layers[self._number] = self
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy of the weight, `[out_features, in_features]`, for whoever asks."""
+        raise NotImplementedError
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
+        raise NotImplementedError
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `product(hidden)`, by the layer's number in code that is being compiled."""
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = torch.ops.amulet.packed_linear(
+                hidden, self._number, self.out_features
+            )
+            return output
+        return self.product(hidden)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+# The compiler can't look into a packed weight, so that compiled code asks for it by number.
+_library: Any = torch.library.Library("amulet", "DEF")  # type: ignore[no-untyped-call]
+_library.define("packed_linear(Tensor hidden, int layer, int out_features) -> Tensor")
+_library.impl("packed_linear", lambda hidden, layer, _: _layers[layer].product(hidden), "CPU")
+
+
+@torch.library.register_fake("amulet::packed_linear", lib=_library)  # type: ignore[untyped-decorator]
+def _packed_linear_shape(hidden: torch.Tensor, layer: int, out_features: int) -> torch.Tensor:
+    return hidden.new_empty((*hidden.shape[:-1], out_features))
+
+
+class PackedLinear(PackedLayer):
+    """Weights as they are, in float32 or bfloat16, in oneDNN's blocked layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        self.dtype = weight.dtype
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._kind = products.FLOAT32 if self.dtype == torch.float32 else products.BFLOAT16
+        self._blocks = products.address_of_blocks(self._packed, weight)
+        self._most = products.most_rows(self._kind) * self.in_features
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether few rows are multiplied by `products`, not by oneDNN."""
+        return self._blocks is not None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy of the weight, `[out_features, in_features]`, for whoever asks."""
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
+        blocks = self._blocks
+        if blocks is not None and hidden.numel() <= self._most and hidden.dtype == self.dtype:
+            return products.multiply(
+                self._kind, hidden, blocks, self.out_features, None, self._bias
+            )
+        # The overload by name: to let PyTorch find it costs as much as a small layer's product.
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            hidden, self._packed, self._bias, "none", [], ""
+        )
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.dtype}"
+
+
+class _RoundedLinear(PackedLayer):
+    """Weights of a bfloat16 layer rounded: products of their own for few rows, dense for many."""
+
+    _bits: int
+    _most_rows: int  # beyond these many the kernel is slower than dense weights made anew
+
+    def _few_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of `[rows, in_features]`, bias included."""
+        raise NotImplementedError
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
+        if hidden.numel() > self._most_rows * self.in_features:  # a prompt, or many users
+            return nn.functional.linear(hidden, self.weight, self._bias)
+        return self._few_rows(hidden)
+
+    def _with_bias(self, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if self._bias is not None:
+            output = output + self._bias
+        return output.view(*hidden.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int{self._bits}"
+
+
+class Int8Linear(_RoundedLinear):
+    """Weights in 8 bits with one scale per output: half of bfloat16's memory."""
+
+    _bits = 8
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12)
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        self._scale = scale.to(torch.bfloat16)
+        self._own = products.serves(products.INT8) and self.in_features % 2 == 0
+        self._rounded = products.int8_blocks(rounded) if self._own else rounded
+        self._most_rows = products.most_rows(products.INT8) if self._own else 48
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy of the weight, `[out_features, in_features]`, bfloat16."""
+        if self._own:
+            return products.unpack(
+                products.INT8, self._rounded, self.out_features, self.in_features, self._scale
+            )
+        return self._rounded.to(torch.bfloat16) * self._scale[:, None]
+
+    def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._own:
+            address = self._rounded.data_ptr()
+            return products.multiply(
+                products.INT8, hidden, address, self.out_features, self._scale, self._bias
+            )
+        rows = hidden.reshape(-1, self.in_features)
+        return self._with_bias(torch._weight_int8pack_mm(rows, self._rounded, self._scale), hidden)
+
+
+class Int4Linear(_RoundedLinear):
+    """Weights in 4 bits, each `INT4_GROUP` with a scale and a least value, as GGUF's Q4_1 has.
+
+    `out_features` must be a multiple of 16 and `in_features` one of the group. PyTorch's kernel has
+    a layout that can't be read back, so that with it they are held twice: together as int8.
+    """
+
+    _bits = 4
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach().float()
+        groups = weight.view(self.out_features, -1, INT4_GROUP)
+        least, most = groups.aminmax(dim=2)
+        scale = ((most - least) / 15).clamp_min(1e-12)
+        levels = ((groups - least[..., None]) / scale[..., None]).round().clamp(0, 15).flatten(1)
+        levels = levels.to(torch.uint8)
+        self._own = products.serves(products.INT4)
+        self._most_rows = products.most_rows(products.INT4) if self._own else 96
+        if self._own:
+            self._blocks = products.int4_blocks(levels, scale.bfloat16(), least.bfloat16())
+            return
+        self._kernel_levels = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            levels.to(torch.int32), 1
+        )
+        # The kernel counts levels from the middle: weight = (level - 8) * scale + zero.
+        self._scales = torch.stack([scale.T, (least + 8 * scale).T], dim=2).to(torch.bfloat16)
+        first, second = levels.view(*scale.shape, 2, INT4_GROUP // 2).unbind(2)
+        self._levels = first | second << 4  # `[out, groups, half a group]`
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy of the weight, `[out_features, in_features]`, bfloat16."""
+        if self._own:
+            return products.unpack(products.INT4, self._blocks, self.out_features, self.in_features)
+        scale, zero = self._scales.permute(2, 1, 0)[..., None]
+        least = zero - 8 * scale
+        dense: torch.Tensor = scale.new_empty((*scale.shape[:2], 2, INT4_GROUP // 2))
+        for half, levels in enumerate((self._levels & 15, self._levels >> 4)):
+            torch.addcmul(least, levels.to(torch.bfloat16), scale, out=dense[:, :, half])
+        return dense.flatten(1)
+
+    def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._own:
+            address = self._blocks.data_ptr()
+            return products.multiply(
+                products.INT4, hidden, address, self.out_features, None, self._bias
+            )
+        rows = hidden.reshape(-1, self.in_features)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self._kernel_levels, INT4_GROUP, self._scales
+        )
+        return self._with_bias(product, hidden)
