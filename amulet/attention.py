@@ -2,12 +2,14 @@
 
 Where query heads share key and value heads, Transformers repeats the latter in a pass of more than
 one token and in compiled code, or has PyTorch read them once for each query head. Here the query
-heads of a group are tokens of one head. On the CPU, where a mask makes a pass slow, a long pass
-attends to the cached and to the new columns apart, neither of which needs one.
+heads of a group are tokens of one head. On the CPU few tokens attend by `native/attention.c`, which
+takes them so; and a long pass, which a mask would make slow, attends to the cached and to the new
+columns apart, neither of which needs one.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from amulet import native
 
 GROUPED = "amulet_grouped"
 WIDEST = 32  # tokens; repeating the mask for more of them costs more than the copies
@@ -60,6 +64,10 @@ def grouped_attention(
     rows, heads, width, dim = query.shape
     kv_heads, columns = key.shape[1:3]
     biased = options.get("position_bias") is not None
+    if not biased and _attends_natively(query, key, value, attention_mask):
+        scale = dim**-0.5 if scaling is None else scaling
+        attend = torch.ops.amulet.attend if torch.compiler.is_compiling() else _attend
+        return attend(query, key, value, attention_mask, scale), None
     if attention_mask is None and 1 < width < columns:
         if value.shape[-1] == dim and not biased and query.device.type == "cpu":
             return _behind_cached(query, key, value, scaling).transpose(1, 2).contiguous(), None
@@ -84,6 +92,88 @@ def grouped_attention(
         scale=scaling,
     )
     return attended.reshape(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def _attends_natively(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    """Whether `_attend` can do it, and is the faster way."""
+    width, dim, columns = query.shape[2], query.shape[3], key.shape[2]
+    halves = query.dtype == torch.bfloat16
+    return (
+        width <= WIDEST
+        and (width == 1 or width < columns or mask is not None)
+        and query.device.type == "cpu"
+        and (halves or query.dtype == torch.float32)
+        and query.dtype == key.dtype == value.dtype
+        and dim % (32 if halves else 16) == 0
+        and value.shape[3] == dim
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        and _has_native_code()
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_native_code() -> bool:
+    return native.library() is not None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Return what `grouped_attention` does, `[rows, width, heads, dim]`.
+
+    Without a mask, tokens behind cached ones are causal.
+    """
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    rows, heads, width, dim = query.shape
+    kv_heads, columns = key.shape[1:3]
+    output = query.new_empty((rows, width, heads, dim))
+    seen = (0, 0)
+    if mask is not None:
+        if mask.stride(3) != 1:
+            mask = mask.contiguous()
+        mask = mask.expand(rows, 1, width, columns)
+        seen = mask.stride(0), mask.stride(2)
+    sizes = (
+        *(rows, kv_heads, heads // kv_heads, width, columns, dim),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *seen,
+    )
+    failed = native.library().amulet_attend(
+        (ctypes.c_long * len(sizes))(*sizes),
+        query.dtype == torch.bfloat16,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        scale,
+        output.data_ptr(),
+    )
+    if failed:
+        raise native.out_of_memory()
+    return output
+
+
+_library: Any = torch.library.Library("amulet", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
+    tags=torch.Tag.flexible_layout,  # or the compiler copies keys and values
+)
+_library.impl("attend", _attend, "CPU")
+
+
+@torch.library.register_fake("amulet::attend", lib=_library)  # type: ignore[untyped-decorator]
+def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    rows, heads, width, dim = query.shape
+    return query.new_empty((rows, width, heads, dim))
 
 
 def causal_behind_cached(model: PreTrainedModel) -> bool:

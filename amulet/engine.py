@@ -27,7 +27,7 @@ CHUNK = 1024  # tokens in one pass of a prefill: its activations are memory on t
 CHUNK_BESIDE_OTHERS = 512  # the same while answers are running: they wait for it
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
-WORTH_SHARING = 128  # tokens of a shared beginning that are prefilled once, not in every row
+WORTH_SHARING = 64  # tokens of a shared beginning that are prefilled once, not in every row
 TOGETHER = 256  # tokens per row of a prefill from which rows gain nothing by sharing a pass
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
 

@@ -1,32 +1,18 @@
-"""Products of a few rows with packed weights: `products.c`, compiled here once and cached.
+"""Products of a few rows with packed weights, by `native/products.c`: the Python side of it.
 
-PyTorch's kernels read the weights of a step of few rows at half of the memory's speed. Where there
-is no C compiler, or oneDNN lays weights out otherwise than the code reads them, they are used.
+PyTorch's kernels read the weights of a step of few rows at half of the memory's speed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from amulet.cache_folder import cache_folder
+from amulet import native
 
-logger = logging.getLogger("amulet")
-
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights, as `products.c` numbers them
 BLOCK = 64  # outputs that lie together
 # By kind, up to how many rows these products are the faster ones; and where oneDNN has AMX's tiles.
@@ -34,67 +20,15 @@ MOST_ROWS = (128, 128, 256, 512)
 MOST_ROWS_AMX = (128, 16, 48, 192)
 
 
-@cache
-def library() -> Any:
-    """Return the compiled code, or None, with the reason in the log."""
-    try:
-        path = _built()
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        logger.info("Products of few rows are PyTorch's: %.300s", " ".join(str(said).split()))
-        return None
-    address, number = ctypes.c_void_p, ctypes.c_long
-    loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
-    loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
-    loaded.amulet_unpack.restype = None
-    return loaded
-
-
-def _built() -> Path:
-    """Compile, unless that was done before for this source, compiler and processor."""
-    if sys.platform != "linux":
-        raise OSError(f"they are compiled on Linux alone, not on {sys.platform}")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise OSError("there is no C compiler (`cc`; Debian: apt install gcc libc6-dev)")
-    made_of = (SOURCE.read_text(), compiler, os.stat(compiler).st_mtime, FLAGS, processor())
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
-    path = cache_folder() / "products" / f"{key}.so"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        parts = str(Path(folder) / "products.o"), str(Path(folder) / "products.so")
-        # Linked without OpenMP: its functions are then those of the library that PyTorch has
-        # loaded, and its threads are PyTorch's. A second library's would compete with them.
-        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", parts[0])
-        _run(compiler, "-shared", parts[0], "-o", parts[1])
-        os.replace(parts[1], path)
-    return path
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-
-
-@cache
-def processor() -> str:
-    """Return what code made for this processor depends on: its model and instructions."""
-    wanted = ("model name", "flags", "Features", "CPU part")
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
 def serves(kind: int) -> bool:
     """Tell whether there are products of this kind here."""
-    return library() is not None and bool(library().amulet_serves(kind))
+    return native.library() is not None and bool(native.library().amulet_serves(kind))
 
 
 @cache
 def most_rows(kind: int) -> int:
     """Return up to how many rows these products are the faster ones."""
-    return (MOST_ROWS_AMX if "amx_bf16" in processor() else MOST_ROWS)[kind]
+    return (MOST_ROWS_AMX if "amx_bf16" in native.processor() else MOST_ROWS)[kind]
 
 
 def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
@@ -143,7 +77,7 @@ def multiply(
     hidden = hidden.contiguous()
     in_features = hidden.shape[-1]
     output = hidden.new_empty((*hidden.shape[:-1], out_features))
-    failed = library().amulet_product(
+    failed = native.library().amulet_product(
         kind,
         hidden.data_ptr(),
         weight,
@@ -155,7 +89,7 @@ def multiply(
         in_features,
     )
     if failed:
-        raise torch.OutOfMemoryError("no memory for the sums of a product")
+        raise native.out_of_memory()
     return output
 
 
@@ -182,7 +116,11 @@ def int4_blocks(levels: torch.Tensor, scale: torch.Tensor, least: torch.Tensor) 
 
 
 def unpack(
-    kind: int, blocks: torch.Tensor, out_features: int, in_features: int, scale: Any = None
+    kind: int,
+    blocks: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what was packed into blocks, `[out_features, in_features]`, bfloat16.
 
@@ -194,7 +132,7 @@ def unpack(
     """
     weight = torch.empty(out_features, in_features, dtype=torch.bfloat16)
     address = None if scale is None else scale.data_ptr()
-    library().amulet_unpack(
+    native.library().amulet_unpack(
         kind, blocks.data_ptr(), address, weight.data_ptr(), out_features, in_features
     )
     return weight

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amulet import packed_layers, packing, products
+from amulet import native, packed_layers, packing
 from amulet.errors import ModelError
 from amulet.packed_layers import Int4Linear, Int8Linear, PackedLayer, PackedLinear
 from amulet.packing import pack_linears
@@ -125,7 +125,7 @@ def test_without_own_products_float32_is_packed_only_where_a_trial_is_faster_so(
     def seconds(layers: list[nn.Module]) -> float:
         return packed if isinstance(layers[0], PackedLinear) else dense
 
-    monkeypatch.setattr(products, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(packing, "TRIAL", (0, 2**28))
     monkeypatch.setattr(packing, "_seconds", seconds)
     assert pack_linears(random_model("llama")) == count
@@ -151,7 +151,7 @@ def test_rounded_layers_need_no_c_compiler(
     hidden = torch.randn(3, 64, dtype=torch.bfloat16)
     own = kind(dense)
     weight, output = own.weight, own(hidden)
-    monkeypatch.setattr(products, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     pytorchs = kind(dense)
     torch.testing.assert_close(pytorchs.weight, weight, atol=0.002, rtol=0.01)
     torch.testing.assert_close(pytorchs(hidden), output, atol=0.02, rtol=0.02)

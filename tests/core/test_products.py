@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from amulet import products
+from amulet import native, products
 from amulet.packed_layers import PackedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_code = pytest.mark.skipif(
-    products.library() is None, reason="needs a C compiler, or a processor that it serves"
+    native.library() is None, reason="needs a C compiler, or a processor that it serves"
 )
 needs_bfloat16_code = pytest.mark.skipif(
     not products.serves(products.INT4), reason="needs a processor with AVX-512's bfloat16"
@@ -182,9 +182,9 @@ def test_a_packed_layer_takes_any_hidden_states(dtype: torch.dtype, rows: int) -
 @pytest.fixture
 def uncached(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[None]:
     monkeypatch.setenv("AMULET_CACHE", str(tmp_path))
-    products.library.cache_clear()
+    native.library.cache_clear()
     yield
-    products.library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.usefixtures("uncached")
@@ -200,20 +200,20 @@ def test_without_a_compiler_pytorch_s_kernels_are_used(
     torch.testing.assert_close(packed(hidden), dense(hidden))
     PackedLinear(dense)
     assert len(caplog.messages) == 1
-    assert "Products of few rows are PyTorch's" in caplog.messages[0]
+    assert "run without Amulet's C code" in caplog.messages[0]
 
 
 @needs_code
 @pytest.mark.usefixtures("uncached")
 def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert products.library() is not None
-    products.library.cache_clear()
+    assert native.library() is not None
+    native.library.cache_clear()
 
     def compile_again(*command: str) -> None:
         raise AssertionError(f"compiled again: {command}")
 
-    monkeypatch.setattr(products, "_run", compile_again)
-    assert products.library() is not None
+    monkeypatch.setattr(native, "_run", compile_again)
+    assert native.library() is not None
 
 
 @pytest.mark.usefixtures("uncached")
@@ -223,7 +223,7 @@ def test_a_compiler_that_fails_is_no_error(
     def fail(*command: str) -> None:
         raise subprocess.CalledProcessError(1, command, stderr="cc: no such\n  instruction")
 
-    monkeypatch.setattr(products, "_run", fail)
+    monkeypatch.setattr(native, "_run", fail)
     caplog.set_level(logging.INFO, "amulet")
-    assert products.library() is None
+    assert native.library() is None
     assert "cc: no such instruction" in caplog.text

@@ -6,37 +6,12 @@
    a row's are made in one order, whatever the other rows and the number of threads. */
 
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
 
-enum { LANES = 16, BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = 6 };
-enum { FLOAT32, BFLOAT16, INT8, INT4 };  /* of the weight; x is bfloat16 for the last three */
-
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
-
-INLINE float as_float(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE float from_bfloat16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
-
-INLINE uint16_t to_bfloat16(float value)  /* to nearest, ties to even; no number stays none */
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
-}
+enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = 6 };
+enum { FLOAT32, BFLOAT16, INT8, INT4 }; /* of the weight; x is bfloat16 for the last three */
 
 /* The compiler keeps sums in registers only where it knows how many there are. */
 #define FOR_ROWS(TILE, VECTORS_) \
@@ -69,8 +44,7 @@ INLINE lanes add_product(int half, lanes sum, words weight, uint32_t x)
     return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight,
                                    (__m512bh)_mm512_set1_epi32((int)x));
 #else
-    sum += (lanes)(weight << 16) * as_float(x << 16);
-    return sum + (lanes)(weight & 0xffff0000u) * as_float(x & 0xffff0000u);
+    return sum + even(weight) * as_float(x << 16) + odd(weight) * as_float(x & 0xffff0000u);
 #endif
 }
 
@@ -210,8 +184,7 @@ static void sum_groups(const uint16_t *x, long count, float *sums)
 {
     for (long g = 0; g < count; g++) {
         words pairs = *(const words *)(x + g * GROUP);
-        lanes even = (lanes)(pairs << 16), odd = (lanes)(pairs & 0xffff0000u);
-        sums[g] = _mm512_reduce_add_ps((__m512)(even + odd));
+        sums[g] = total(even(pairs) + odd(pairs));
     }
 }
 

@@ -1,0 +1,96 @@
+"""C code for decode steps on the CPU, compiled once where it runs, and cached.
+
+PyTorch's kernels read the weights of a step of few rows, and its keys and values, at a fraction of
+the memory's speed. Where there is no C compiler they are used all the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch  # before the library, whose OpenMP is PyTorch's
+
+from amulet.cache_folder import cache_folder
+
+logger = logging.getLogger("amulet")
+
+FOLDER = Path(__file__).parent
+FILES = "common.h", "attention.c", "products.c"
+FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
+
+
+@cache
+def library() -> Any:
+    """Return the compiled code, or None, with the reason in the log."""
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())
+        logger.info("The CPU's decode steps run without Amulet's C code: %.300s", said)
+        return None
+    address, number = ctypes.c_void_p, ctypes.c_long
+    loaded.amulet_attend.argtypes = [
+        address,
+        ctypes.c_int,
+        *[address] * 4,
+        ctypes.c_float,
+        address,
+    ]
+    loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
+    loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
+    loaded.amulet_unpack.restype = None
+    return loaded
+
+
+def _built() -> Path:
+    """Compile, unless that was done before for these files, this compiler and processor."""
+    if sys.platform != "linux":
+        raise OSError(f"it is compiled on Linux alone, not on {sys.platform}")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("there is no C compiler (`cc`; Debian: apt install gcc libc6-dev)")
+    texts = [(FOLDER / name).read_text(encoding="utf-8") for name in FILES]
+    made_of = texts, FLAGS, compiler, os.stat(compiler).st_mtime, processor()
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
+    path = cache_folder() / "native" / f"{key}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = []
+        for source in FILES[1:]:
+            objects.append(str(Path(folder, source).with_suffix(".o")))
+            _run(compiler, *FLAGS, "-c", str(FOLDER / source), "-o", objects[-1])
+        # Linked without OpenMP: its functions are then those of the library that PyTorch has
+        # loaded, and its threads are PyTorch's. A second library's would compete with them.
+        whole = str(Path(folder, path.name))
+        _run(compiler, "-shared", *objects, "-o", whole)
+        os.replace(whole, path)
+    return path
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+
+
+@cache
+def processor() -> str:
+    """Return what code made for this processor depends on: its model and instructions."""
+    wanted = ("model name", "flags", "Features", "CPU part")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    """Return the error to raise where C code found no memory."""
+    return torch.OutOfMemoryError("no memory for a step's intermediate results")

@@ -1,0 +1,126 @@
+"""Attention of few tokens in C gives what the definition gives, whatever is masked or left over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amulet import attention, native
+from amulet.attention import WIDEST, grouped_attention
+
+needs_code = pytest.mark.skipif(
+    native.library() is None, reason="needs a C compiler, or a processor that it serves"
+)
+
+
+def exact(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Return attention by its definition in float64, `[rows, width, heads, dim]`."""
+    groups, width, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(width, columns, dtype=torch.bool).tril(columns - width)[None, None]
+    products = query.double() @ key.double().repeat_interleave(groups, 1).transpose(-1, -2)
+    weights = (products * scale).masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights @ value.double().repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+def states(rows: int, heads: int, columns: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a part of a larger buffer, as the KV cache's, whose rest is no number."""
+    buffer = torch.full((rows + 1, heads, columns + 5, dim), float("nan"), dtype=dtype)
+    buffer[:rows, :, :columns] = torch.randn(rows, heads, columns, dim)
+    return buffer[:rows, :, :columns]
+
+
+@needs_code
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 9),
+    width=st.integers(1, 9),
+    cached=st.integers(1, 70),
+    dim=st.sampled_from([32, 64, 96, 128, 256]),
+    masked=st.sampled_from(["no", "ends", "window", "one for all"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_few_tokens_attend_as_the_definition_says(
+    rows: int,
+    kv_heads: int,
+    groups: int,
+    width: int,
+    cached: int,
+    dim: int,
+    masked: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    columns = cached + width
+    # As a projection gives it: tokens before heads.
+    query = torch.randn(rows, width, kv_heads * groups, dim).to(dtype).transpose(1, 2)
+    key, value = (states(rows, kv_heads, columns, dim, dtype) for _ in range(2))
+    mask = None
+    if masked != "no":
+        starts = torch.randint(0, cached + 1, (1 if masked == "one for all" else rows, 1))
+        last = (starts + torch.arange(width))[:, None, :, None]
+        mask = torch.arange(columns) <= last
+        if masked == "window":
+            mask &= torch.arange(columns) > last - 5
+    assert attention._attends_natively(query, key, value, mask)
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.2)
+    expected = exact(query, key, value, mask, 0.2)
+    assert found.shape == expected.shape
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), expected, atol=near, rtol=near)
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_and_small_scores_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    key, value = (states(1, 1, 40, 64, dtype) for _ in range(2))
+    for size in (0.0, 1e-3, 30.0, 1e4):
+        query = size * torch.ones(1, 2, 1, 64, dtype=dtype)
+        found, _ = grouped_attention(torch.nn.Module(), query, key, value, None)
+        expected = exact(query, key, value, None, 64**-0.5)
+        torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@needs_code
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """To the last bit: neither on their number nor on their lengths."""
+    query = torch.randn(5, 6, 1, 64)
+    key, value = (states(5, 2, 90, 64, torch.float32) for _ in range(2))
+    lengths = torch.tensor([3, 90, 41, 16, 17])
+    mask = (torch.arange(90) < lengths[:, None])[:, None, None]
+    together, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        own = key[one, :, :length], value[one, :, :length]
+        alone, _ = grouped_attention(torch.nn.Module(), query[one], *own, None)
+        assert torch.equal(alone, together[one])
+
+
+@needs_code
+def test_what_it_can_not_do_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def can(width: int = 1, dim: int = 64, dtype: torch.dtype = torch.float32) -> bool:
+        query = torch.zeros(1, 2, width, dim, dtype=dtype)
+        key = torch.zeros(1, 1, 100, dim, dtype=dtype)
+        return attention._attends_natively(query, key, key, None)
+
+    assert can()
+    assert can(width=WIDEST)
+    assert not can(width=WIDEST + 1)
+    assert not can(dim=40)
+    assert not can(dim=48, dtype=torch.bfloat16)
+    assert not can(dtype=torch.float64)
+    assert not can(dtype=torch.float16)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not can()
