@@ -110,13 +110,8 @@ def _attends_natively(
         and value.shape[3] == dim
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        and _has_native_code()
+        and native.library() is not None
     )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_native_code() -> bool:
-    return native.library() is not None
 
 
 def _attend(

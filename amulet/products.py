@@ -19,6 +19,8 @@ BLOCK = 64  # outputs that lie together
 MOST_ROWS = (128, 128, 256, 512)
 MOST_ROWS_AMX = (128, 16, 48, 192)
 
+_in_blocks: dict[tuple[torch.Size, torch.dtype], bool] = {}  # by shape: is it packed as expected?
+
 
 def serves(kind: int) -> bool:
     """Tell whether there are products of this kind here."""
@@ -48,12 +50,16 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
     size = rows * weight.shape[1] * weight.itemsize
     if torch.ops.mkldnn._nbytes(packed) != size or address % weight.itemsize:
         return None
-    # The layout is oneDNN's own affair, so it is looked at, bit for bit, and not relied on.
-    whole = torch.int16 if pair == 2 else torch.int32
-    found = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=whole)
-    padded = pad(weight.contiguous().view(whole), (0, 0, 0, rows - weight.shape[0]))
-    expected = padded.view(rows // BLOCK, BLOCK, -1, pair).transpose(1, 2)
-    return address if torch.equal(found.view(expected.shape), expected) else None
+    # The layout is oneDNN's own affair, so it is looked at, bit for bit, and not relied on; once
+    # for each shape, as that and the type are all that it depends on.
+    kind = (weight.shape, weight.dtype)
+    if kind not in _in_blocks:
+        whole = torch.int16 if pair == 2 else torch.int32
+        found = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=whole)
+        padded = pad(weight.contiguous().view(whole), (0, 0, 0, rows - weight.shape[0]))
+        expected = padded.view(rows // BLOCK, BLOCK, -1, pair).transpose(1, 2)
+        _in_blocks[kind] = torch.equal(found.view(expected.shape), expected)
+    return address if _in_blocks[kind] else None
 
 
 def multiply(

@@ -29,9 +29,17 @@ FILES = "common.h", "attention.c", "products.c"
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
 
 
-@cache
+_libraries: list[Any] = []  # the one, or None, once it was asked for
+
+
 def library() -> Any:
     """Return the compiled code, or None, with the reason in the log."""
+    if not _libraries:  # `functools.cache` would be in the way of `torch.compile`
+        _libraries.append(_load())
+    return _libraries[0]
+
+
+def _load() -> Any:
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
