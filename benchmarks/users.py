@@ -142,7 +142,9 @@ def forward_tokens(model: Any, run: Callable[[int], object], n: int) -> int:
     return passes
 
 
-def pairs(theirs: Any, amulet: Any, talks: list[Chat]) -> list[tuple[Runs, str, float | None, int]]:
+def pairs(
+    theirs: Any, amulet: Any, compiled: Any | None, talks: list[Chat]
+) -> list[tuple[Runs, str, float | None, int]]:
     """Return the comparisons that can be made here: contenders, claim, target, peer's answers."""
     target = 5.0 if theirs.dtype == torch.bfloat16 else None
     found = [
@@ -153,6 +155,9 @@ def pairs(theirs: Any, amulet: Any, talks: list[Chat]) -> list[tuple[Runs, str, 
             8,
         )
     ]
+    if compiled is not None:
+        claim = "the same, compiled"
+        found.append((direct(theirs, compiled, talks), claim, target, 8))
     for make, claim, bound, answers in (
         (langchain, "ChatAmulet.batch, eight steered / ChatHuggingFace.batch, plain", 4.0, 8),
         (llama_index, "AmuletLLM, one steered / HuggingFaceLLM, plain", None, 1),
@@ -175,8 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         theirs = contenders.load(options.model, dtype)
         packed = contenders.load(options.model, dtype, pack=True)
         amulet = contenders.amulet_over(packed, drafts=True)
+        compiled = None if options.quick else contenders.amulet_over(packed, compile=True)
         figures[name_of(dtype)] = {}
-        for runs, claim, target, answers in pairs(theirs, amulet, talks):
+        for runs, claim, target, answers in pairs(theirs, amulet, compiled, talks):
             peer, own = list(runs)
             decoded = forward_tokens(theirs, runs[peer], 4)
             assert decoded == 4 * answers, f"{peer}: {decoded} tokens, not {4 * answers}"
