@@ -63,7 +63,7 @@ def grouped_attention(
     """
     rows, heads, width, dim = query.shape
     kv_heads, columns = key.shape[1:3]
-    biased = options.get("position_bias") is not None
+    biased = any(options.get(name) is not None for name in ("position_bias", "softcap"))
     if not biased and _attends_natively(query, key, value, attention_mask):
         scale = dim**-0.5 if scaling is None else scaling
         attend = torch.ops.amulet.attend if torch.compiler.is_compiling() else _attend
@@ -107,7 +107,9 @@ def _attends_natively(
         and (halves or query.dtype == torch.float32)
         and query.dtype == key.dtype == value.dtype
         and dim % (32 if halves else 16) == 0
-        and value.shape[3] == dim
+        and key.shape == value.shape == (query.shape[0], key.shape[1], columns, dim)
+        and query.shape[1] % key.shape[1] == 0
+        and (not halves or key.stride(2) % 2 == value.stride(2) % 2 == 0)
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
         and native.library() is not None
@@ -131,9 +133,9 @@ def _attend(
     output = query.new_empty((rows, width, heads, dim))
     seen = (0, 0)
     if mask is not None:
+        mask = mask.expand(rows, 1, width, columns)
         if mask.stride(3) != 1:
             mask = mask.contiguous()
-        mask = mask.expand(rows, 1, width, columns)
         seen = mask.stride(0), mask.stride(2)
     sizes = (
         *(rows, kv_heads, heads // kv_heads, width, columns, dim),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from amulet import native
 from amulet.attention import grouped
 from amulet.cache import Masks, RowCache, StepCache, cache_argument
 from amulet.cache_folder import cache_folder
@@ -75,6 +76,7 @@ class CompiledStep:
 
     def _first(self, arguments: tuple[Any, ...]) -> torch.Tensor:
         """Compile, which the first call does."""
+        native.library()  # looked for now: the compiler can't trace that
         # PyTorch keeps compiled code in the temporary folder, which a restart empties.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         compiled = torch.compile(self._step, dynamic=True, fullgraph=True)

@@ -46,6 +46,7 @@ def examine() -> list[Finding]:
         Finding("Python", "ok", system),
         *_requirements(),
         _device(),
+        _native(),
         *_embedded(),
         _hub(),
         *_extras(),
@@ -107,6 +108,18 @@ def _device() -> Finding:
     else:
         text = f"{device}, {threads}"
     return Finding("device", "ok", f"{text}; dtype auto is the one that the model was saved in")
+
+
+def _native() -> Finding:
+    try:
+        from amulet import native
+    except (ImportError, OSError):  # torch's fault, which `_device` reports
+        return Finding("C code", "note", "not looked for: torch can't be imported")
+    if native.library() is not None:
+        text = "compiled for this processor: decode steps on the CPU run at the memory's speed"
+        return Finding("C code", "ok", text)
+    text = f"not in use ({native.reason()}); decode steps on the CPU take longer"
+    return Finding("C code", "note", text)
 
 
 def _embedded() -> list[Finding]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from amulet import products
+from amulet.errors import ModelError
 
 INT4_GROUP = 32  # weights that share a scale and a least value
 
@@ -50,6 +51,12 @@ class PackedLayer(nn.Module):
             return output
         return self.product(hidden)
 
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or saved: the copy would hold the address of this one's weight."""
+        raise ModelError(
+            "A packed layer can't be copied or saved: load the model with pack=False for that."
+        )
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -78,7 +85,8 @@ class PackedLinear(PackedLayer):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._kind = products.FLOAT32 if self.dtype == torch.float32 else products.BFLOAT16
         self._blocks = products.address_of_blocks(self._packed, weight)
-        self._most = products.most_rows(self._kind) * self.in_features
+        served = self._blocks is not None
+        self._most = products.most_rows(self._kind) * self.in_features if served else 0
 
     @property
     def reads_blocks(self) -> bool:
@@ -96,7 +104,7 @@ class PackedLinear(PackedLayer):
         blocks = self._blocks
         if blocks is not None and hidden.numel() <= self._most and hidden.dtype == self.dtype:
             return products.multiply(
-                self._kind, hidden, blocks, self.out_features, None, self._bias
+                self._kind, hidden, blocks, self.out_features, self.in_features, bias=self._bias
             )
         # The overload by name: to let PyTorch find it costs as much as a small layer's product.
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
@@ -159,9 +167,9 @@ class Int8Linear(_RoundedLinear):
 
     def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._own:
-            address = self._rounded.data_ptr()
+            shape = self.out_features, self.in_features
             return products.multiply(
-                products.INT8, hidden, address, self.out_features, self._scale, self._bias
+                products.INT8, hidden, self._rounded.data_ptr(), *shape, self._scale, self._bias
             )
         rows = hidden.reshape(-1, self.in_features)
         return self._with_bias(torch._weight_int8pack_mm(rows, self._rounded, self._scale), hidden)
@@ -211,9 +219,9 @@ class Int4Linear(_RoundedLinear):
 
     def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._own:
-            address = self._blocks.data_ptr()
+            shape = self.out_features, self.in_features
             return products.multiply(
-                products.INT4, hidden, address, self.out_features, None, self._bias
+                products.INT4, hidden, self._blocks.data_ptr(), *shape, bias=self._bias
             )
         rows = hidden.reshape(-1, self.in_features)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from amulet import native
+from amulet.errors import ModelError
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights, as `products.c` numbers them
 BLOCK = 64  # outputs that lie together
@@ -40,7 +41,8 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
         packed: the opaque tensor that oneDNN made of the weight.
         weight: `[out_features, in_features]`, float32 or bfloat16.
     """
-    if not serves(FLOAT32) or not hasattr(torch.ops.mkldnn, "data_ptr"):
+    asked = hasattr(torch.ops.mkldnn, "data_ptr") and hasattr(torch.ops.mkldnn, "_nbytes")
+    if not asked or not serves(FLOAT32):
         return None
     address: int = torch.ops.mkldnn.data_ptr(packed)
     pair = 2 if weight.dtype == torch.bfloat16 else 1
@@ -58,7 +60,10 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
         found = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=whole)
         padded = pad(weight.contiguous().view(whole), (0, 0, 0, rows - weight.shape[0]))
         expected = padded.view(rows // BLOCK, BLOCK, -1, pair).transpose(1, 2)
-        _in_blocks[kind] = torch.equal(found.view(expected.shape), expected)
+        equal = torch.equal(found.view(expected.shape), expected)
+        if equal and bool((weight == weight[0, 0]).all()):
+            return address  # any layout of equal numbers is: it says nothing of the next weight
+        _in_blocks[kind] = equal
     return address if _in_blocks[kind] else None
 
 
@@ -67,6 +72,7 @@ def multiply(
     hidden: torch.Tensor,
     weight: int,
     out_features: int,
+    in_features: int,
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -76,12 +82,20 @@ def multiply(
         kind: of the weight.
         hidden: `[..., in_features]` on the CPU, float32 for float32 weights, else bfloat16.
         weight: the address of what `address_of_blocks`, `int8_blocks` or `int4_blocks` returned.
-        out_features: the weight's rows.
+        out_features, in_features: the weight's shape.
         scale: int8's, `[out_features]`, bfloat16.
         bias: `[out_features]`, contiguous, of the hidden states' dtype, or None.
+
+    Raises:
+        ModelError: the hidden states are of another dtype or size.
     """
+    dtype = torch.float32 if kind == FLOAT32 else torch.bfloat16
+    if hidden.dtype != dtype or hidden.shape[-1] != in_features:
+        raise ModelError(
+            f"hidden states of {hidden.dtype}, {list(hidden.shape)}, for a packed layer: expected "
+            f"{dtype}, [..., {in_features}]; load the model with pack=False for other passes."
+        )
     hidden = hidden.contiguous()
-    in_features = hidden.shape[-1]
     output = hidden.new_empty((*hidden.shape[:-1], out_features))
     failed = native.library().amulet_product(
         kind,

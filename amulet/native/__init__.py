@@ -1,7 +1,7 @@
 """C code for decode steps on the CPU, compiled once where it runs, and cached.
 
 PyTorch's kernels read the weights of a step of few rows, and its keys and values, at a fraction of
-the memory's speed. Where there is no C compiler they are used all the same.
+the memory's speed. Where there is no C compiler, those kernels are used all the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
 
 
 _libraries: list[Any] = []  # the one, or None, once it was asked for
+_reasons: list[str] = []  # why there is none
 
 
 def library() -> Any:
@@ -39,11 +42,17 @@ def library() -> Any:
     return _libraries[0]
 
 
+def reason() -> str:
+    """Return why `library` returned None, "" where it did not."""
+    return " ".join(_reasons[-1:]) if library() is None else ""
+
+
 def _load() -> Any:
     try:
         loaded = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
+        _reasons.append(said)
         logger.info("The CPU's decode steps run without Amulet's C code: %.300s", said)
         return None
     address, number = ctypes.c_void_p, ctypes.c_long
@@ -64,31 +73,47 @@ def _built() -> Path:
     """Compile, unless that was done before for these files, this compiler and processor."""
     if sys.platform != "linux":
         raise OSError(f"it is compiled on Linux alone, not on {sys.platform}")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    name, *options = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
+    compiler = shutil.which(name)
     if compiler is None:
-        raise OSError("there is no C compiler (`cc`; Debian: apt install gcc libc6-dev)")
+        raise OSError(f"there is no C compiler `{name}` (Debian: apt install gcc libc6-dev)")
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in FILES]
-    made_of = texts, FLAGS, compiler, os.stat(compiler).st_mtime, processor()
+    made_of = texts, FLAGS, options, compiler, os.stat(compiler).st_mtime, processor()
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
     path = cache_folder() / "native" / f"{key}.so"
-    if path.is_file():
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_own(path.parent)
+    if path.is_file():
+        _check_own(path)
+        return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = []
         for source in FILES[1:]:
             objects.append(str(Path(folder, source).with_suffix(".o")))
-            _run(compiler, *FLAGS, "-c", str(FOLDER / source), "-o", objects[-1])
+            _run(compiler, *options, *FLAGS, "-c", str(FOLDER / source), "-o", objects[-1])
         # Linked without OpenMP: its functions are then those of the library that PyTorch has
         # loaded, and its threads are PyTorch's. A second library's would compete with them.
         whole = str(Path(folder, path.name))
-        _run(compiler, "-shared", *objects, "-o", whole)
+        _run(compiler, *options, "-shared", *objects, "-o", whole)
+        os.chmod(whole, 0o755)
         os.replace(whole, path)
     return path
 
 
+def _check_own(path: Path) -> None:
+    """Raise OSError where somebody else may have put the code there."""
+    found = path.lstat()
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+        raise OSError(
+            f"{path} is somebody else's, or anybody may write it; set AMULET_CACHE to a folder of "
+            "your own"
+        )
+
+
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=120
+    )
 
 
 @cache

@@ -1,11 +1,10 @@
 /* Attention of a few new tokens over many columns: out[q] = sum of softmax(q . key) * value.
 
-   One task is one key head of one row, with all queries that attend to it (QUERIES at a time), so
-   keys and values are read once, and only as far as the row's last visible column. Scores, weights
-   and sums are float32. */
+   One task is one key head of one row, with all queries that attend to it, QUERIES at a time: so
+   keys and values are read once for each QUERIES, and only as far as the row's last visible column.
+   Scores, weights and sums are float32. */
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 
 #include "common.h"
@@ -33,7 +32,7 @@ INLINE lanes add_product(int half, lanes sum, words a, words b)
 }
 
 /* e to the power of x <= 0: 2 to the whole part by the exponent's bits, to the rest by a
-   polynomial (Taylor's; its error is below float32's). */
+   polynomial (Taylor's; its error is about float32's). */
 INLINE lanes exponential(lanes x)
 {
     lanes power = x * 1.44269504f;
@@ -42,7 +41,7 @@ INLINE lanes exponential(lanes x)
     lanes value = 1 + rest * (1 + rest * (1 / 2.f + rest * (1 / 6.f + rest * (1 / 24.f
                   + rest * (1 / 120.f + rest * (1 / 720.f))))));
     lanes scaled = value * (lanes)((whole + 127) << 23);
-    return (lanes)((integers)scaled & (x > -87.f)); /* what would underflow is 0 */
+    return (lanes)((integers)scaled & ~(x <= -87.f)); /* what would underflow is 0; NaN stays */
 }
 
 /* Scores of `queries` queries in the columns up to `end`. A word is one float32 or two bfloat16. */

@@ -235,7 +235,7 @@ static void unpack_int4(const uint8_t *weight, uint16_t *out, long n, long k)
 
 /* --- all kinds */
 
-INLINE int next_rows(long left)  /* groups of even size: six and one would read twice for one */
+INLINE int next_rows(long left) /* of even sizes: four and three take less time than six and one */
 {
     long groups = (left + ROWS - 1) / ROWS;
     return (int)((left + groups - 1) / groups);
@@ -291,7 +291,7 @@ int amulet_product(int kind, const void *x, const void *weight, const uint16_t *
         sums_of = int4_tiles;
         part_bytes = k / GROUP * INT4_GROUP_BYTES;
         block_bytes = VECTORS * part_bytes;
-        group_sums = malloc(rows * (k / GROUP) * sizeof *group_sums);
+        group_sums = malloc((rows * (k / GROUP) + 1) * sizeof *group_sums);
         if (!group_sums)
             return 1;
         sum_groups(x, rows * (k / GROUP), group_sums);

@@ -94,6 +94,31 @@ def test_large_and_small_scores_neither_overflow_nor_vanish(dtype: torch.dtype) 
 
 
 @needs_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    query = torch.zeros(3, 2, 1, 64, dtype=dtype)
+    key, value = (states(3, 1, 40, 64, dtype) for _ in range(2))
+    query[0, 0, 0, 3] = float("nan")
+    value[1, 0, 5, 7] = float("nan")
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, None)
+    assert found[0, 0, 0].isnan().all()
+    assert not found[0, 0, 1].isnan().any()
+    assert found[1, 0, :, 7].isnan().all()
+    assert not found[2].isnan().any()
+
+
+@needs_code
+def test_states_and_masks_need_not_be_contiguous() -> None:
+    query, key, value = (torch.randn(2, 2, n, 64) for n in (1, 40, 40))
+    mask = torch.rand(2, 1, 40, 1) < 0.5
+    mask[:, :, 0] = True
+    turned = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (query, key, value)]
+    assert key.stride() != turned[1].stride()
+    found = attention._attend(*turned, mask.transpose(2, 3), 0.1)
+    torch.testing.assert_close(found.double(), exact(query, key, value, mask.mT, 0.1))
+
+
+@needs_code
 def test_a_row_does_not_depend_on_the_others() -> None:
     """To the last bit: neither on their number nor on their lengths."""
     query = torch.randn(5, 6, 1, 64)
@@ -122,5 +147,8 @@ def test_what_it_can_not_do_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) 
     assert not can(dim=48, dtype=torch.bfloat16)
     assert not can(dtype=torch.float64)
     assert not can(dtype=torch.float16)
+    one = torch.zeros(1, 1, 1, 64)
+    with pytest.raises(ValueError, match="softcap"):
+        grouped_attention(torch.nn.Module(), one, one, one, None, softcap=30.0)
     monkeypatch.setattr(native, "library", lambda: None)
     assert not can()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amulet import native, packed_layers, packing
+from amulet import native, packed_layers, packing, products
 from amulet.errors import ModelError
 from amulet.packed_layers import Int4Linear, Int8Linear, PackedLayer, PackedLinear
 from amulet.packing import pack_linears
@@ -60,7 +63,7 @@ def test_what_can_not_be_packed_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 40, 300])
 def test_an_int8_layer_is_near_the_dense_one(bias: bool, rows: int) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
@@ -73,7 +76,7 @@ def test_an_int8_layer_is_near_the_dense_one(bias: bool, rows: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 120])
+@pytest.mark.parametrize("rows", [1, 3, 120, 600])  # the last beyond what C code serves
 def test_an_int4_layer_gives_what_its_rounded_weights_give(bias: bool, rows: int) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
@@ -133,6 +136,7 @@ def test_without_own_products_float32_is_packed_only_where_a_trial_is_faster_so(
 
 @pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])
 def test_a_packed_layer_goes_when_nobody_holds_it(kind: type[PackedLayer]) -> None:
+    gc.collect()
     held = len(packed_layers._layers)
     layer = kind(nn.Linear(8, 8, dtype=torch.bfloat16))
     assert len(packed_layers._layers) == held + 1
@@ -155,3 +159,35 @@ def test_rounded_layers_need_no_c_compiler(
     pytorchs = kind(dense)
     torch.testing.assert_close(pytorchs.weight, weight, atol=0.002, rtol=0.01)
     torch.testing.assert_close(pytorchs(hidden), output, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear, Int4Linear])
+def test_a_packed_layer_is_neither_copied_nor_saved(kind: type[PackedLayer]) -> None:
+    layer = kind(nn.Linear(32, 16, dtype=torch.bfloat16))
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ModelError, match="load the model with pack=False"):
+            attempt(layer)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_hidden_states_that_do_not_fit_are_an_error(kind: type[PackedLayer]) -> None:
+    layer = kind(nn.Linear(64, 48, dtype=torch.bfloat16))
+    with torch.inference_mode():
+        for hidden in (torch.zeros(2, 64), torch.zeros(2, 32, dtype=torch.bfloat16)):
+            with pytest.raises((ModelError, RuntimeError)):
+                layer(hidden)
+
+
+def test_a_system_that_is_not_linux_packs_without_the_c_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_such_file() -> str:
+        raise FileNotFoundError("/proc/cpuinfo")
+
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "processor", no_such_file)
+    products.most_rows.cache_clear()
+    for kind in (PackedLinear, Int8Linear, Int4Linear):
+        dense = nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+        hidden = torch.randn(2, 64, dtype=torch.bfloat16)
+        torch.testing.assert_close(kind(dense)(hidden), dense(hidden), atol=0.1, rtol=0.1)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,7 +31,7 @@ def packed_product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     address = products.address_of_blocks(packed, weight)
     assert address is not None, "oneDNN's layout is not the expected one"
     kind = products.FLOAT32 if weight.dtype == torch.float32 else products.BFLOAT16
-    return products.multiply(kind, hidden, address, linear.out_features, bias=linear.bias)
+    return products.multiply(kind, hidden, address, *weight.shape, bias=linear.bias)
 
 
 def assert_near_exact(
@@ -88,7 +83,7 @@ def test_an_int8_product_is_as_near_as_rounding_allows(
     hidden = torch.randn(rows, 2 * pairs).bfloat16()
     blocks = products.int8_blocks(rounded)
     output = products.multiply(
-        products.INT8, hidden, blocks.data_ptr(), n, scale, added if bias else None
+        products.INT8, hidden, blocks.data_ptr(), n, 2 * pairs, scale, added if bias else None
     )
     weight = rounded.double() * scale.double()[:, None]
     assert_near_exact(output, hidden, weight, added if bias else None)
@@ -115,7 +110,9 @@ def test_an_int4_product_is_as_near_as_rounding_allows(
     added = torch.randn(n).bfloat16() if bias else None
     hidden = torch.randn(rows, 32 * groups).bfloat16()
     blocks = products.int4_blocks(levels, scale, least)
-    output = products.multiply(products.INT4, hidden, blocks.data_ptr(), n, None, added)
+    output = products.multiply(
+        products.INT4, hidden, blocks.data_ptr(), n, 32 * groups, None, added
+    )
     spread = levels.view(n, groups, 32).double() * scale.double()[..., None]
     weight = (spread + least.double()[..., None]).flatten(1)
     # Summed apart, `scale * level` and `least` round by their own sizes.
@@ -179,51 +176,3 @@ def test_a_packed_layer_takes_any_hidden_states(dtype: torch.dtype, rows: int) -
     strided = torch.randn(64, rows, dtype=dtype).T
     torch.testing.assert_close(packed(strided), dense(strided))
     assert packed(strided[:0]).shape == (0, 48)
-
-
-@pytest.fixture
-def uncached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("AMULET_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_libraries", [])
-
-
-@pytest.mark.usefixtures("uncached")
-def test_without_a_compiler_pytorch_s_kernels_are_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    caplog.set_level(logging.INFO, "amulet")
-    dense = layer(48, 64, torch.bfloat16, bias=True)
-    packed = PackedLinear(dense)
-    assert not packed.reads_blocks
-    hidden = torch.randn(2, 64, dtype=torch.bfloat16)
-    torch.testing.assert_close(packed(hidden), dense(hidden))
-    PackedLinear(dense)
-    assert len(caplog.messages) == 1
-    assert "run without Amulet's C code" in caplog.messages[0]
-
-
-@needs_code
-@pytest.mark.usefixtures("uncached")
-def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.library() is not None
-    native._libraries.clear()
-
-    def compile_again(*command: str) -> None:
-        raise AssertionError(f"compiled again: {command}")
-
-    monkeypatch.setattr(native, "_run", compile_again)
-    assert native.library() is not None
-
-
-@pytest.mark.usefixtures("uncached")
-def test_a_compiler_that_fails_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*command: str) -> None:
-        raise subprocess.CalledProcessError(1, command, stderr="cc: no such\n  instruction")
-
-    monkeypatch.setattr(native, "_run", fail)
-    caplog.set_level(logging.INFO, "amulet")
-    assert native.library() is None
-    assert "cc: no such instruction" in caplog.text

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from amulet import native
 from amulet.attention import causal_behind_cached, grouped, grouped_attention
 from amulet.cache import layer_kinds
 from amulet.drafts import Draft
@@ -150,11 +151,16 @@ def test_draft_checks_do_not_go_beyond_a_limit() -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the second takes the C code
 def test_a_compiled_step_decodes_what_transformers_does(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+    kind: Kind,
+    dtype: torch.dtype,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One graph for one row and many, level or not, short and long."""
-    model = random_model(kind, dtype=torch.float64)
+    monkeypatch.setattr(native, "_libraries", [])  # nobody has looked for the C code before
+    model = random_model(kind, dtype=dtype)
     rng = random.Random(kind)
     engine = Engine(model, compile=True)
     widths = _passes(engine)

@@ -121,6 +121,7 @@ def test_the_wheel_is_the_packages_and_nothing_else(names: set[str]) -> None:
         "amulet/py.typed",
         "amulet_integrations/py.typed",
         "amulet/evaluation/facts.json",
+        "amulet/native/attention.c",
         "amulet/native/common.h",
         "amulet/native/products.c",
         "amulet/evaluation/templates/report.html.j2",

@@ -1,0 +1,160 @@
+"""The C code is compiled once, trusted only if it is one's own, and never required."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from amulet import doctor, native, products
+from amulet.attention import grouped_attention
+from amulet.packed_layers import PackedLinear
+
+needs_code = pytest.mark.skipif(
+    native.library() is None, reason="needs a C compiler, or a processor that it serves"
+)
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AMULET_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_libraries", [])
+
+
+@pytest.mark.usefixtures("uncached")
+def test_without_a_compiler_pytorch_s_kernels_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    caplog.set_level(logging.INFO, "amulet")
+    dense = nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    packed = PackedLinear(dense)
+    assert not packed.reads_blocks
+    hidden = torch.randn(2, 64, dtype=torch.bfloat16)
+    torch.testing.assert_close(packed(hidden), dense(hidden))
+    PackedLinear(dense)
+    assert len(caplog.messages) == 1
+    assert "run without Amulet's C code" in caplog.messages[0]
+
+
+@needs_code
+@pytest.mark.usefixtures("uncached")
+def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.library() is not None
+    native._libraries.clear()
+
+    def compile_again(*command: str) -> None:
+        raise AssertionError(f"compiled again: {command}")
+
+    monkeypatch.setattr(native, "_run", compile_again)
+    assert native.library() is not None
+
+
+@pytest.mark.usefixtures("uncached")
+def test_a_compiler_that_fails_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*command: str) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="cc: no such\n  instruction")
+
+    monkeypatch.setattr(native, "_run", fail)
+    caplog.set_level(logging.INFO, "amulet")
+    assert native.library() is None
+    assert "cc: no such instruction" in caplog.text
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
+def test_with_a_compiler_the_code_compiles() -> None:
+    assert native.library() is not None, native.reason()
+
+
+@needs_code
+@pytest.mark.parametrize("less", ["-mno-avx512bf16", "-mno-avx512f"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("uncached")
+def test_older_processors_get_the_same_results(
+    monkeypatch: pytest.MonkeyPatch, less: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(96, 200, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(7, 96, dtype=dtype)
+    query, states = torch.randn(2, 6, 1, 64, dtype=dtype), torch.randn(2, 2, 50, 64, dtype=dtype)
+
+    def outputs() -> list[torch.Tensor]:
+        packed = PackedLinear(dense)
+        assert packed.reads_blocks
+        attended = grouped_attention(nn.Module(), query, states, states, None)[0]
+        return [packed(hidden), attended]
+
+    here = outputs()
+    monkeypatch.setenv("CC", f"cc {less}")
+    native._libraries.clear()
+    for there, expected in zip(outputs(), here, strict=True):
+        torch.testing.assert_close(there, expected)
+    assert not native.library().amulet_serves(products.INT8)
+
+
+@needs_code
+@pytest.mark.usefixtures("uncached")
+def test_a_folder_that_anybody_may_write_is_not_built_in(tmp_path: Path) -> None:
+    (tmp_path / "native").mkdir()
+    os.chmod(tmp_path / "native", 0o777)
+    assert native.library() is None
+    assert "set AMULET_CACHE to a folder of your own" in native.reason()
+    assert not list((tmp_path / "native").iterdir())
+
+
+@pytest.mark.parametrize("compiler", ["  ", "cc '"])
+@pytest.mark.usefixtures("uncached")
+def test_a_strange_cc_is_no_error(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert native.library() is None or native.reason() == ""
+
+
+@needs_code
+@pytest.mark.usefixtures("uncached")
+def test_code_that_anybody_may_have_written_is_not_loaded() -> None:
+    path = native._built()
+    os.chmod(path.parent, 0o777)
+    native._libraries.clear()
+    assert native.library() is None
+    assert "set AMULET_CACHE to a folder of your own" in native.reason()
+    os.chmod(path.parent, 0o755)
+    native._libraries.clear()
+    assert native.library() is not None
+    assert native.reason() == ""
+    os.chmod(path, 0o666)
+    native._libraries.clear()
+    assert native.library() is None
+
+
+@needs_code
+@pytest.mark.usefixtures("uncached")
+def test_the_compiler_is_the_one_that_cc_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -O2")
+    assert native.library() is not None
+    native._libraries.clear()
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    assert native.library() is None
+    assert "no C compiler `no-such-compiler`" in native.reason()
+    finding = next(f for f in doctor.examine() if f.topic == "C code")
+    assert finding.state == "note"
+    assert "no-such-compiler" in finding.text
+
+
+@needs_code
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="asks ldd")
+@pytest.mark.usefixtures("uncached")
+def test_it_brings_no_second_openmp() -> None:
+    """Two of them would keep threads that compete for the cores."""
+    needed = subprocess.run(["ldd", native._built()], capture_output=True, text=True, check=True)
+    assert "omp" not in needed.stdout
