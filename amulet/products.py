@@ -19,6 +19,7 @@ BLOCK = 64  # outputs that lie together
 # By kind, up to how many rows these products are the faster ones; and where oneDNN has AMX's tiles.
 MOST_ROWS = (128, 128, 256, 512)
 MOST_ROWS_AMX = (128, 16, 48, 192)
+MOST_ROWS_WITHOUT_BFLOAT16 = 8  # bfloat16 on processors whose AVX-512 doesn't know it
 
 _in_blocks: dict[tuple[torch.Size, torch.dtype], bool] = {}  # by shape: is it packed as expected?
 
@@ -31,6 +32,8 @@ def serves(kind: int) -> bool:
 @cache
 def most_rows(kind: int) -> int:
     """Return up to how many rows these products are the faster ones."""
+    if kind == BFLOAT16 and not serves(INT8):
+        return MOST_ROWS_WITHOUT_BFLOAT16
     return (MOST_ROWS_AMX if "amx_bf16" in native.processor() else MOST_ROWS)[kind]
 
 

@@ -34,7 +34,7 @@ RUNS: dict[str, list[str]] = {
     "authors": ["authors", "--rounds", "3"],
     "rag_quote": ["rag_quote", "--rounds", "3", "--dtype", "bfloat16"],
     "first_token": ["first_token", "--rounds", "3", "--dtype", "bfloat16"],
-    "users": ["users", "--rounds", "3", "--tokens", "24"],
+    "users": ["users", "--rounds", "2", "--tokens", "32"],
     "served": ["served", "--rounds", "3"],
     "llamacpp": ["llamacpp", "--rounds", "5", "--tokens", "32"],
     "gpu": ["gpu"],

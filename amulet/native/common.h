@@ -2,9 +2,10 @@
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
+#ifndef __AVX512F__
+#error "Amulet's C code is for processors with AVX-512; for others it would be slower than PyTorch's"
 #endif
+#include <immintrin.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -35,14 +36,4 @@ INLINE uint16_t to_bfloat16(float value) /* to nearest, ties to even; no number 
 INLINE lanes even(words pair) { return (lanes)(pair << 16); }
 INLINE lanes odd(words pair) { return (lanes)(pair & 0xffff0000u); }
 
-INLINE float total(lanes sum)
-{
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)sum);
-#else
-    float value = 0;
-    for (int i = 0; i < LANES; i++)
-        value += sum[i];
-    return value;
-#endif
-}
+INLINE float total(lanes sum) { return _mm512_reduce_add_ps((__m512)sum); }

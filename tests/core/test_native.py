@@ -74,15 +74,16 @@ def test_a_compiler_that_fails_is_no_error(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
 )
 def test_with_a_compiler_the_code_compiles() -> None:
+    if "avx512f" not in native.processor():
+        pytest.skip("needs AVX-512")
     assert native.library() is not None, native.reason()
 
 
 @needs_code
-@pytest.mark.parametrize("less", ["-mno-avx512bf16", "-mno-avx512f"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("uncached")
-def test_older_processors_get_the_same_results(
-    monkeypatch: pytest.MonkeyPatch, less: str, dtype: torch.dtype
+def test_avx_512_without_bfloat16_gives_the_same_results(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(96, 200, dtype=dtype).requires_grad_(False)
@@ -96,11 +97,24 @@ def test_older_processors_get_the_same_results(
         return [packed(hidden), attended]
 
     here = outputs()
-    monkeypatch.setenv("CC", f"cc {less}")
+    products.most_rows.cache_clear()
+    monkeypatch.setenv("CC", "cc -mno-avx512bf16")
     native._libraries.clear()
     for there, expected in zip(outputs(), here, strict=True):
         torch.testing.assert_close(there, expected)
-    assert not native.library().amulet_serves(products.INT8)
+    assert not products.serves(products.INT8)
+    assert products.most_rows(products.BFLOAT16) == products.MOST_ROWS_WITHOUT_BFLOAT16
+    products.most_rows.cache_clear()
+
+
+@needs_code
+@pytest.mark.usefixtures("uncached")
+def test_processors_without_avx_512_keep_pytorch_s_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CC", "cc -mno-avx512f")
+    assert native.library() is None
+    assert "for processors with AVX-512" in native.reason()
 
 
 @needs_code
