@@ -161,8 +161,7 @@ def _attend(
 
 _library: Any = torch.library.Library("amulet", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
-    tags=torch.Tag.flexible_layout,  # or the compiler copies keys and values
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor"
 )
 _library.impl("attend", _attend, "CPU")
 

@@ -63,10 +63,7 @@ class PackedLayer(nn.Module):
 
 # The compiler can't look into a packed weight, so that compiled code asks for it by number.
 _library: Any = torch.library.Library("amulet", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    "packed_linear(Tensor hidden, int layer, int out_features) -> Tensor",
-    tags=torch.Tag.flexible_layout,
-)
+_library.define("packed_linear(Tensor hidden, int layer, int out_features) -> Tensor")
 _library.impl("packed_linear", lambda hidden, layer, _: _layers[layer].product(hidden), "CPU")
 
 
