@@ -31,30 +31,29 @@ FILES = "common.h", "attention.c", "products.c"
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
 
 
-_libraries: list[Any] = []  # the one, or None, once it was asked for
-_reasons: list[str] = []  # why there is none
+_libraries: list[tuple[Any, str]] = []  # the one, or None and why, once it was asked for
 
 
 def library() -> Any:
     """Return the compiled code, or None, with the reason in the log."""
     if not _libraries:  # `functools.cache` would be in the way of `torch.compile`
         _libraries.append(_load())
-    return _libraries[0]
+    return _libraries[0][0]
 
 
 def reason() -> str:
     """Return why `library` returned None, "" where it did not."""
-    return " ".join(_reasons[-1:]) if library() is None else ""
+    library()
+    return _libraries[0][1]
 
 
-def _load() -> Any:
+def _load() -> tuple[Any, str]:
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
-        _reasons.append(said)
         logger.info("The CPU's decode steps run without Amulet's C code: %.300s", said)
-        return None
+        return None, said
     address, number = ctypes.c_void_p, ctypes.c_long
     loaded.amulet_attend.argtypes = [
         address,
@@ -66,7 +65,7 @@ def _load() -> Any:
     loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
     loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
     loaded.amulet_unpack.restype = None
-    return loaded
+    return loaded, ""
 
 
 def _built() -> Path:

@@ -9,7 +9,7 @@
 
 #include "common.h"
 
-enum { QUERIES = 6 };
+enum { QUERIES = AT_ONCE };
 
 /* Sizes are in elements; the last dimension of each tensor is contiguous. */
 struct attention {
@@ -19,17 +19,6 @@ struct attention {
     long value_row, value_head, value_column;
     long mask_row, mask_token; /* bytes; a mask has one head */
 };
-
-INLINE lanes add_product(int half, lanes sum, words a, words b)
-{
-    if (!half)
-        return sum + (lanes)a * (lanes)b;
-#ifdef __AVX512BF16__
-    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    return sum + even(a) * even(b) + odd(a) * odd(b);
-#endif
-}
 
 /* e to the power of x <= 0: 2 to the whole part by the exponent's bits, to the rest by a
    polynomial (Taylor's; its error is about float32's). */
@@ -45,7 +34,7 @@ INLINE lanes exponential(lanes x)
 }
 
 /* Scores of `queries` queries in the columns up to `end`. A word is one float32 or two bfloat16. */
-INLINE void scores_of(int half, int queries, const uint32_t *const query[QUERIES],
+INLINE void scores_of(int queries, int half, const uint32_t *const query[QUERIES],
                       const uint32_t *key, long column_words, long dim_words, long end, float scale,
                       float *scores, long stride)
 {
@@ -62,7 +51,7 @@ INLINE void scores_of(int half, int queries, const uint32_t *const query[QUERIES
     }
 }
 
-INLINE void weighted_values(int half, int queries, const float *weights, long stride,
+INLINE void weighted_values(int queries, int half, const float *weights, long stride,
                             const uint32_t *value, long column_words, long dim_words, long end,
                             float *const out[QUERIES])
 {
@@ -87,17 +76,6 @@ INLINE void weighted_values(int half, int queries, const float *weights, long st
             }
     }
 }
-
-/* The compiler keeps sums in registers only where it knows how many there are. */
-#define FOR_QUERIES(CALL, HALF, ...) \
-    switch (queries) { \
-    case 1: CALL(HALF, 1, __VA_ARGS__); break; \
-    case 2: CALL(HALF, 2, __VA_ARGS__); break; \
-    case 3: CALL(HALF, 3, __VA_ARGS__); break; \
-    case 4: CALL(HALF, 4, __VA_ARGS__); break; \
-    case 5: CALL(HALF, 5, __VA_ARGS__); break; \
-    default: CALL(HALF, 6, __VA_ARGS__); \
-    }
 
 /* Hide the columns that a query doesn't see, and turn scores into weights that sum to 1. */
 static void weigh(float *scores, const uint8_t *mask, long seen, long end, long padded)
@@ -157,10 +135,10 @@ static void attend_head(const struct attention *at, int half, const char *query,
             sums_of[q] = sums + q * at->dim;
         }
         if (half) {
-            FOR_QUERIES(scores_of, 1, query_of, keys, key_words, dim_words, end, scale, scores,
+            WITH_CONSTANT(queries, scores_of, 1, query_of, keys, key_words, dim_words, end, scale, scores,
                         padded)
         } else {
-            FOR_QUERIES(scores_of, 0, query_of, keys, key_words, dim_words, end, scale, scores,
+            WITH_CONSTANT(queries, scores_of, 0, query_of, keys, key_words, dim_words, end, scale, scores,
                         padded)
         }
         for (long q = 0; q < queries; q++) {
@@ -169,10 +147,10 @@ static void attend_head(const struct attention *at, int half, const char *query,
                   at->columns - at->width + token + 1, end, (end + LANES - 1) / LANES * LANES);
         }
         if (half) {
-            FOR_QUERIES(weighted_values, 1, scores, padded, values, value_words, dim_words, end,
+            WITH_CONSTANT(queries, weighted_values, 1, scores, padded, values, value_words, dim_words, end,
                         sums_of)
         } else {
-            FOR_QUERIES(weighted_values, 0, scores, padded, values, value_words, dim_words, end,
+            WITH_CONSTANT(queries, weighted_values, 0, scores, padded, values, value_words, dim_words, end,
                         sums_of)
         }
         for (long q = 0; q < queries; q++) {

@@ -9,7 +9,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 16 };
+enum { LANES = 16, AT_ONCE = 6 }; /* rows, or queries, whose sums are kept in registers */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -37,3 +37,26 @@ INLINE lanes even(words pair) { return (lanes)(pair << 16); }
 INLINE lanes odd(words pair) { return (lanes)(pair & 0xffff0000u); }
 
 INLINE float total(lanes sum) { return _mm512_reduce_add_ps((__m512)sum); }
+
+/* Add the products of two float32, or of both pairs of bfloat16 of two words. */
+INLINE lanes add_product(int half, lanes sum, words a, words b)
+{
+    if (!half)
+        return sum + (lanes)a * (lanes)b;
+#ifdef __AVX512BF16__
+    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return sum + even(a) * even(b) + odd(a) * odd(b);
+#endif
+}
+
+/* Call with a constant: the compiler keeps sums in registers only where it knows how many. */
+#define WITH_CONSTANT(COUNT, CALL, ...) \
+    switch (COUNT) { \
+    case 1: CALL(1, __VA_ARGS__); break; \
+    case 2: CALL(2, __VA_ARGS__); break; \
+    case 3: CALL(3, __VA_ARGS__); break; \
+    case 4: CALL(4, __VA_ARGS__); break; \
+    case 5: CALL(5, __VA_ARGS__); break; \
+    default: CALL(AT_ONCE, __VA_ARGS__); \
+    }

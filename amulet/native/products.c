@@ -10,19 +10,10 @@
 
 #include "common.h"
 
-enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = 6 };
+enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = AT_ONCE };
 enum { FLOAT32, BFLOAT16, INT8, INT4 }; /* of the weight; x is bfloat16 for the last three */
 
-/* The compiler keeps sums in registers only where it knows how many there are. */
-#define FOR_ROWS(TILE, VECTORS_) \
-    switch (rows) { \
-    case 1: TILE(1, VECTORS_); break; \
-    case 2: TILE(2, VECTORS_); break; \
-    case 3: TILE(3, VECTORS_); break; \
-    case 4: TILE(4, VECTORS_); break; \
-    case 5: TILE(5, VECTORS_); break; \
-    default: TILE(6, VECTORS_); \
-    }
+#define FOR_ROWS(TILE, VECTORS_) WITH_CONSTANT(rows, TILE, VECTORS_)
 #define FOR_ROWS_AND_VECTORS(TILE) \
     if (vectors == 4) { FOR_ROWS(TILE, 4) } \
     else if (vectors == 2) { FOR_ROWS(TILE, 2) } \
@@ -36,18 +27,6 @@ typedef void tiles(int rows, int vectors, const void *weight, const uint32_t *x,
 /* --- float32 and bfloat16 in oneDNN's layout: weight[n / BLOCK][k][n % BLOCK]; in bfloat16 two
    successive k of one n lie side by side in a word */
 
-INLINE lanes add_product(int half, lanes sum, words weight, uint32_t x)
-{
-    if (!half)
-        return sum + (lanes)weight * as_float(x);
-#ifdef __AVX512BF16__
-    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight,
-                                   (__m512bh)_mm512_set1_epi32((int)x));
-#else
-    return sum + even(weight) * as_float(x << 16) + odd(weight) * as_float(x & 0xffff0000u);
-#endif
-}
-
 INLINE void dense_tile(int half, int rows, int vectors, const words *weight, const uint32_t *x,
                        long steps, float out[ROWS][BLOCK])
 {
@@ -58,7 +37,8 @@ INLINE void dense_tile(int half, int rows, int vectors, const words *weight, con
     for (long k = 0; k < steps; k++)
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++)
-                sum[r][v] = add_product(half, sum[r][v], weight[k * VECTORS + v], x[r * steps + k]);
+                sum[r][v] = add_product(half, sum[r][v], weight[k * VECTORS + v],
+                                        (words)_mm512_set1_epi32((int)x[r * steps + k]));
     for (int r = 0; r < rows; r++)
         memcpy(out[r], sum[r], vectors * sizeof(lanes));
 }

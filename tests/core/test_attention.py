@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 
 from amulet import attention, native
 from amulet.attention import WIDEST, grouped_attention
-
-needs_code = pytest.mark.skipif(
-    native.library() is None, reason="needs a C compiler, or a processor that it serves"
-)
+from tests.marks import needs_code
 
 
 def exact(

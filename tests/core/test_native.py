@@ -16,10 +16,7 @@ from torch import nn
 from amulet import doctor, native, products
 from amulet.attention import grouped_attention
 from amulet.packed_layers import PackedLinear
-
-needs_code = pytest.mark.skipif(
-    native.library() is None, reason="needs a C compiler, or a processor that it serves"
-)
+from tests.marks import needs_code
 
 
 @pytest.fixture
