@@ -1,10 +1,10 @@
 """Attention of new tokens over cached ones, without copies of keys and values, and without a mask.
 
-Where query heads share key and value heads, Transformers repeats the latter in a pass of more than
-one token and in compiled code, or has PyTorch read them once for each query head. Here the query
-heads of a group are tokens of one head. On the CPU few tokens attend by `native/attention.c`, which
-takes them so; and a long pass, which a mask would make slow, attends to the cached and to the new
-columns apart, neither of which needs one.
+On the CPU few tokens attend by `native/attention.c` and many by `native/prefill.c`, where those are
+the faster ones. Elsewhere: where query heads share key and value heads, Transformers repeats the
+latter in a pass of more than one token and in compiled code, or has PyTorch read them once for each
+query head; here the query heads of a group are tokens of one head. And a long pass, which a mask
+would make slow, attends to the cached and to the new columns apart, neither of which needs one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from amulet import native
 
 GROUPED = "amulet_grouped"
 WIDEST = 32  # tokens; repeating the mask for more of them costs more than the copies
+FEW = 16  # tokens; for more `native/prefill.c` pays, although it lays keys and values out anew
+SIDE = 64  # numbers that it computes at once: a head's dimension is to be a multiple
 
 
 @contextmanager
@@ -66,6 +69,8 @@ def grouped_attention(
     biased = any(options.get(name) is not None for name in ("position_bias", "softcap"))
     if not biased and _attends_natively(query, key, value, attention_mask):
         scale = dim**-0.5 if scaling is None else scaling
+        if _prefills(query, attention_mask):
+            return _prefill(query, key, value, scale), None
         attend = torch.ops.amulet.attend if torch.compiler.is_compiling() else _attend
         return attend(query, key, value, attention_mask, scale), None
     if attention_mask is None and 1 < width < columns:
@@ -101,8 +106,8 @@ def _attends_natively(
     width, dim, columns = query.shape[2], query.shape[3], key.shape[2]
     halves = query.dtype == torch.bfloat16
     return (
-        width <= WIDEST
-        and (width == 1 or width < columns or mask is not None)
+        native.library() is not None
+        and (width <= WIDEST or _prefills(query, mask))
         and query.device.type == "cpu"
         and (halves or query.dtype == torch.float32)
         and query.dtype == key.dtype == value.dtype
@@ -112,8 +117,22 @@ def _attends_natively(
         and (not halves or key.stride(2) % 2 == value.stride(2) % 2 == 0)
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        and native.library() is not None
     )
+
+
+def _prefills(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `native/prefill.c` is what serves these tokens, where there is C code."""
+    width, dim = query.shape[2:]
+    fits = dim % SIDE == 0 and query.stride(2) % 2 == 0
+    return width > FEW and mask is None and fits and _prefills_well(query.dtype)
+
+
+@cache
+def _prefills_well(dtype: torch.dtype) -> bool:
+    """Whether `native/prefill.c` is faster than PyTorch on this processor."""
+    known = native.processor()
+    # With AMX's tiles PyTorch may be as fast; nobody has measured that.
+    return "amx_bf16" not in known and (dtype == torch.float32 or "avx512_bf16" in known)
 
 
 def _attend(
@@ -129,14 +148,37 @@ def _attend(
     """
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     rows, heads, width, dim = query.shape
-    kv_heads, columns = key.shape[1:3]
     output = query.new_empty((rows, width, heads, dim))
-    seen = (0, 0)
+    seen, seen_at = (0, 0), None
     if mask is not None:
-        mask = mask.expand(rows, 1, width, columns)
+        mask = mask.expand(rows, 1, width, key.shape[2])
         if mask.stride(3) != 1:
             mask = mask.contiguous()
-        seen = mask.stride(0), mask.stride(2)
+        seen, seen_at = (mask.stride(0), mask.stride(2)), mask.data_ptr()
+    given = _given(query, key, value, seen)
+    if native.library().amulet_attend(*given, seen_at, scale, output.data_ptr()):
+        raise native.out_of_memory()
+    return output
+
+
+def _prefill(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return what `_attend` does without a mask, `[rows, width, heads, dim]`, for many tokens."""
+    rows, heads, width, dim = query.shape
+    output = query.new_empty((rows, width, heads, dim))
+    given = _given(query, key, value, (0, 0))
+    if native.library().amulet_prefill(*given, scale, output.data_ptr()):
+        raise native.out_of_memory()
+    return output
+
+
+def _given(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: tuple[int, int]
+) -> tuple[Any, ...]:
+    """Return the first arguments of the C functions: sizes, strides and addresses."""
+    rows, heads, width, dim = query.shape
+    kv_heads, columns = key.shape[1:3]
     sizes = (
         *(rows, kv_heads, heads // kv_heads, width, columns, dim),
         *query.stride()[:3],
@@ -144,19 +186,11 @@ def _attend(
         *value.stride()[:3],
         *seen,
     )
-    failed = native.library().amulet_attend(
+    return (
         (ctypes.c_long * len(sizes))(*sizes),
         query.dtype == torch.bfloat16,
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        scale,
-        output.data_ptr(),
+        *(states.data_ptr() for states in (query, key, value)),
     )
-    if failed:
-        raise native.out_of_memory()
-    return output
 
 
 _library: Any = torch.library.Library("amulet", "FRAGMENT")  # type: ignore[no-untyped-call]

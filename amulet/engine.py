@@ -23,8 +23,7 @@ from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 
-CHUNK = 1024  # tokens in one pass of a prefill: its activations are memory on top of the cache
-CHUNK_BESIDE_OTHERS = 512  # the same while answers are running: they wait for it
+CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
 WORTH_SHARING = 64  # tokens of a shared beginning that are prefilled once, not in every row
@@ -238,7 +237,7 @@ class Engine:
         if shared - filled[lead] < max(WORTH_SHARING, max(map(len, prompts)) - shared):
             shared = min(shared, filled[lead])
         while filled[lead] < shared:
-            width = min(self._chunk(), shared - filled[lead])
+            width = _width(shared - filled[lead])
             chunk = prompts[lead][filled[lead] : filled[lead] + width]
             self._forward([chunk], [filled[lead]], first + lead, [width - 1])
             filled[lead] += width
@@ -251,7 +250,7 @@ class Engine:
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
             left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-            width = min(self._chunk(), max(left))
+            width = _width(max(left))
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
             if width > TOGETHER or sum(taken) < WORTH_PADDING * width * len(prompts):
@@ -290,10 +289,6 @@ class Engine:
         if source is not None and length:
             self._cache.write_row(row, source.buffers, length)
         return length
-
-    def _chunk(self) -> int:
-        """Return how many tokens a row may get in one pass."""
-        return CHUNK_BESIDE_OTHERS if self.running else CHUNK
 
     def _pause(self, filling: Generation) -> bool:
         """Between chunks, let the running generations have a step; False if cancelled meanwhile."""
@@ -373,6 +368,15 @@ class Engine:
             f"({self.cache_bytes / 2**20:.0f} MiB of KV cache); use fewer requests at once, a "
             "shorter prompt, or a smaller dtype."
         )
+
+
+def _width(left: int) -> int:
+    """Return how many of a prefill's tokens that are left a row gets in the next pass.
+
+    Passes of equal width: what the activations of one leave in the heap fits those of the next.
+    """
+    passes = -(-left // CHUNK)
+    return -(-left // passes)
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> int:

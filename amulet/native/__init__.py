@@ -27,7 +27,7 @@ from amulet.cache_folder import cache_folder
 logger = logging.getLogger("amulet")
 
 FOLDER = Path(__file__).parent
-FILES = "common.h", "attention.c", "products.c"
+FILES = "common.h", "attention.h", "attention.c", "prefill.c", "products.c"
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
 
 
@@ -62,6 +62,13 @@ def _load() -> tuple[Any, str]:
         ctypes.c_float,
         address,
     ]
+    loaded.amulet_prefill.argtypes = [
+        address,
+        ctypes.c_int,
+        *[address] * 3,
+        ctypes.c_float,
+        address,
+    ]
     loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
     loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
     loaded.amulet_unpack.restype = None
@@ -87,7 +94,7 @@ def _built() -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = []
-        for source in FILES[1:]:
+        for source in (name for name in FILES if name.endswith(".c")):
             objects.append(str(Path(folder, source).with_suffix(".o")))
             _run(compiler, *options, *FLAGS, "-c", str(FOLDER / source), "-o", objects[-1])
         # Linked without OpenMP: its functions are then those of the library that PyTorch has

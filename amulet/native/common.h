@@ -32,6 +32,18 @@ INLINE uint16_t to_bfloat16(float value) /* to nearest, ties to even; no number 
     return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
 }
 
+/* The numbers of a vector as bfloat16, one after another. */
+INLINE void store_bfloat16(uint16_t *to, lanes from)
+{
+#ifdef __AVX512BF16__
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)from);
+    memcpy(to, &rounded, sizeof rounded);
+#else
+    for (int i = 0; i < LANES; i++)
+        to[i] = to_bfloat16(from[i]);
+#endif
+}
+
 /* The first and the second bfloat16 of each word. */
 INLINE lanes even(words pair) { return (lanes)(pair << 16); }
 INLINE lanes odd(words pair) { return (lanes)(pair & 0xffff0000u); }

@@ -1,4 +1,4 @@
-"""Attention of few tokens in C gives what the definition gives, whatever is masked or left over."""
+"""Attention in C gives what the definition gives, whatever is masked or left over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amulet import attention, native
-from amulet.attention import WIDEST, grouped_attention
+from amulet.attention import FEW, WIDEST, grouped_attention
 from tests.marks import needs_code
 
 
@@ -42,7 +42,7 @@ def states(rows: int, heads: int, columns: int, dim: int, dtype: torch.dtype) ->
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 9),
     width=st.integers(1, 9),
-    cached=st.integers(1, 70),
+    cached=st.integers(0, 70),
     dim=st.sampled_from([32, 64, 96, 128, 256]),
     masked=st.sampled_from(["no", "ends", "window", "one for all"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -80,6 +80,74 @@ def test_few_tokens_attend_as_the_definition_says(
 
 
 @needs_code
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    width=st.integers(FEW + 1, 200),
+    cached=st.one_of(st.just(0), st.integers(1, 600)),
+    dim=st.sampled_from([64, 128, 192, 256]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_many_tokens_attend_as_the_definition_says(
+    rows: int,
+    kv_heads: int,
+    groups: int,
+    width: int,
+    cached: int,
+    dim: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    query = torch.randn(rows, width, kv_heads * groups, dim).to(dtype).transpose(1, 2)
+    key, value = (states(rows, kv_heads, cached + width, dim, dtype) for _ in range(2))
+    found = attention._prefill(query, key, value, 0.2)
+    expected = exact(query, key, value, None, 0.2)
+    assert found.shape == expected.shape
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), expected, atol=near, rtol=near)
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(300,), (150, 150), (17, 283), (40, 200, 60)])
+def test_passes_of_any_width_give_the_same(dtype: torch.dtype, widths: tuple[int, ...]) -> None:
+    """To the last bit, and whatever the other rows are."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, 300, 64).to(dtype)
+    key, value = (states(2, 3, 300, 64, dtype) for _ in range(2))
+    whole = attention._prefill(query, key, value, 0.2)
+    begin = 0
+    for width in widths:
+        end = begin + width
+        new, seen = slice(begin, end), slice(0, end)
+        part = attention._prefill(query[:1, :, new], key[:1, :, seen], value[:1, :, seen], 0.2)
+        assert torch.equal(part, whole[:1, new])
+        begin = end
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_with_scores_of_any_size(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    key, value = (states(1, 1, 400, 64, dtype) for _ in range(2))
+    for size in (0.0, 1e-3, 30.0, 1e4):
+        query = size * torch.randn(1, 2, 80, 64).to(dtype)
+        found = attention._prefill(query, key, value, 64**-0.5)
+        expected = exact(query, key, value, None, 64**-0.5)
+        torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+    # The largest score last, so that all before it is to be made small.
+    key[0, 0, :] = (torch.arange(400)[:, None] / 4).to(dtype)
+    query = torch.ones(1, 2, 80, 64, dtype=dtype)
+    found = attention._prefill(query, key, value, 64**-0.5)
+    expected = exact(query, key, value, None, 64**-0.5)
+    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@needs_code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_and_small_scores_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -102,6 +170,24 @@ def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
     assert found[0, 0, 0].isnan().all()
     assert not found[0, 0, 1].isnan().any()
     assert found[1, 0, :, 7].isnan().all()
+    assert not found[2].isnan().any()
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_none_among_many_tokens(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 2, 100, 64).to(dtype)
+    key, value = (states(3, 1, 300, 64, dtype) for _ in range(2))
+    query[0, 0, 50, 3] = float("nan")
+    value[1, 0, 250, 7] = float("nan")
+    found = attention._prefill(query, key, value, 0.1)
+    assert found[0, 50, 0].isnan().all()
+    assert not found[0, 50, 1].isnan().any()
+    assert not found[0, :50].isnan().any()
+    assert not found[0, 51:].isnan().any()
+    assert found[1, 50:, :, 7].isnan().all()
+    assert not found[1, :25].isnan().any()  # those just before it multiply it by 0
     assert not found[2].isnan().any()
 
 
@@ -135,6 +221,23 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 @needs_code
+@pytest.mark.parametrize(
+    ("flags", "halves", "whole"),
+    [("avx512f", False, True), ("avx512_bf16", True, True), ("avx512_bf16 amx_bf16", False, False)],
+)
+def test_what_the_processor_knows_decides_who_prefills(
+    monkeypatch: pytest.MonkeyPatch, flags: str, halves: bool, whole: bool
+) -> None:
+    monkeypatch.setattr(native, "processor", lambda: f"flags : {flags}")
+    attention._prefills_well.cache_clear()
+    try:
+        assert attention._prefills_well(torch.bfloat16) == halves
+        assert attention._prefills_well(torch.float32) == whole
+    finally:
+        attention._prefills_well.cache_clear()
+
+
+@needs_code
 def test_what_it_can_not_do_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     def can(width: int = 1, dim: int = 64, dtype: torch.dtype = torch.float32) -> bool:
         query = torch.zeros(1, 2, width, dim, dtype=dtype)
@@ -143,7 +246,8 @@ def test_what_it_can_not_do_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) 
 
     assert can()
     assert can(width=WIDEST)
-    assert not can(width=WIDEST + 1)
+    assert can(width=WIDEST + 1) == attention._prefills_well(torch.float32)
+    assert not can(width=WIDEST + 1, dim=96)
     assert not can(dim=40)
     assert not can(dim=48, dtype=torch.bfloat16)
     assert not can(dtype=torch.float64)

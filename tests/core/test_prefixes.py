@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.engine import CHUNK_BESIDE_OTHERS, Engine
+from amulet.engine import CHUNK, Engine
 from amulet.generation import Generation
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 from tests.models import Kind, random_model
@@ -118,7 +118,7 @@ def test_a_long_prefill_in_chunks_lets_the_others_go_on(kind: Kind) -> None:
     for generation in (brief, short):
         engine.admit(generation)
     before = len(short.token_ids)
-    long, base = ids(5, 2 * CHUNK_BESIDE_OTHERS + 90), ids(6, CHUNK_BESIDE_OTHERS + 30)
+    long, base = ids(5, 2 * CHUNK + 90), ids(6, CHUNK + 30)
     pair = Generation(prompts=[long, base], weights=[3.0], max_new_tokens=16)
     engine.admit(pair)
     assert brief.done
@@ -133,7 +133,7 @@ def test_cancelling_in_the_middle_of_a_prefill_stops_it() -> None:
     engine = Engine(model)
     running = Generation(prompts=[ids(1, 20)], max_new_tokens=40)
     engine.admit(running)
-    long = Generation(prompts=[ids(3, 5 * CHUNK_BESIDE_OTHERS)], max_new_tokens=4)
+    long = Generation(prompts=[ids(3, 5 * CHUNK)], max_new_tokens=4)
     passes: list[int] = []
 
     def cancel(_: object, __: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -143,7 +143,7 @@ def test_cancelling_in_the_middle_of_a_prefill_stops_it() -> None:
     hook = model.register_forward_pre_hook(cancel, with_kwargs=True)
     engine.admit(long)
     hook.remove()
-    assert passes == [CHUNK_BESIDE_OTHERS, 1]
+    assert passes == [CHUNK, 1]
     assert engine.running == [running]
     drain(engine)
     assert (len(running.token_ids), long.token_ids, engine.cache_bytes) == (40, [], 0)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet
-from amulet.engine import CHUNK_BESIDE_OTHERS
+from amulet.engine import CHUNK
 from tests.models import random_model
 
 PREFERENCES: list[Any] = [
@@ -28,7 +28,7 @@ def requests() -> list[dict[str, Any]]:
     rng = random.Random(0)
     made = []
     for i in range(24):
-        length = CHUNK_BESIDE_OTHERS + 40 if i % 11 == 3 else rng.randrange(4, 60)
+        length = CHUNK + 40 if i % 11 == 3 else rng.randrange(4, 60)
         text = "".join(rng.choice("abcdefgh ") for _ in range(length)) + "?"
         made.append(
             {

@@ -1,0 +1,192 @@
+/* Attention of many new tokens, which are the last columns and see all up to their own.
+
+   One task is TOKENS tokens of one head. They go through the columns COLUMNS at a time, with a
+   running maximum and sum for each token, so that no more scores than that are held ("flash
+   attention"). Keys and values are first laid out so that both products add a vector of outputs
+   times one number. A token's sums are made in the order of its columns, whichever tokens are new
+   with it: passes of any width give the same, to the last bit. */
+
+#include "attention.h"
+
+enum { TILE = 4, SIDE = TILE * LANES, COLUMNS = 4 * SIDE, TOKENS = 8 * AT_ONCE };
+
+/* Keys and values of one head in words, each of one float32 or of two bfloat16: for each SIDE
+   columns the keys' [dim words][SIDE], and the values' [words of columns][dim]. */
+struct laid_out {
+    uint32_t *keys, *values;
+    long dim_words;
+};
+
+/* Lay out SIDE columns from `begin` on; those behind the last one are 0. */
+static void lay_out(const struct attention *at, int half, const char *key, const char *value,
+                    const struct laid_out *to, long begin)
+{
+    long dim = at->dim, pair = half ? 2 : 1, size = half ? 2 : 4;
+    long count = at->columns - begin < SIDE ? at->columns - begin : SIDE;
+    uint32_t *keys = to->keys + begin * to->dim_words, *values = to->values + begin / pair * dim;
+    if (count < SIDE) {
+        memset(keys, 0, SIDE * to->dim_words * sizeof *keys);
+        memset(values, 0, SIDE / pair * dim * sizeof *values);
+    }
+    for (long c = 0; c < count; c++) {
+        const uint32_t *from = (const uint32_t *)(key + (begin + c) * at->key_column * size);
+        for (long w = 0; w < to->dim_words; w++)
+            keys[w * SIDE + c] = from[w];
+    }
+    for (long c = 0; c < count; c += pair, values += dim) {
+        const char *from = value + (begin + c) * at->value_column * size;
+        const uint16_t *first = (const uint16_t *)from, *second = first + at->value_column;
+        if (!half)
+            memcpy(values, from, dim * size);
+        else if (c + 1 < count)
+            for (long d = 0; d < dim; d++)
+                values[d] = first[d] | (uint32_t)second[d] << 16;
+        else
+            for (long d = 0; d < dim; d++)
+                values[d] = first[d];
+    }
+}
+
+/* sums[q] = factor[q] * sums[q] + left[q] * right, with `depth` words of left[q] and SIDE sums. */
+INLINE void add_tile(int queries, int half, const uint32_t *left, long left_stride,
+                     const uint32_t *right, long right_stride, long depth, float *sums,
+                     long sums_stride, const float *factor)
+{
+    lanes sum[AT_ONCE][TILE];
+    for (int q = 0; q < queries; q++)
+        for (int t = 0; t < TILE; t++)
+            sum[q][t] = factor ? *(lanes *)(sums + q * sums_stride + t * LANES) * factor[q]
+                               : (lanes){0};
+    for (long w = 0; w < depth; w++, right += right_stride)
+        for (int q = 0; q < queries; q++)
+            for (int t = 0; t < TILE; t++)
+                sum[q][t] = add_product(half, sum[q][t], *(const words *)(right + t * LANES),
+                                        (words){0} + left[q * left_stride + w]);
+    for (int q = 0; q < queries; q++)
+        for (int t = 0; t < TILE; t++)
+            *(lanes *)(sums + q * sums_stride + t * LANES) = sum[q][t];
+}
+
+/* Turn the scores of a token's `seen` visible columns of a block of `count` into weights, in place,
+   as bfloat16 where `half`; return what the token's sums so far are to be multiplied with. */
+INLINE float weigh(int half, float *scores, long seen, long count, float scale, float *most,
+                   float *sum)
+{
+    lanes largest = (lanes){0} + *most, sums = {0};
+    for (long c = seen < 0 ? 0 : seen; c < count; c++)
+        scores[c] = -INFINITY;
+    for (long c = 0; c < count; c += LANES) {
+        lanes scaled = *(lanes *)(scores + c) * scale;
+        *(lanes *)(scores + c) = scaled;
+        largest = (lanes)_mm512_max_ps((__m512)largest, (__m512)scaled);
+    }
+    float now = _mm512_reduce_max_ps((__m512)largest);
+    float base = now == -INFINITY ? 0 : now;
+    float factor = exponential((lanes){0} + (*most - base))[0];
+    for (long c = 0; c < count; c += LANES) {
+        lanes weights = exponential(*(lanes *)(scores + c) - base);
+        sums += weights;
+        if (half)
+            store_bfloat16((uint16_t *)scores + c, weights);
+        else
+            *(lanes *)(scores + c) = weights;
+    }
+    *sum = *sum * factor + total(sums);
+    *most = now;
+    return factor;
+}
+
+/* Tokens `begin` to `end` of one head; `out` is that head's of the first token. */
+INLINE void attend_block(int half, const struct attention *at, const char *query,
+                         const struct laid_out *in, float scale, char *out, long begin, long end,
+                         float *sums)
+{
+    long size = half ? 2 : 4, pair = half ? 2 : 1, dim = at->dim;
+    long before = at->columns - at->width, query_words = at->query_token / pair;
+    float scores[AT_ONCE * COLUMNS], most[TOKENS], sum[TOKENS], factor[AT_ONCE];
+    for (long q = 0; q < end - begin; q++)
+        most[q] = -INFINITY, sum[q] = 0;
+    memset(sums, 0, (end - begin) * dim * sizeof *sums);
+    for (long c = 0; c < before + end; c += COLUMNS)
+        for (long q = begin, queries; q < end; q += queries) {
+            queries = end - q < AT_ONCE ? end - q : AT_ONCE;
+            long seen = before + q - c; /* by the first of them, less its own */
+            long count = seen + queries < COLUMNS ? (seen + queries + LANES - 1) / LANES * LANES
+                                                  : COLUMNS;
+            for (long s = 0; s < count; s += SIDE)
+                WITH_CONSTANT(queries, add_tile, half,
+                              (const uint32_t *)query + q * query_words, query_words,
+                              in->keys + (c + s) * in->dim_words, SIDE, in->dim_words, scores + s,
+                              COLUMNS, NULL)
+            for (long i = 0; i < queries; i++)
+                factor[i] = weigh(half, scores + i * COLUMNS, seen + i + 1, count, scale,
+                                  most + q - begin + i, sum + q - begin + i);
+            for (long d = 0; d < dim && count > 0; d += SIDE)
+                WITH_CONSTANT(queries, add_tile, half, (const uint32_t *)scores, COLUMNS,
+                              in->values + c / pair * dim + d, dim, count / pair,
+                              sums + (q - begin) * dim + d, dim, factor)
+        }
+    for (long q = begin; q < end; q++)
+        for (long d = 0; d < dim; d += LANES) {
+            lanes whole = *(lanes *)(sums + (q - begin) * dim + d) / sum[q - begin];
+            char *place = out + (q * at->key_heads * at->groups * dim + d) * size;
+            if (half)
+                store_bfloat16((uint16_t *)place, whole);
+            else
+                *(lanes *)place = whole;
+        }
+}
+
+/* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim]; dim is a multiple of
+   SIDE. */
+int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
+                   const char *value, float scale, char *out)
+{
+    long size = half ? 2 : 4, heads = at->key_heads * at->groups, pairs = at->rows * at->key_heads;
+    struct laid_out whole = {.dim_words = at->dim / (half ? 2 : 1)};
+    long sides = (at->columns + SIDE - 1) / SIDE, words = sides * SIDE * whole.dim_words;
+    long blocks = (at->width + TOKENS - 1) / TOKENS;
+    int failed = 0;
+    whole.keys = malloc(2 * pairs * words * sizeof *whole.keys);
+    if (!whole.keys)
+        return 1;
+    whole.values = whole.keys + pairs * words;
+#pragma omp parallel
+    {
+        float *memory = malloc(TOKENS * at->dim * sizeof *memory);
+        if (!memory) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (long task = 0; task < pairs * sides; task++) {
+            long pair = task / sides, row = pair / at->key_heads, head = pair % at->key_heads;
+            struct laid_out to = whole;
+            to.keys += pair * words, to.values += pair * words;
+            lay_out(at, half, key + (row * at->key_row + head * at->key_head) * size,
+                    value + (row * at->value_row + head * at->value_head) * size, &to,
+                    task % sides * SIDE);
+        }
+        /* The last tokens first: they have the most columns. */
+#pragma omp for schedule(dynamic, 1)
+        for (long task = at->rows * heads * blocks - 1; task >= 0; task--) {
+            long block = task / (at->rows * heads), row = task / heads % at->rows;
+            long head = task % heads, pair = row * at->key_heads + head / at->groups;
+            long begin = block * TOKENS;
+            long end = begin + TOKENS < at->width ? begin + TOKENS : at->width;
+            struct laid_out in = whole;
+            in.keys += pair * words, in.values += pair * words;
+            const char *own = query + (row * at->query_row + head * at->query_head) * size;
+            char *place = out + (row * at->width * heads + head) * at->dim * size;
+            if (!memory)
+                continue;
+            if (half)
+                attend_block(1, at, own, &in, scale, place, begin, end, memory);
+            else
+                attend_block(0, at, own, &in, scale, place, begin, end, memory);
+        }
+        free(memory);
+    }
+    free(whole.keys);
+    return failed;
+}
