@@ -206,6 +206,21 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((rows, width, heads, dim))
 
 
+def steps_are_native(model: PreTrainedModel) -> bool:
+    """Whether `native/attention.c` is what decode steps of this model attend by."""
+    config = model.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        native.library() is not None
+        and config._attn_implementation == "sdpa"
+        and model._supports_attention_backend
+        and model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.bfloat16)
+        and dim % 32 == 0
+        and not getattr(config, "attn_logit_softcapping", None)
+    )
+
+
 def causal_behind_cached(model: PreTrainedModel) -> bool:
     """Whether new tokens behind cached ones need no mask to be causal, in the `grouped` block.
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from amulet.attention import causal_behind_cached, grouped
+from amulet import native
+from amulet.attention import causal_behind_cached, grouped, steps_are_native
 from amulet.cache import RowCache, cache_argument, check_supported
 from amulet.choice import append_token, choose_tokens
 from amulet.compiled import LEAST_ROWS, CompiledStep
 from amulet.drafts import NARROW, Draft
 from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
+from amulet.packed_layers import native_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 
 CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
@@ -63,6 +66,8 @@ class Engine:
         self._cache = RowCache()
         self._cache_argument = cache_argument(model)
         self._causal_behind_cached = causal_behind_cached(model)
+        # Up to how many rows a step is the C code's, but for small operations.
+        self._native_rows = native_rows(model) if steps_are_native(model) else 0
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
         self._filling = False  # a prefill is under way in rows behind those of `_owners`
@@ -127,12 +132,14 @@ class Engine:
             for row, (generation, _) in enumerate(self._owners):
                 ids[row] += drafts[generation]
                 ids[row] += [0] * (width - len(ids[row]))
-        try:
-            self._cache.reserve(len(ids), max(starts) + width)
-            logits = self._decode(ids, starts)  # [rows, width, vocab]
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(len(ids), max(starts)) from error
-        self._accept(drafts, logits)
+        native_step = len(ids) * width <= self._native_rows
+        with native.team() if native_step else nullcontext():
+            try:
+                self._cache.reserve(len(ids), max(starts) + width)
+                logits = self._decode(ids, starts)  # [rows, width, vocab]
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(len(ids), max(starts)) from error
+            self._accept(drafts, logits)
         self.sweep()
 
     def _draft(self, rows: int) -> dict[Generation, list[int]]:

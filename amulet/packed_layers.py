@@ -23,7 +23,12 @@ class PackedLayer(nn.Module):
 
     Args:
         linear: the layer to replace, on the CPU.
+
+    Attributes:
+        native_rows: up to how many rows are multiplied by `products`; 0 where none are.
     """
+
+    native_rows = 0
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -82,13 +87,9 @@ class PackedLinear(PackedLayer):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._kind = products.FLOAT32 if self.dtype == torch.float32 else products.BFLOAT16
         self._blocks = products.address_of_blocks(self._packed, weight)
-        served = self._blocks is not None
-        self._most = products.most_rows(self._kind) * self.in_features if served else 0
-
-    @property
-    def reads_blocks(self) -> bool:
-        """Whether few rows are multiplied by `products`, not by oneDNN."""
-        return self._blocks is not None
+        if self._blocks is not None:
+            self.native_rows = products.most_rows(self._kind)
+        self._most = self.native_rows * self.in_features
 
     @property
     def weight(self) -> torch.Tensor:
@@ -151,7 +152,8 @@ class Int8Linear(_RoundedLinear):
         self._scale = scale.to(torch.bfloat16)
         self._own = products.serves(products.INT8) and self.in_features % 2 == 0
         self._rounded = products.int8_blocks(rounded) if self._own else rounded
-        self._most_rows = products.most_rows(products.INT8) if self._own else 48
+        self.native_rows = products.most_rows(products.INT8) if self._own else 0
+        self._most_rows = self.native_rows or 48
 
     @property
     def weight(self) -> torch.Tensor:
@@ -190,7 +192,8 @@ class Int4Linear(_RoundedLinear):
         levels = ((groups - least[..., None]) / scale[..., None]).round().clamp(0, 15).flatten(1)
         levels = levels.to(torch.uint8)
         self._own = products.serves(products.INT4)
-        self._most_rows = products.most_rows(products.INT4) if self._own else 96
+        self.native_rows = products.most_rows(products.INT4) if self._own else 0
+        self._most_rows = self.native_rows or 96
         if self._own:
             self._blocks = products.int4_blocks(levels, scale.bfloat16(), least.bfloat16())
             return
@@ -225,3 +228,11 @@ class Int4Linear(_RoundedLinear):
             rows, self._kernel_levels, INT4_GROUP, self._scales
         )
         return self._with_bias(product, hidden)
+
+
+def native_rows(model: nn.Module) -> int:
+    """Return up to how many rows all of a model's products are C code's; 0 if some never are."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    dense = any(p.dim() > 1 for module in others for p in module.parameters(recurse=False))
+    return 0 if dense else min((layer.native_rows for layer in layers), default=0)

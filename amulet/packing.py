@@ -70,7 +70,7 @@ def _slows(model: nn.Module) -> bool:
     second decides; through `products` they never do.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
-    if not linears or PackedLinear(linears[0]).reads_blocks:
+    if not linears or PackedLinear(linears[0]).native_rows:
         return False
     sizes = itertools.accumulate(linear.weight.nbytes for linear in linears)
     sample = [linear for linear, size in zip(linears, sizes, strict=True) if size <= TRIAL[1]]

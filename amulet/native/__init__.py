@@ -1,4 +1,4 @@
-"""C code for decode steps on the CPU, compiled once where it runs, and cached.
+"""C code for the CPU, compiled once where it runs, and cached: products, attention, threads.
 
 PyTorch's kernels read the weights of a step of few rows, and its keys and values, at a fraction of
 the memory's speed. Where there is no C compiler, those kernels are used all the same.
@@ -16,6 +16,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ from amulet.cache_folder import cache_folder
 logger = logging.getLogger("amulet")
 
 FOLDER = Path(__file__).parent
-FILES = "common.h", "attention.h", "attention.c", "prefill.c", "products.c"
+HEADERS = "common.h", "threads.h", "attention.h"
+SOURCES = "threads.c", "attention.c", "prefill.c", "products.c"
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
 
 
@@ -45,6 +49,20 @@ def reason() -> str:
     """Return why `library` returned None, "" where it did not."""
     library()
     return _libraries[0][1]
+
+
+@contextmanager
+def team() -> Iterator[None]:
+    """Let helpers of the C code's own do its tasks in the block, and PyTorch use one thread.
+
+    For a block in which the C code does all that is much; see `threads.c`. For this thread alone.
+    """
+    threads = torch.get_num_threads()
+    library().amulet_enter_team(threads)
+    try:
+        yield
+    finally:
+        library().amulet_leave_team(threads)
 
 
 def _load() -> tuple[Any, str]:
@@ -83,7 +101,7 @@ def _built() -> Path:
     compiler = shutil.which(name)
     if compiler is None:
         raise OSError(f"there is no C compiler `{name}` (Debian: apt install gcc libc6-dev)")
-    texts = [(FOLDER / name).read_text(encoding="utf-8") for name in FILES]
+    texts = [(FOLDER / name).read_text(encoding="utf-8") for name in HEADERS + SOURCES]
     made_of = texts, FLAGS, options, compiler, os.stat(compiler).st_mtime, processor()
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
     path = cache_folder() / "native" / f"{key}.so"
@@ -93,14 +111,17 @@ def _built() -> Path:
         _check_own(path)
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = []
-        for source in (name for name in FILES if name.endswith(".c")):
-            objects.append(str(Path(folder, source).with_suffix(".o")))
-            _run(compiler, *options, *FLAGS, "-c", str(FOLDER / source), "-o", objects[-1])
+        objects = {name: str(Path(folder, name).with_suffix(".o")) for name in SOURCES}
+        with ThreadPoolExecutor() as pool:
+            commands = [
+                (compiler, *options, *FLAGS, "-c", str(FOLDER / name), "-o", target)
+                for name, target in objects.items()
+            ]
+            list(pool.map(_run, commands))
         # Linked without OpenMP: its functions are then those of the library that PyTorch has
         # loaded, and its threads are PyTorch's. A second library's would compete with them.
         whole = str(Path(folder, path.name))
-        _run(compiler, *options, "-shared", *objects, "-o", whole)
+        _run((compiler, *options, "-shared", *objects.values(), "-o", whole))
         os.chmod(whole, 0o755)
         os.replace(whole, path)
     return path
@@ -116,7 +137,7 @@ def _check_own(path: Path) -> None:
         )
 
 
-def _run(*command: str) -> None:
+def _run(command: Sequence[str]) -> None:
     subprocess.run(
         command, check=True, capture_output=True, text=True, errors="replace", timeout=120
     )

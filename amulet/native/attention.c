@@ -141,27 +141,37 @@ static void attend_head(const struct attention *at, int half, const char *query,
     }
 }
 
+struct few {
+    const struct attention *at;
+    int half;
+    const char *query, *key, *value;
+    const uint8_t *mask;
+    float scale, *memory;
+    char *out;
+    long padded;
+};
+
+static void attend_one(void *argument, long task, int worker)
+{
+    const struct few *of = argument;
+    float *scores = of->memory + worker * QUERIES * (of->padded + of->at->dim);
+    attend_head(of->at, of->half, of->query, of->key, of->value, of->mask, of->scale, of->out,
+                task / of->at->key_heads, task % of->at->key_heads, scores,
+                scores + QUERIES * of->padded);
+}
+
 /* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim]. A mask has a byte for
    each [row][token][column], 0 where it isn't seen; without one a token sees the columns up to its
    own, the new ones being the last. */
 int amulet_attend(const struct attention *at, int half, const char *query, const char *key,
                   const char *value, const uint8_t *mask, float scale, char *out)
 {
-    long tasks = at->rows * at->key_heads, padded = (at->columns + LANES - 1) / LANES * LANES;
-    int failed = 0;
-#pragma omp parallel
-    {
-        float *memory = malloc(QUERIES * (padded + at->dim) * sizeof *memory);
-        if (!memory) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < tasks; task++)
-            if (memory)
-                attend_head(at, half, query, key, value, mask, scale, out, task / at->key_heads,
-                            task % at->key_heads, memory, memory + QUERIES * padded);
-        free(memory);
-    }
-    return failed;
+    long padded = (at->columns + LANES - 1) / LANES * LANES;
+    float *memory = malloc(most_workers() * QUERIES * (padded + at->dim) * sizeof *memory);
+    struct few whole = {at, half, query, key, value, mask, scale, memory, out, padded};
+    if (!memory)
+        return 1;
+    run_tasks(at->rows * at->key_heads, attend_one, &whole);
+    free(memory);
+    return 0;
 }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "common.h"
+#include "threads.h"
 
 /* Sizes are in elements; the last dimension of each tensor is contiguous. */
 struct attention {

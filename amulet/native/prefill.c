@@ -137,56 +137,72 @@ INLINE void attend_block(int half, const struct attention *at, const char *query
         }
 }
 
+struct many {
+    const struct attention *at;
+    int half;
+    const char *query, *key, *value;
+    float scale, *memory;
+    char *out;
+    uint32_t *keys, *values;
+    long dim_words, sides, blocks; /* how many times SIDE columns, how many times TOKENS tokens */
+};
+
+static struct laid_out head_of(const struct many *of, long pair)
+{
+    long words = pair * of->sides * SIDE * of->dim_words;
+    return (struct laid_out){of->keys + words, of->values + words, of->dim_words};
+}
+
+static void lay_out_side(void *argument, long task, int worker)
+{
+    const struct many *of = argument;
+    const struct attention *at = of->at;
+    long pair = task / of->sides, row = pair / at->key_heads, head = pair % at->key_heads;
+    long size = of->half ? 2 : 4;
+    struct laid_out to = head_of(of, pair);
+    (void)worker;
+    lay_out(at, of->half, of->key + (row * at->key_row + head * at->key_head) * size,
+            of->value + (row * at->value_row + head * at->value_head) * size, &to,
+            task % of->sides * SIDE);
+}
+
+static void attend_tokens(void *argument, long task, int worker)
+{
+    const struct many *of = argument;
+    const struct attention *at = of->at;
+    long heads = at->key_heads * at->groups, size = of->half ? 2 : 4;
+    long row = task / heads % at->rows, head = task % heads;
+    /* The last tokens first: they have the most columns. */
+    long begin = (of->blocks - 1 - task / (at->rows * heads)) * TOKENS;
+    long end = begin + TOKENS < at->width ? begin + TOKENS : at->width;
+    struct laid_out in = head_of(of, row * at->key_heads + head / at->groups);
+    const char *query = of->query + (row * at->query_row + head * at->query_head) * size;
+    char *out = of->out + (row * at->width * heads + head) * at->dim * size;
+    float *sums = of->memory + worker * TOKENS * at->dim;
+    if (of->half)
+        attend_block(1, at, query, &in, of->scale, out, begin, end, sums);
+    else
+        attend_block(0, at, query, &in, of->scale, out, begin, end, sums);
+}
+
 /* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim]; dim is a multiple of
    SIDE. */
 int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
                    const char *value, float scale, char *out)
 {
-    long size = half ? 2 : 4, heads = at->key_heads * at->groups, pairs = at->rows * at->key_heads;
-    struct laid_out whole = {.dim_words = at->dim / (half ? 2 : 1)};
-    long sides = (at->columns + SIDE - 1) / SIDE, words = sides * SIDE * whole.dim_words;
+    long pairs = at->rows * at->key_heads, dim_words = at->dim / (half ? 2 : 1);
+    long sides = (at->columns + SIDE - 1) / SIDE, words = pairs * sides * SIDE * dim_words;
     long blocks = (at->width + TOKENS - 1) / TOKENS;
-    int failed = 0;
-    whole.keys = malloc(2 * pairs * words * sizeof *whole.keys);
-    if (!whole.keys)
-        return 1;
-    whole.values = whole.keys + pairs * words;
-#pragma omp parallel
-    {
-        float *memory = malloc(TOKENS * at->dim * sizeof *memory);
-        if (!memory) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (long task = 0; task < pairs * sides; task++) {
-            long pair = task / sides, row = pair / at->key_heads, head = pair % at->key_heads;
-            struct laid_out to = whole;
-            to.keys += pair * words, to.values += pair * words;
-            lay_out(at, half, key + (row * at->key_row + head * at->key_head) * size,
-                    value + (row * at->value_row + head * at->value_head) * size, &to,
-                    task % sides * SIDE);
-        }
-        /* The last tokens first: they have the most columns. */
-#pragma omp for schedule(dynamic, 1)
-        for (long task = at->rows * heads * blocks - 1; task >= 0; task--) {
-            long block = task / (at->rows * heads), row = task / heads % at->rows;
-            long head = task % heads, pair = row * at->key_heads + head / at->groups;
-            long begin = block * TOKENS;
-            long end = begin + TOKENS < at->width ? begin + TOKENS : at->width;
-            struct laid_out in = whole;
-            in.keys += pair * words, in.values += pair * words;
-            const char *own = query + (row * at->query_row + head * at->query_head) * size;
-            char *place = out + (row * at->width * heads + head) * at->dim * size;
-            if (!memory)
-                continue;
-            if (half)
-                attend_block(1, at, own, &in, scale, place, begin, end, memory);
-            else
-                attend_block(0, at, own, &in, scale, place, begin, end, memory);
-        }
-        free(memory);
+    float *memory = malloc(most_workers() * TOKENS * at->dim * sizeof *memory);
+    uint32_t *keys = malloc(2 * words * sizeof *keys);
+    struct many whole = {at, half, query, key, value, scale, memory, out, keys, keys + words,
+                         dim_words, sides, blocks};
+    int failed = !memory || !keys;
+    if (!failed) {
+        run_tasks(pairs * sides, lay_out_side, &whole);
+        run_tasks(pairs * at->groups * blocks, attend_tokens, &whole);
     }
-    free(whole.keys);
+    free(keys);
+    free(memory);
     return failed;
 }

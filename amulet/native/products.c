@@ -5,10 +5,10 @@
    all rows (by ROWS of them at a time: as many sums as there are registers). Sums are float32, and
    a row's are made in one order, whatever the other rows and the number of threads. */
 
-#include <omp.h>
 #include <stdlib.h>
 
 #include "common.h"
+#include "threads.h"
 
 enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = AT_ONCE };
 enum { FLOAT32, BFLOAT16, INT8, INT4 }; /* of the weight; x is bfloat16 for the last three */
@@ -252,13 +252,53 @@ static void store(int kind, float *restrict sums, const uint16_t *scale, const v
         ((uint16_t *)out)[c] = to_bfloat16(sums[c]);
 }
 
+struct product {
+    int kind;
+    const void *x, *weight;
+    const uint16_t *scale;
+    const void *bias;
+    void *out;
+    long rows, n, k;
+    const float *group_sums;
+    tiles *sums_of;
+    long part_bytes, block_bytes, chunk; /* a chunk is so many parts of LANES outputs */
+};
+
+static void multiply_chunk(void *argument, long task, int worker)
+{
+    const struct product *of = argument;
+    long n = of->n, k = of->k, most = of->kind == INT4 ? 2 : VECTORS;
+    long steps = of->kind != FLOAT32 ? k / 2 : k, size = of->kind != FLOAT32 ? 2 : 4;
+    long first = task * of->chunk, last = first + of->chunk, parts = (n + LANES - 1) / LANES;
+    last = last < parts ? last : parts;
+    (void)worker;
+    for (long part = first, vectors; part < last; part += vectors) {
+        long whole = part % most == 0 && part + most <= last;
+        vectors = whole ? most : part % 2 == 0 && part + 2 <= last ? 2 : 1;
+        const char *lines = (const char *)of->weight + part / VECTORS * of->block_bytes
+                            + part % VECTORS * of->part_bytes;
+        long column = part * LANES, width = vectors * LANES;
+        if (column + width > n)
+            width = n - column;
+        for (long r = 0, now; r < of->rows; r += now) {
+            float sums[ROWS][BLOCK];
+            now = next_rows(of->rows - r);
+            of->sums_of((int)now, (int)vectors, lines, (const uint32_t *)of->x + r * steps, steps,
+                        of->group_sums ? of->group_sums + r * (k / GROUP) : NULL, sums);
+            for (long i = 0; i < now; i++)
+                store(of->kind, sums[i], of->scale ? of->scale + column : NULL, of->bias, column,
+                      (char *)of->out + ((r + i) * n + column) * size, width);
+        }
+    }
+}
+
 /* Return 0, or 1 where memory is short or the kind is not served. `scale[n]`, bfloat16, is int8's
    alone; `bias` is of x's type, or null. */
 int amulet_product(int kind, const void *x, const void *weight, const uint16_t *scale,
                    const void *bias, void *out, long rows, long n, long k)
 {
     int half = kind != FLOAT32;
-    long steps = half ? k / 2 : k, parts = (n + LANES - 1) / LANES;
+    long steps = half ? k / 2 : k;
     long part_bytes = 64, block_bytes = VECTORS * steps * 64;
     float *group_sums = NULL;
     tiles *sums_of = kind == FLOAT32 ? float32_tiles : kind == BFLOAT16 ? bfloat16_tiles : NULL;
@@ -279,30 +319,15 @@ int amulet_product(int kind, const void *x, const void *weight, const uint16_t *
 #endif
     if (!sums_of)
         return 1;
-    long most = kind == INT4 ? 2 : VECTORS;
-#pragma omp parallel
-    {
-        long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        long last = parts * (thread + 1) / threads;
-        for (long part = parts * thread / threads, vectors; part < last; part += vectors) {
-            long whole = part % most == 0 && part + most <= last;
-            vectors = whole ? most : part % 2 == 0 && part + 2 <= last ? 2 : 1;
-            const char *lines = (const char *)weight + part / VECTORS * block_bytes
-                                + part % VECTORS * part_bytes;
-            long column = part * LANES, width = vectors * LANES;
-            if (column + width > n)
-                width = n - column;
-            for (long r = 0, now; r < rows; r += now) {
-                float sums[ROWS][BLOCK];
-                now = next_rows(rows - r);
-                sums_of((int)now, (int)vectors, lines, (const uint32_t *)x + r * steps, steps,
-                        group_sums ? group_sums + r * (k / GROUP) : NULL, sums);
-                for (long i = 0; i < now; i++)
-                    store(kind, sums[i], scale ? scale + column : NULL, bias, column,
-                          (char *)out + ((r + i) * n + column) * (half ? 2 : 4), width);
-            }
-        }
+    struct product whole = {kind, x, weight, scale, bias, out, rows, n, k, group_sums, sums_of,
+                            part_bytes, block_bytes, VECTORS};
+    long parts = (n + LANES - 1) / LANES, workers = most_workers(), tasks, turns;
+    for (;; whole.chunk /= 2) { /* smaller ones where the last turn would leave workers idle */
+        tasks = (parts + whole.chunk - 1) / whole.chunk, turns = (tasks + workers - 1) / workers;
+        if (whole.chunk == 1 || 20 * turns * workers <= 21 * tasks)
+            break;
     }
+    run_tasks(tasks, multiply_chunk, &whole);
     free(group_sums);
     return 0;
 }

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_without_a_compiler_pytorch_s_kernels_are_used(
     caplog.set_level(logging.INFO, "amulet")
     dense = nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
     packed = PackedLinear(dense)
-    assert not packed.reads_blocks
+    assert not packed.native_rows
     hidden = torch.randn(2, 64, dtype=torch.bfloat16)
     torch.testing.assert_close(packed(hidden), dense(hidden))
     PackedLinear(dense)
@@ -47,7 +48,7 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch
     assert native.library() is not None
     native._libraries.clear()
 
-    def compile_again(*command: str) -> None:
+    def compile_again(command: tuple[str, ...]) -> None:
         raise AssertionError(f"compiled again: {command}")
 
     monkeypatch.setattr(native, "_run", compile_again)
@@ -89,7 +90,7 @@ def test_avx_512_without_bfloat16_gives_the_same_results(
 
     def outputs() -> list[torch.Tensor]:
         packed = PackedLinear(dense)
-        assert packed.reads_blocks
+        assert packed.native_rows
         attended = grouped_attention(nn.Module(), query, states, states, None)[0]
         return [packed(hidden), attended]
 
@@ -169,3 +170,88 @@ def test_it_brings_no_second_openmp() -> None:
     """Two of them would keep threads that compete for the cores."""
     needed = subprocess.run(["ldd", native._built()], capture_output=True, text=True, check=True)
     assert "omp" not in needed.stdout
+
+
+def products_and_attention(seed: int) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    results = []
+    for out_features, dtype in ((576, torch.bfloat16), (200, torch.float32)):
+        layer = PackedLinear(nn.Linear(128, out_features, dtype=dtype).requires_grad_(False))
+        results += [layer(torch.randn(rows, 128, dtype=dtype)) for rows in (1, 2, 7)]
+    query, key, value = (torch.randn(2, heads, n, 64) for heads, n in ((6, 1), (3, 90), (3, 90)))
+    results.append(grouped_attention(torch.nn.Module(), query, key, value, None)[0])
+    return results
+
+
+@needs_code
+def test_the_team_computes_what_openmp_s_threads_do() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        expected = products_and_attention(0)
+        with native.team():
+            assert torch.get_num_threads() == 1
+            found = products_and_attention(0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_code
+def test_a_team_asked_by_many_threads_at_once() -> None:
+    """One at a time has the helpers, the others compute alone; all get their own results."""
+    torch.manual_seed(0)
+    wrong: list[int] = []
+
+    def compute(number: int) -> None:
+        layer = PackedLinear(nn.Linear(64, 640, dtype=torch.bfloat16).requires_grad_(False))
+        hidden = torch.randn(3, 64, dtype=torch.bfloat16)
+        alone = layer(hidden)
+        for _ in range(300):
+            with native.team():
+                if not torch.equal(layer(hidden), alone):
+                    wrong.append(number)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        threads = [threading.Thread(target=compute, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert not wrong
+
+
+FORKING = """
+import os, torch
+from torch import nn
+from amulet import native
+from amulet.packed_layers import PackedLinear
+
+torch.set_num_threads(3)
+layer = PackedLinear(nn.Linear(64, 640, dtype=torch.bfloat16).requires_grad_(False))
+hidden = torch.randn(3, 64, dtype=torch.bfloat16)
+
+def compute():
+    with native.team():
+        return layer(hidden)
+
+expected = compute()
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(compute(), expected) else 3)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(status, torch.equal(compute(), expected))
+"""
+
+
+@needs_code
+def test_a_forked_child_has_a_team_of_its_own() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", FORKING], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.split() == ["0", "True"]

@@ -176,7 +176,7 @@ def test_another_layout_is_noticed(dtype: torch.dtype, monkeypatch: pytest.Monke
 def test_a_packed_layer_takes_any_hidden_states(dtype: torch.dtype, rows: int) -> None:
     dense = layer(48, 64, dtype, bias=True)
     packed = PackedLinear(dense)
-    assert packed.reads_blocks
+    assert packed.native_rows
     strided = torch.randn(64, rows, dtype=dtype).T
     torch.testing.assert_close(packed(strided), dense(strided))
     assert packed(strided[:0]).shape == (0, 48)

@@ -126,6 +126,8 @@ def test_the_wheel_is_the_packages_and_nothing_else(names: set[str]) -> None:
         "amulet/native/common.h",
         "amulet/native/prefill.c",
         "amulet/native/products.c",
+        "amulet/native/threads.c",
+        "amulet/native/threads.h",
         "amulet/evaluation/templates/report.html.j2",
         "amulet/playground/static/index.html",
     ],
