@@ -218,6 +218,7 @@ def steps_are_native(model: PreTrainedModel) -> bool:
         and model.dtype in (torch.float32, torch.bfloat16)
         and dim % 32 == 0
         and not getattr(config, "attn_logit_softcapping", None)
+        and not getattr(config, "v_head_dim", None)  # keys and values of unlike size
     )
 
 

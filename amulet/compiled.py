@@ -79,9 +79,7 @@ class CompiledStep:
         native.library()  # looked for now: the compiler can't trace that
         # PyTorch keeps compiled code in the temporary folder, which a restart empties.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-        # As many threads as the caller has when it calls: one beside the C code's own.
-        threads: dict[str, Any] = {"cpp.dynamic_threads": True}
-        compiled = torch.compile(self._step, dynamic=True, fullgraph=True, options=threads)
+        compiled = torch.compile(self._step, dynamic=True, fullgraph=True)
         start = time.perf_counter()
         with warnings.catch_warnings():  # the compiler's own, which nobody here can mend
             warnings.simplefilter("ignore")

@@ -30,6 +30,7 @@ CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running ans
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
 WORTH_SHARING = 64  # tokens of a shared beginning that are prefilled once, not in every row
+TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no second thread
 TOGETHER = 256  # tokens per row of a prefill from which rows gain nothing by sharing a pass
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
 
@@ -67,7 +68,8 @@ class Engine:
         self._cache_argument = cache_argument(model)
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
-        self._native_rows = native_rows(model) if steps_are_native(model) else 0
+        rows = native_rows(model) if steps_are_native(model) else 0
+        self._team_rows = min(rows, TEAM_ROWS)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
         self._filling = False  # a prefill is under way in rows behind those of `_owners`
@@ -132,14 +134,15 @@ class Engine:
             for row, (generation, _) in enumerate(self._owners):
                 ids[row] += drafts[generation]
                 ids[row] += [0] * (width - len(ids[row]))
-        native_step = len(ids) * width <= self._native_rows
-        with native.team() if native_step else nullcontext():
-            try:
-                self._cache.reserve(len(ids), max(starts) + width)
+        # Compiled code brings loops for OpenMP's threads, which the team's would get in the way of.
+        alone = len(ids) * width <= self._team_rows and not self._compiles()
+        try:
+            self._cache.reserve(len(ids), max(starts) + width)
+            with native.team() if alone else nullcontext():
                 logits = self._decode(ids, starts)  # [rows, width, vocab]
-            except torch.OutOfMemoryError as error:
-                raise self._out_of_memory(len(ids), max(starts)) from error
-            self._accept(drafts, logits)
+                self._accept(drafts, logits)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(len(ids), max(starts)) from error
         self.sweep()
 
     def _draft(self, rows: int) -> dict[Generation, list[int]]:

@@ -32,7 +32,8 @@ logger = logging.getLogger("amulet")
 FOLDER = Path(__file__).parent
 HEADERS = "common.h", "threads.h", "attention.h"
 SOURCES = "threads.c", "attention.c", "prefill.c", "products.c"
-FLAGS = "-O3", "-march=native", "-fopenmp", "-fPIC"
+FLAGS = "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-fPIC"
+MOST_THREADS = 16  # of the team: with more its taking turns was not measured
 
 
 _libraries: list[tuple[Any, str]] = []  # the one, or None and why, once it was asked for
@@ -53,16 +54,22 @@ def reason() -> str:
 
 @contextmanager
 def team() -> Iterator[None]:
-    """Let helpers of the C code's own do its tasks in the block, and PyTorch use one thread.
+    """Let the C code's own helpers do its tasks in the block, and PyTorch have one thread.
 
-    For a block in which the C code does all that is much; see `threads.c`. For this thread alone.
+    For a block in which the C code does all that is much; see `threads.c`. Nothing is changed where
+    this thread may not use a core for each, as OpenMP may have places for them, or has too many.
     """
+    code = library()
+    code.amulet_leave_team()  # where an interrupt came between entering and leaving
     threads = torch.get_num_threads()
-    library().amulet_enter_team(threads)
+    if not 1 < threads <= min(MOST_THREADS, len(os.sched_getaffinity(0))):
+        yield
+        return
     try:
+        code.amulet_enter_team()
         yield
     finally:
-        library().amulet_leave_team(threads)
+        code.amulet_leave_team()
 
 
 def _load() -> tuple[Any, str]:
@@ -121,7 +128,7 @@ def _built() -> Path:
         # Linked without OpenMP: its functions are then those of the library that PyTorch has
         # loaded, and its threads are PyTorch's. A second library's would compete with them.
         whole = str(Path(folder, path.name))
-        _run((compiler, *options, "-shared", *objects.values(), "-o", whole))
+        _run((compiler, *options, "-shared", "-pthread", *objects.values(), "-o", whole))
         os.chmod(whole, 0o755)
         os.replace(whole, path)
     return path

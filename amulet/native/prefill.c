@@ -4,7 +4,7 @@
    running maximum and sum for each token, so that no more scores than that are held ("flash
    attention"). Keys and values are first laid out so that both products add a vector of outputs
    times one number. A token's sums are made in the order of its columns, whichever tokens are new
-   with it: passes of any width give the same, to the last bit. */
+   with it: passes of any width that come here give the same, to the last bit. */
 
 #include "attention.h"
 
@@ -186,7 +186,7 @@ static void attend_tokens(void *argument, long task, int worker)
 }
 
 /* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim]; dim is a multiple of
-   SIDE. */
+   SIDE, and the scale is positive. */
 int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
                    const char *value, float scale, char *out)
 {

@@ -261,20 +261,20 @@ struct product {
     long rows, n, k;
     const float *group_sums;
     tiles *sums_of;
-    long part_bytes, block_bytes, chunk; /* a chunk is so many parts of LANES outputs */
+    long part_bytes, block_bytes; /* a part is LANES outputs */
 };
 
-static void multiply_chunk(void *argument, long task, int worker)
+static void multiply_block(void *argument, long task, int worker)
 {
     const struct product *of = argument;
     long n = of->n, k = of->k, most = of->kind == INT4 ? 2 : VECTORS;
     long steps = of->kind != FLOAT32 ? k / 2 : k, size = of->kind != FLOAT32 ? 2 : 4;
-    long first = task * of->chunk, last = first + of->chunk, parts = (n + LANES - 1) / LANES;
-    last = last < parts ? last : parts;
+    long last = (n + LANES - 1) / LANES;
+    last = last < (task + 1) * VECTORS ? last : (task + 1) * VECTORS;
     (void)worker;
-    for (long part = first, vectors; part < last; part += vectors) {
-        long whole = part % most == 0 && part + most <= last;
-        vectors = whole ? most : part % 2 == 0 && part + 2 <= last ? 2 : 1;
+    for (long part = task * VECTORS, vectors; part < last; part += vectors) {
+        long left = last - part;
+        vectors = left >= most ? most : left >= 2 ? 2 : 1;
         const char *lines = (const char *)of->weight + part / VECTORS * of->block_bytes
                             + part % VECTORS * of->part_bytes;
         long column = part * LANES, width = vectors * LANES;
@@ -320,14 +320,8 @@ int amulet_product(int kind, const void *x, const void *weight, const uint16_t *
     if (!sums_of)
         return 1;
     struct product whole = {kind, x, weight, scale, bias, out, rows, n, k, group_sums, sums_of,
-                            part_bytes, block_bytes, VECTORS};
-    long parts = (n + LANES - 1) / LANES, workers = most_workers(), tasks, turns;
-    for (;; whole.chunk /= 2) { /* smaller ones where the last turn would leave workers idle */
-        tasks = (parts + whole.chunk - 1) / whole.chunk, turns = (tasks + workers - 1) / workers;
-        if (whole.chunk == 1 || 20 * turns * workers <= 21 * tasks)
-            break;
-    }
-    run_tasks(tasks, multiply_chunk, &whole);
+                            part_bytes, block_bytes};
+    run_tasks((n + BLOCK - 1) / BLOCK, multiply_block, &whole);
     free(group_sums);
     return 0;
 }

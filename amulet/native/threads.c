@@ -2,10 +2,9 @@
 
    OpenMP's threads wait for each other at the end of each, so that a core which another program
    uses holds up all of them; and GNU's wait asleep as soon as two threads of a program have
-   computed. Here the caller takes whatever task no helper has taken, and waits for tasks alone that
-   are being done. There is one team; a second caller at the same time does its tasks by itself. */
+   computed. Here the caller takes over what no helper has begun, and waits for those alone who are
+   at work. There is one team; a second caller at the same time does its tasks by itself. */
 
-#define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -16,62 +15,98 @@
 
 #include "threads.h"
 
-enum { MOST_HELPERS = 255, SPINS = 20000 }; /* pauses, some tenths of a millisecond, until a helper sleeps */
+enum { SPINS = 20000 }; /* pauses, up to a millisecond, until a helper sleeps */
+enum { PATIENCE = 2000 }; /* pauses that a second caller waits for the team */
+
+/* The tasks are dealt out in advance, so that each worker's lie side by side in memory, which is
+   twice as fast as taking turns; who has done its own takes over what others have not begun. */
+struct share {
+    _Alignas(64) atomic_long next;
+    long end;
+};
+
+struct job {
+    task_of *task;
+    void *argument;
+    int workers;
+    struct share *shares; /* of each worker */
+};
 
 static struct {
     _Alignas(64) atomic_long round; /* odd: there are tasks */
-    _Alignas(64) atomic_long next;
-    _Alignas(64) atomic_int inside, asleep;
+    _Alignas(64) atomic_int inside;
+    _Alignas(64) atomic_int asleep; /* of those helpers that `most` allows */
+    atomic_int most;                /* how many of the helpers take part */
     _Alignas(64) atomic_flag taken;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    int helpers, most; /* how many there are, and how many of them these tasks may have */
-    long tasks;
-    task_of *task;
-    void *argument;
+    int helpers;
+    struct job job;
 } team = {.taken = ATOMIC_FLAG_INIT, .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
 
 static _Thread_local int own_helpers; /* of this thread's calls; 0: OpenMP's threads */
+static _Thread_local int before;      /* how many threads OpenMP had; 0: this is not in the team */
 
-static void work(int worker)
+static void deal_out(long count, struct job *job)
 {
-    long task;
-    while ((task = atomic_fetch_add(&team.next, 1)) < team.tasks)
-        team.task(team.argument, task, worker);
+    for (long w = 0; w < job->workers; w++) {
+        atomic_init(&job->shares[w].next, count * w / job->workers);
+        job->shares[w].end = count * (w + 1) / job->workers;
+    }
 }
 
-static void sleep_until(long done)
+static void work(const struct job *job, int worker)
+{
+    long task;
+    for (int w = 0; w < job->workers; w++) {
+        struct share *share = job->shares + (worker + w) % job->workers;
+        while ((task = atomic_fetch_add(&share->next, 1)) < share->end)
+            job->task(job->argument, task, worker);
+    }
+}
+
+static int is_idle(long number, long done)
+{
+    long round = atomic_load(&team.round);
+    return round == done || round % 2 == 0 || number > atomic_load(&team.most);
+}
+
+static void sleep_while_idle(long number, long done)
 {
     pthread_mutex_lock(&team.mutex);
-    atomic_fetch_add(&team.asleep, 1);
-    for (long now = atomic_load(&team.round); now == done || now % 2 == 0;
-         now = atomic_load(&team.round))
-        pthread_cond_wait(&team.wake, &team.mutex);
-    atomic_fetch_sub(&team.asleep, 1);
+    for (int idle = 1; idle;) {
+        int counts = number <= atomic_load(&team.most);
+        atomic_fetch_add(&team.asleep, counts); /* before it looks: who calls looks afterwards */
+        idle = is_idle(number, done);
+        if (idle)
+            pthread_cond_wait(&team.wake, &team.mutex);
+        atomic_fetch_sub(&team.asleep, counts);
+    }
     pthread_mutex_unlock(&team.mutex);
 }
 
-static void *help(void *number)
+static void *help(void *own)
 {
-    long done = 0, spins = 0;
+    long number = (long)own, done = 0, spins = 0;
     for (;;) {
-        long round = atomic_load(&team.round);
-        if (round == done || round % 2 == 0) {
+        if (is_idle(number, done)) {
             if (++spins < SPINS) {
                 _mm_pause();
             } else {
-                sleep_until(done);
+                sleep_while_idle(number, done);
                 spins = 0;
             }
             continue;
         }
         /* Either this sees that the tasks are over, or the caller sees that somebody is inside. */
         atomic_fetch_add(&team.inside, 1);
-        if (atomic_load(&team.round) == round && (long)number <= team.most)
-            work((int)(long)number);
+        long round = atomic_load(&team.round);
+        if (round % 2 && round != done && number <= atomic_load(&team.most)) {
+            work(&team.job, (int)number);
+            done = round, spins = 0;
+        }
         atomic_fetch_sub(&team.inside, 1);
-        done = round, spins = 0;
     }
     return NULL;
 }
@@ -80,6 +115,7 @@ static void forget_helpers(void) /* a forked child has none */
 {
     atomic_store(&team.inside, 0);
     atomic_store(&team.asleep, 0);
+    atomic_store(&team.most, 0);
     atomic_store(&team.round, 0);
     atomic_flag_clear(&team.taken);
     pthread_mutex_init(&team.mutex, NULL);
@@ -92,45 +128,59 @@ static void start_helpers(int wanted)
     static atomic_flag registered = ATOMIC_FLAG_INIT;
     if (!atomic_flag_test_and_set(&registered))
         pthread_atfork(NULL, NULL, forget_helpers);
-    sigset_t all, before;
+    sigset_t all, old;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's threads */
-    while (team.helpers < wanted && team.helpers < MOST_HELPERS) {
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are for Python's threads */
+    while (team.helpers < wanted) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, help, (void *)(long)(team.helpers + 1)))
             break;
         pthread_detach(thread);
         team.helpers++;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+static int takes_team(void)
+{
+    for (int spins = 0; atomic_flag_test_and_set(&team.taken); spins++) {
+        if (spins == PATIENCE)
+            return 0;
+        _mm_pause();
+    }
+    return 1;
 }
 
 int most_workers(void) { return own_helpers ? own_helpers + 1 : omp_get_max_threads(); }
 
 void run_tasks(long count, task_of *task, void *argument)
 {
+    struct share shares[most_workers()];
+    struct job job = {task, argument, most_workers(), shares};
     if (!own_helpers) {
-#pragma omp parallel for schedule(dynamic, 1)
-        for (long number = 0; number < count; number++)
-            task(argument, number, omp_get_thread_num());
+        deal_out(count, &job);
+#pragma omp parallel
+        work(&job, omp_get_thread_num());
         return;
     }
-    if (count < 2 || atomic_flag_test_and_set(&team.taken)) {
-        for (long number = 0; number < count; number++)
-            task(argument, number, 0);
+    if (count < 2 || !takes_team()) {
+        job.workers = 1;
+        deal_out(count, &job);
+        work(&job, 0);
         return;
     }
     if (team.helpers < own_helpers)
         start_helpers(own_helpers);
-    team.task = task, team.argument = argument, team.tasks = count, team.most = own_helpers;
-    atomic_store(&team.next, 0);
+    deal_out(count, &job);
+    team.job = job;
+    int grows = atomic_exchange(&team.most, own_helpers) < own_helpers;
     atomic_fetch_add(&team.round, 1);
-    if (atomic_load(&team.asleep)) {
+    if (atomic_load(&team.asleep) || grows) {
         pthread_mutex_lock(&team.mutex);
         pthread_cond_broadcast(&team.wake);
         pthread_mutex_unlock(&team.mutex);
     }
-    work(0);
+    work(&job, 0);
     atomic_fetch_add(&team.round, 1);
     for (long spins = 1; atomic_load(&team.inside); spins++) {
         if (spins % 1000)
@@ -141,16 +191,18 @@ void run_tasks(long count, task_of *task, void *argument)
     atomic_flag_clear(&team.taken);
 }
 
-/* From now on this thread's tasks are done by a team of so many threads, itself included, and its
-   OpenMP is one thread: PyTorch's small operations then wake nobody. */
-void amulet_enter_team(int threads)
+/* From now on this thread's tasks are done by a team of as many threads as its OpenMP had, itself
+   included, and its OpenMP is one thread: PyTorch's small operations then wake nobody. */
+void amulet_enter_team(void)
 {
-    own_helpers = threads - 1 < MOST_HELPERS ? threads - 1 : MOST_HELPERS;
+    before = omp_get_max_threads();
+    own_helpers = before - 1;
     omp_set_num_threads(1);
 }
 
-void amulet_leave_team(int threads)
+void amulet_leave_team(void)
 {
-    own_helpers = 0;
-    omp_set_num_threads(threads);
+    if (before)
+        omp_set_num_threads(before);
+    own_helpers = before = 0;
 }

@@ -183,7 +183,13 @@ def products_and_attention(seed: int) -> list[torch.Tensor]:
     return results
 
 
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+
+
 @needs_code
+@pytest.mark.usefixtures("four_cores")
 def test_the_team_computes_what_openmp_s_threads_do() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -199,6 +205,54 @@ def test_the_team_computes_what_openmp_s_threads_do() -> None:
 
 
 @needs_code
+def test_no_team_where_a_core_for_each_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    threads = torch.get_num_threads()
+    try:
+        for asked in (1, 3, native.MOST_THREADS + 1):
+            torch.set_num_threads(asked)
+            with native.team():
+                assert torch.get_num_threads() == asked
+        torch.set_num_threads(2)
+        with native.team():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+@pytest.mark.usefixtures("four_cores")
+def test_a_team_that_nobody_left_is_left_later() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        native.library().amulet_enter_team()  # and an interrupt comes
+        with native.team():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+@pytest.mark.usefixtures("four_cores")
+def test_teams_of_changing_size() -> None:
+    threads = torch.get_num_threads()
+    expected = products_and_attention(0)
+    try:
+        for asked in (4, 2, 3, 2, 4):
+            torch.set_num_threads(asked)
+            for _ in range(5):
+                with native.team():
+                    found = products_and_attention(0)
+                assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+@pytest.mark.usefixtures("four_cores")
 def test_a_team_asked_by_many_threads_at_once() -> None:
     """One at a time has the helpers, the others compute alone; all get their own results."""
     torch.manual_seed(0)
@@ -232,6 +286,7 @@ from torch import nn
 from amulet import native
 from amulet.packed_layers import PackedLinear
 
+os.sched_getaffinity = lambda _: range(4)
 torch.set_num_threads(3)
 layer = PackedLinear(nn.Linear(64, 640, dtype=torch.bfloat16).requires_grad_(False))
 hidden = torch.randn(3, 64, dtype=torch.bfloat16)
