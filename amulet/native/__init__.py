@@ -57,7 +57,8 @@ def team() -> Iterator[None]:
     """Let the C code's own helpers do its tasks in the block, and PyTorch have one thread.
 
     For a block in which the C code does all that is much; see `threads.c`. Nothing is changed where
-    this thread may not use a core for each, as OpenMP may have places for them, or has too many.
+    there are more than `MOST_THREADS`, or this thread may not use a core for each of them: OpenMP
+    may have given each a place of its own.
     """
     code = library()
     code.amulet_leave_team()  # where an interrupt came between entering and leaving
