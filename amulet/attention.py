@@ -212,9 +212,7 @@ def steps_are_native(model: PreTrainedModel) -> bool:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         native.library() is not None
-        and config._attn_implementation == "sdpa"
-        and model._supports_attention_backend
-        and model.device.type == "cpu"
+        and causal_behind_cached(model)
         and model.dtype in (torch.float32, torch.bfloat16)
         and dim % 32 == 0
         and not getattr(config, "attn_logit_softcapping", None)

@@ -28,6 +28,12 @@ def exact(
     return (weights @ value.double().repeat_interleave(groups, 1)).transpose(1, 2)
 
 
+def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    near = 1e-5 if found.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), expected, atol=near, rtol=near)
+
+
 def states(rows: int, heads: int, columns: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """Return a part of a larger buffer, as the KV cache's, whose rest is no number."""
     buffer = torch.full((rows + 1, heads, columns + 5, dim), float("nan"), dtype=dtype)
@@ -73,10 +79,7 @@ def test_few_tokens_attend_as_the_definition_says(
             mask &= torch.arange(columns) > last - 5
     assert attention._attends_natively(query, key, value, mask)
     found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.2)
-    expected = exact(query, key, value, mask, 0.2)
-    assert found.shape == expected.shape
-    near = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found.double(), expected, atol=near, rtol=near)
+    check(found, exact(query, key, value, mask, 0.2))
 
 
 @needs_code
@@ -105,10 +108,7 @@ def test_many_tokens_attend_as_the_definition_says(
     query = torch.randn(rows, width, kv_heads * groups, dim).to(dtype).transpose(1, 2)
     key, value = (states(rows, kv_heads, cached + width, dim, dtype) for _ in range(2))
     found = attention._prefill(query, key, value, 0.2)
-    expected = exact(query, key, value, None, 0.2)
-    assert found.shape == expected.shape
-    near = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found.double(), expected, atol=near, rtol=near)
+    check(found, exact(query, key, value, None, 0.2))
 
 
 @needs_code

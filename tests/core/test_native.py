@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -184,71 +185,59 @@ def products_and_attention(seed: int) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of which three are asked for."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
 
 
 @needs_code
 @pytest.mark.usefixtures("four_cores")
 def test_the_team_computes_what_openmp_s_threads_do() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        expected = products_and_attention(0)
-        with native.team():
-            assert torch.get_num_threads() == 1
-            found = products_and_attention(0)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+    expected = products_and_attention(0)
+    with native.team():
+        assert torch.get_num_threads() == 1
+        found = products_and_attention(0)
+    assert torch.get_num_threads() == 3
     assert all(map(torch.equal, found, expected))
 
 
 @needs_code
+@pytest.mark.usefixtures("four_cores")
 def test_no_team_where_a_core_for_each_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
-    threads = torch.get_num_threads()
-    try:
-        for asked in (1, 3, native.MOST_THREADS + 1):
-            torch.set_num_threads(asked)
-            with native.team():
-                assert torch.get_num_threads() == asked
-        torch.set_num_threads(2)
+    for asked in (1, 3, native.MOST_THREADS + 1):
+        torch.set_num_threads(asked)
         with native.team():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
+            assert torch.get_num_threads() == asked
+    torch.set_num_threads(2)
+    with native.team():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
 
 
 @needs_code
 @pytest.mark.usefixtures("four_cores")
 def test_a_team_that_nobody_left_is_left_later() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        native.library().amulet_enter_team()  # and an interrupt comes
-        with native.team():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+    native.library().amulet_enter_team()  # and an interrupt comes
+    with native.team():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
 
 
 @needs_code
 @pytest.mark.usefixtures("four_cores")
 def test_teams_of_changing_size() -> None:
-    threads = torch.get_num_threads()
     expected = products_and_attention(0)
-    try:
-        for asked in (4, 2, 3, 2, 4):
-            torch.set_num_threads(asked)
-            for _ in range(5):
-                with native.team():
-                    found = products_and_attention(0)
-                assert all(map(torch.equal, found, expected))
-    finally:
-        torch.set_num_threads(threads)
+    for asked in (4, 2, 3, 2, 4):
+        torch.set_num_threads(asked)
+        for _ in range(5):
+            with native.team():
+                found = products_and_attention(0)
+            assert all(map(torch.equal, found, expected))
 
 
 @needs_code
@@ -267,16 +256,11 @@ def test_a_team_asked_by_many_threads_at_once() -> None:
                 if not torch.equal(layer(hidden), alone):
                     wrong.append(number)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        threads = [threading.Thread(target=compute, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        torch.set_num_threads(before)
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not wrong
 
 
