@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from amulet.collector import paused_collector
 from amulet.comparison import Comparison
 from amulet.curve import StrengthCurve
 from amulet.errors import (
@@ -71,7 +72,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("Amulet", "AsyncReplyStream", "ReplyStream"):
-        from amulet import model
+        with paused_collector():
+            from amulet import model
 
         return getattr(model, name)
     raise AttributeError(f"module 'amulet' has no attribute {name!r}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -210,7 +211,30 @@ class RowCache(ColumnCache):
         grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
         return grown
 
-    # Transformers' side
+    # The model's side
+
+    def room(
+        self, layer: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where a layer's keys and values of the pass's rows lie, up to its last column.
+
+        Args:
+            layer: the layer's index.
+            key_states, value_states: `[..., kv_heads, any, dim]`, of their dtype and device.
+
+        Returns:
+            Keys and values, `[rows, kv_heads, columns, dim]`.
+        """
+        rows = slice(self._first, self._first + len(self._starts))
+        found = []
+        for buffers, states in ((self._keys, key_states), (self._values, value_states)):
+            buffers += [None] * (layer + 1 - len(buffers))
+            buffer = buffers[layer]
+            if buffer is None:  # zeros: a masked column may still be multiplied by a weight of 0
+                shape = self._capacity[0], states.shape[-3], self._capacity[1], states.shape[-1]
+                buffer = buffers[layer] = states.new_zeros(shape)
+            found.append(buffer[rows, :, : self.columns])
+        return found[0], found[1]
 
     def update(
         self,
@@ -221,33 +245,20 @@ class RowCache(ColumnCache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
-        while len(self._keys) <= layer_idx:
-            self._keys.append(None)
-            self._values.append(None)
-        return (
-            self._write(self._keys, layer_idx, key_states),
-            self._write(self._values, layer_idx, value_states),
-        )
+        keys, values = self.room(layer_idx, key_states, value_states)
+        self._write(keys, key_states)
+        self._write(values, value_states)
+        return keys, values
 
-    def _write(
-        self, buffers: list[torch.Tensor | None], layer: int, states: torch.Tensor
-    ) -> torch.Tensor:
-        buffer = buffers[layer]
-        if buffer is None:  # zeros: a masked column may still be multiplied by a weight of 0
-            rows, columns = self._capacity
-            buffer = states.new_zeros((rows, states.shape[1], columns, states.shape[3]))
-            buffers[layer] = buffer
-        rows = len(self._starts)
-        view = buffer[self._first : self._first + rows]
+    def _write(self, room: torch.Tensor, states: torch.Tensor) -> None:
         if len(set(self._starts)) == 1:
             start = self._starts[0]
-            view[:, :, start : start + self._width] = states
-        else:
-            if self._positions.device != states.device:
-                self._positions = self._positions.to(states.device)
-            index = torch.arange(rows, device=states.device)[:, None]
-            view[index, :, self._positions] = states.transpose(1, 2)
-        return view[:, :, : self.columns]
+            room[:, :, start : start + self._width] = states
+            return
+        if self._positions.device != states.device:
+            self._positions = self._positions.to(states.device)
+        index = torch.arange(len(self._starts), device=states.device)[:, None]
+        room[index, :, self._positions] = states.transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the pass; only asked where all rows start alike."""
@@ -336,7 +347,7 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name}'s forward takes no KV cache; Amulet needs one.")
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """Return the name under which the model's forward takes its cache (renamed in 5.24)."""
+def cache_argument(model: nn.Module) -> str:
+    """Return the name under which a model's or layer's forward takes its cache (new in 5.24)."""
     parameters = inspect.signature(model.forward).parameters
     return "past_key_values" if "past_key_values" in parameters else "cache"

@@ -23,6 +23,7 @@ from amulet.compiled import LEAST_ROWS, CompiledStep
 from amulet.drafts import NARROW, Draft
 from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
+from amulet.layers import are_native
 from amulet.packed_layers import native_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 
@@ -42,7 +43,8 @@ class Engine:
         model: a causal language model that `check_supported` accepts.
         prefix_bytes: how much of ended rows' keys and values may be kept for later prompts that
             begin alike; 0 keeps nothing.
-        compile: compile the decode step; "auto" does once decoding has taken `COMPILE_AFTER`.
+        compile: compile the decode step; "auto" does once decoding has taken `COMPILE_AFTER`, but
+            not where whole layers are C code, which is faster.
         drafts: guess what an answer will copy from its prompt, and check it in one pass.
     """
 
@@ -55,7 +57,7 @@ class Engine:
     ) -> None:
         check_supported(model)
         self.model = model
-        self.compile = compile
+        self.compile = False if compile == "auto" and are_native(model) else compile
         self.drafts = drafts
         self._compiled = CompiledStep(model)
         self._seconds = 0.0  # spent on the forward passes of steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,6 +18,14 @@ _numbers = itertools.count()
 _layers: WeakValueDictionary[int, PackedLayer] = WeakValueDictionary()
 
 
+class Blocks(NamedTuple):
+    """A weight as `products` reads it: its kind, where it lies, and int8's scale."""
+
+    kind: int
+    address: int
+    scale: torch.Tensor | None = None
+
+
 class PackedLayer(nn.Module):
     """A linear layer that holds its weight packed, and only so.
 
@@ -25,16 +33,18 @@ class PackedLayer(nn.Module):
         linear: the layer to replace, on the CPU.
 
     Attributes:
+        blocks: the weight as `products` reads it; None where it can't.
         native_rows: up to how many rows are multiplied by `products`; 0 where none are.
     """
 
+    blocks: Blocks | None = None
     native_rows = 0
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # A copy: the bias itself may lie in the mapped file, and would keep it in memory.
-        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.bias = None if linear.bias is None else linear.bias.detach().clone()
         self._number = next(_numbers)
         _layers[self._number] = self
 
@@ -46,6 +56,12 @@ class PackedLayer(nn.Module):
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
         raise NotImplementedError
+
+    def _by_blocks(self, blocks: Blocks, hidden: torch.Tensor) -> torch.Tensor:
+        shape = self.out_features, self.in_features
+        return products.multiply(
+            blocks.kind, hidden, blocks.address, *shape, blocks.scale, self.bias
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `product(hidden)`, by the layer's number in code that is being compiled."""
@@ -85,10 +101,11 @@ class PackedLinear(PackedLayer):
         weight = linear.weight.detach()
         self.dtype = weight.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self._kind = products.FLOAT32 if self.dtype == torch.float32 else products.BFLOAT16
-        self._blocks = products.address_of_blocks(self._packed, weight)
-        if self._blocks is not None:
-            self.native_rows = products.most_rows(self._kind)
+        kind = products.FLOAT32 if self.dtype == torch.float32 else products.BFLOAT16
+        address = products.address_of_blocks(self._packed, weight)
+        if address is not None:
+            self.blocks = Blocks(kind, address)
+            self.native_rows = products.most_rows(kind)
         self._most = self.native_rows * self.in_features
 
     @property
@@ -99,14 +116,12 @@ class PackedLinear(PackedLayer):
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
-        blocks = self._blocks
+        blocks = self.blocks
         if blocks is not None and hidden.numel() <= self._most and hidden.dtype == self.dtype:
-            return products.multiply(
-                self._kind, hidden, blocks, self.out_features, self.in_features, bias=self._bias
-            )
+            return self._by_blocks(blocks, hidden)
         # The overload by name: to let PyTorch find it costs as much as a small layer's product.
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            hidden, self._packed, self._bias, "none", [], ""
+            hidden, self._packed, self.bias, "none", [], ""
         )
         return output
 
@@ -120,19 +135,21 @@ class _RoundedLinear(PackedLayer):
     _bits: int
     _most_rows: int  # beyond these many the kernel is slower than dense weights made anew
 
-    def _few_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the product of `[rows, in_features]`, bias included."""
+    def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the product by PyTorch's kernel, `[..., out_features]`, bias included."""
         raise NotImplementedError
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
         if hidden.numel() > self._most_rows * self.in_features:  # a prompt, or many users
-            return nn.functional.linear(hidden, self.weight, self._bias)
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        if self.blocks is not None:
+            return self._by_blocks(self.blocks, hidden)
         return self._few_rows(hidden)
 
     def _with_bias(self, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        if self._bias is not None:
-            output = output + self._bias
+        if self.bias is not None:
+            output = output + self.bias
         return output.view(*hidden.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -150,26 +167,23 @@ class Int8Linear(_RoundedLinear):
         scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         self._scale = scale.to(torch.bfloat16)
-        self._own = products.serves(products.INT8) and self.in_features % 2 == 0
-        self._rounded = products.int8_blocks(rounded) if self._own else rounded
-        self.native_rows = products.most_rows(products.INT8) if self._own else 0
+        self._rounded = rounded
+        if products.serves(products.INT8) and self.in_features % 2 == 0:
+            self._rounded = products.int8_blocks(rounded)
+            self.blocks = Blocks(products.INT8, self._rounded.data_ptr(), self._scale)
+            self.native_rows = products.most_rows(products.INT8)
         self._most_rows = self.native_rows or 48
 
     @property
     def weight(self) -> torch.Tensor:
         """A dense copy of the weight, `[out_features, in_features]`, bfloat16."""
-        if self._own:
+        if self.blocks is not None:
             return products.unpack(
                 products.INT8, self._rounded, self.out_features, self.in_features, self._scale
             )
         return self._rounded.to(torch.bfloat16) * self._scale[:, None]
 
     def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._own:
-            shape = self.out_features, self.in_features
-            return products.multiply(
-                products.INT8, hidden, self._rounded.data_ptr(), *shape, self._scale, self._bias
-            )
         rows = hidden.reshape(-1, self.in_features)
         return self._with_bias(torch._weight_int8pack_mm(rows, self._rounded, self._scale), hidden)
 
@@ -191,11 +205,11 @@ class Int4Linear(_RoundedLinear):
         scale = ((most - least) / 15).clamp_min(1e-12)
         levels = ((groups - least[..., None]) / scale[..., None]).round().clamp(0, 15).flatten(1)
         levels = levels.to(torch.uint8)
-        self._own = products.serves(products.INT4)
-        self.native_rows = products.most_rows(products.INT4) if self._own else 0
-        self._most_rows = self.native_rows or 96
-        if self._own:
-            self._blocks = products.int4_blocks(levels, scale.bfloat16(), least.bfloat16())
+        self._most_rows = 96
+        if products.serves(products.INT4):
+            self._levels = products.int4_blocks(levels, scale.bfloat16(), least.bfloat16())
+            self.blocks = Blocks(products.INT4, self._levels.data_ptr())
+            self.native_rows = self._most_rows = products.most_rows(products.INT4)
             return
         self._kernel_levels = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
             levels.to(torch.int32), 1
@@ -208,8 +222,8 @@ class Int4Linear(_RoundedLinear):
     @property
     def weight(self) -> torch.Tensor:
         """A dense copy of the weight, `[out_features, in_features]`, bfloat16."""
-        if self._own:
-            return products.unpack(products.INT4, self._blocks, self.out_features, self.in_features)
+        if self.blocks is not None:
+            return products.unpack(products.INT4, self._levels, self.out_features, self.in_features)
         scale, zero = self._scales.permute(2, 1, 0)[..., None]
         least = zero - 8 * scale
         dense: torch.Tensor = scale.new_empty((*scale.shape[:2], 2, INT4_GROUP // 2))
@@ -218,11 +232,6 @@ class Int4Linear(_RoundedLinear):
         return dense.flatten(1)
 
     def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._own:
-            shape = self.out_features, self.in_features
-            return products.multiply(
-                products.INT4, hidden, self._blocks.data_ptr(), *shape, bias=self._bias
-            )
         rows = hidden.reshape(-1, self.in_features)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, self._kernel_levels, INT4_GROUP, self._scales

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from amulet.errors import ModelError
+from amulet.layers import use_native_layers
 from amulet.packed_layers import INT4_GROUP, Int4Linear, Int8Linear, PackedLinear
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -60,6 +61,7 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
     # What is left may lie in the mapped file, too, and would keep the whole of it in memory.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    use_native_layers(model)
     return count
 
 

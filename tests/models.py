@@ -68,6 +68,7 @@ def random_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     vocab_size: int = VOCAB_SIZE,
+    head_dim: int = 16,
 ) -> PreTrainedModel:
     """Return a tiny real architecture with random weights, in eval mode.
 
@@ -82,7 +83,7 @@ def random_model(
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "max_position_embeddings": 512,
         "initializer_range": 0.3,
         "tie_word_embeddings": False,

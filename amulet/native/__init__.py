@@ -30,8 +30,8 @@ from amulet.cache_folder import cache_folder
 logger = logging.getLogger("amulet")
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "threads.h", "attention.h"
-SOURCES = "threads.c", "attention.c", "prefill.c", "products.c"
+HEADERS = "common.h", "threads.h", "attention.h", "rowwise.h"
+SOURCES = "threads.c", "attention.c", "prefill.c", "products.c", "rowwise.c", "layer.c"
 FLAGS = "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-fPIC"
 MOST_THREADS = 16  # of the team: with more its taking turns was not measured
 
@@ -98,6 +98,13 @@ def _load() -> tuple[Any, str]:
     loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
     loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
     loaded.amulet_unpack.restype = None
+    whole = ctypes.c_int
+    loaded.amulet_norm.argtypes = [whole, *[address] * 3, *[number] * 2, ctypes.c_float]
+    loaded.amulet_rotate.argtypes = [whole, *[address] * 3, *[number] * 4]
+    loaded.amulet_gate.argtypes = [whole, *[address] * 2, number]
+    for name in ("norm", "rotate", "gate"):
+        getattr(loaded, f"amulet_{name}").restype = None
+    loaded.amulet_layer.argtypes = [address] * 4
     return loaded, ""
 
 

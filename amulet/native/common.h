@@ -1,4 +1,4 @@
-/* Vectors of LANES numbers, and bfloat16. */
+/* Vectors of LANES numbers, bfloat16, and the exponential. */
 
 #include <stdint.h>
 #include <string.h>
@@ -60,6 +60,19 @@ INLINE lanes add_product(int half, lanes sum, words a, words b)
 #else
     return sum + even(a) * even(b) + odd(a) * odd(b);
 #endif
+}
+
+/* e to the power of x <= 0: 2 to the whole part by the exponent's bits, to the rest by a
+   polynomial (Taylor's; its error is about float32's). */
+INLINE lanes exponential(lanes x)
+{
+    lanes power = x * 1.44269504f;
+    integers whole = __builtin_convertvector(power - 0.5f, integers);
+    lanes rest = (power - __builtin_convertvector(whole, lanes)) * 0.693147181f;
+    lanes value = 1 + rest * (1 + rest * (1 / 2.f + rest * (1 / 6.f + rest * (1 / 24.f
+                  + rest * (1 / 120.f + rest * (1 / 720.f))))));
+    lanes scaled = value * (lanes)((whole + 127) << 23);
+    return (lanes)((integers)scaled & ~(x <= -87.f)); /* what would underflow is 0; NaN stays */
 }
 
 /* Call with a constant: the compiler keeps sums in registers only where it knows how many. */

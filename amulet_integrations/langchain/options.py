@@ -10,9 +10,9 @@ from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from amulet import Amulet
 from amulet.errors import RequestError
 from amulet.fingerprint import fingerprint
-from amulet.model import Amulet
 from amulet.preference import Placement, describe
 from amulet.request import Request
 from amulet_integrations import _options

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
+from amulet import Amulet
 from amulet.errors import RequestError
-from amulet.model import Amulet
 from amulet.request import Request
 from amulet_integrations import _options
 from amulet_integrations._preference import SETTINGS

@@ -15,8 +15,8 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
 from pydantic import ValidationError
 
+from amulet import Amulet
 from amulet.errors import RequestError
-from amulet.model import Amulet
 from amulet.preference import Placement, PreferenceLike, describe
 from amulet.request import Request
 from amulet_integrations._preference import SETTINGS, Chosen, choose

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from pydantic_core import from_json
 
-from amulet.model import Amulet
+from amulet import Amulet
 from amulet.request import Event, Reply, Request, ToolCall, Usage
 from amulet_integrations.llama_index.messages import (
     assistant,

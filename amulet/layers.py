@@ -1,0 +1,268 @@
+"""Decoder layers of Llama's shape on the CPU: a step's in one call, by `native/layer.c`.
+
+Transformers' layer makes some fifty calls of some microseconds each, which is half of a small
+model's step. Passes of many tokens go through the same operations one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amulet import native, rowwise
+from amulet.attention import FEW, grouped, grouped_attention, steps_are_native
+from amulet.cache import RowCache, cache_argument
+from amulet.packed_layers import PackedLayer
+
+# Whose forward is known to be what is computed here; a trial sees to it that it still is.
+KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
+
+
+def use_native_layers(model: nn.Module) -> int:
+    """Let the C code compute a packed model's decoder layers; return how many.
+
+    Those of `KNOWN` classes, if all their products and their attention are the C code's. Only
+    passes over a `RowCache` are changed. Hooks on what is inside of a layer see nothing of them.
+    """
+    found = [module for module in model.modules() if type(module).__name__ in KNOWN]
+    if not found or not isinstance(model, PreTrainedModel) or not steps_are_native(model):
+        return 0
+    if not all(map(_fits, found)):
+        return 0
+    layers = [NativeLayer(module) for module in found]
+    if not layers[0].agrees(model.config):
+        return 0
+    for layer in layers:
+        layer.module.forward = layer
+    return len(layers)
+
+
+def are_native(model: nn.Module) -> bool:
+    """Whether `use_native_layers` has changed the model's layers."""
+    return any(
+        isinstance(module.__dict__.get("forward"), NativeLayer) for module in model.modules()
+    )
+
+
+def _fits(module: Any) -> bool:
+    attention, mlp = module.self_attn, module.mlp
+    layers = [m for m in (*attention.children(), *mlp.children()) if isinstance(m, PackedLayer)]
+    inner = {name for name, _ in attention.named_children()}
+    return (
+        "forward" not in module.__dict__  # nobody else has replaced it
+        and type(module).__module__.startswith("transformers.models.")
+        and inner - {"q_norm", "k_norm"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        and len(layers) == 7
+        and all(layer.blocks and layer.out_features % rowwise.LANES == 0 for layer in layers)
+        and attention.head_dim % (2 * rowwise.LANES) == 0
+    )
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("kind", "out_features", "in_features")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("half", "heads", "key_heads", "dim")),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
+        *((name, ctypes.c_void_p) for name in ("before", "between", "query_norm", "key_norm")),
+        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("rows", "width", "columns")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
+        ("angles", ctypes.c_long),
+        ("mask", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("mask_row", "mask_token")),
+        *((name, ctypes.c_void_p) for name in ("places", "keys", "values")),
+        *((name, ctypes.c_long) for name in ("key_row", "key_head", "key_column")),
+        *((name, ctypes.c_long) for name in ("value_row", "value_head", "value_column")),
+    ]
+
+
+class NativeLayer:
+    """The forward of one decoder layer; its own where this one doesn't serve.
+
+    Args:
+        module: a packed layer of a `KNOWN` class.
+    """
+
+    def __init__(self, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self.module, self._own, self._attention = module, module.forward, attention
+        self._linears: list[PackedLayer] = [
+            *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+        ]
+        self._before = module.input_layernorm.weight.detach()
+        self._between = module.post_attention_layernorm.weight.detach()
+        norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._head_norms = [norm.weight.detach() for norm in norms if norm is not None]
+        self._epsilon: float = module.input_layernorm.variance_epsilon
+        self._most = min(layer.native_rows for layer in self._linears)
+        self._cache = cache_argument(module)
+        self._dtype, self._dim = self._before.dtype, attention.head_dim
+        self._in_c = _Layer(
+            self._dtype == torch.bfloat16,
+            self._linears[0].out_features // self._dim,
+            self._linears[1].out_features // self._dim,
+            self._dim,
+            self._epsilon,
+            attention.scaling,
+            *(self._before.data_ptr(), self._between.data_ptr()),
+            *([weight.data_ptr() for weight in self._head_norms] or (None, None)),
+            *map(_linear, self._linears),
+        )
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Return what the layer does, `[rows, width, hidden size]`."""
+        cache = options.get(self._cache)
+        if (
+            torch.compiler.is_compiling()
+            or not isinstance(cache, RowCache)
+            or hidden_states.dtype != self._dtype
+            or hidden_states.device.type != "cpu"
+            or not (attention_mask is None or attention_mask.dtype == torch.bool)
+        ):
+            return self._own(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **options,
+            )
+        rows, width = hidden_states.shape[:2]
+        compute = self._few if width <= FEW and rows * width <= self._most else self._many
+        cosine, sine = (angles.to(self._dtype).contiguous() for angles in position_embeddings)
+        return compute(hidden_states.contiguous(), attention_mask, cosine, sine, cache)
+
+    def _few(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        cache: RowCache,
+    ) -> torch.Tensor:
+        rows, width = hidden.shape[:2]
+        like = hidden.new_empty(self._in_c.key_heads, 0, self._dim)
+        keys, values = cache.room(self._attention.layer_idx, like, like)
+        mask_at, mask_strides = None, (0, 0)
+        if mask is not None:
+            mask = mask.expand(rows, 1, width, keys.shape[2])
+            mask = mask if mask.stride(3) == 1 else mask.contiguous()
+            mask_at, mask_strides = mask.data_ptr(), (mask.stride(0), mask.stride(2))
+        places = cache.positions
+        now = _Pass(
+            *(rows, width, keys.shape[2]),
+            *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
+            *(mask_at, *mask_strides),
+            *(places.data_ptr(), keys.data_ptr(), values.data_ptr()),
+            *(*keys.stride()[:3], *values.stride()[:3]),
+        )
+        out = torch.empty_like(hidden)
+        if native.library().amulet_layer(
+            ctypes.byref(self._in_c), ctypes.byref(now), hidden.data_ptr(), out.data_ptr()
+        ):
+            raise native.out_of_memory()
+        return out
+
+    def _many(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        cache: RowCache,
+    ) -> torch.Tensor:
+        query, key, value, output, gate, up, down = (layer.product for layer in self._linears)
+        heads = (*hidden.shape[:2], -1, self._dim)
+        normed = rowwise.norm(hidden, self._before, self._epsilon)
+        queries, keys, values = (by(normed).view(heads) for by in (query, key, value))
+        if self._head_norms:
+            queries, keys = (
+                rowwise.norm(states, weight, self._epsilon)
+                for states, weight in zip((queries, keys), self._head_norms, strict=True)
+            )
+        del normed  # a long pass's memory is what is alive at once
+        rowwise.rotate_(queries, cosine, sine)
+        rowwise.rotate_(keys, cosine, sine)
+        all_keys, all_values = cache.update(
+            keys.transpose(1, 2), values.transpose(1, 2), self._attention.layer_idx
+        )
+        del keys, values
+        attended, _ = grouped_attention(
+            self._attention,
+            queries.transpose(1, 2),
+            all_keys,
+            all_values,
+            mask,
+            scaling=self._attention.scaling,
+        )
+        hidden = output(attended.flatten(2)).add_(hidden)
+        del queries, attended
+        normed = rowwise.norm(hidden, self._between, self._epsilon)
+        gated = gate(normed)
+        rowwise.gate_(gated, up(normed))
+        return down(gated).add_(hidden)
+
+    def agrees(self, config: PretrainedConfig) -> bool:
+        """Whether the layer's own forward gives what both ways here give, in a small trial."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = self._linears[0].in_features, self._dim, self._dim
+        hidden, cosine, sine = (
+            torch.randn(2, 1, size, generator=generator).to(self._dtype) for size in sizes
+        )
+        places = torch.tensor([[1], [3]])
+        mask = torch.arange(4) <= places[:, None, :, None]
+        with torch.no_grad(), grouped(config):
+            try:
+                own = self._own(
+                    hidden,
+                    attention_mask=mask,
+                    position_embeddings=(cosine, sine),
+                    position_ids=places,
+                    use_cache=True,
+                    **{self._cache: _cache_for(places)},
+                )
+            except Exception:  # a release of Transformers that calls its layers otherwise
+                return False
+            others = [
+                way(hidden, mask, cosine, sine, _cache_for(places))
+                for way in (self._few, self._many)
+            ]
+        if not isinstance(own, torch.Tensor) or own.shape != hidden.shape:
+            return False
+        bound = ALIKE[self._dtype] * own.abs().max()
+        return all(bool(((other - own).abs() <= bound).all()) for other in others)
+
+
+def _cache_for(places: torch.Tensor) -> RowCache:
+    cache = RowCache()
+    cache.reserve(len(places), int(places.max()) + 1)
+    cache.begin(0, places[:, 0].tolist(), 1)
+    return cache
+
+
+def _linear(layer: PackedLayer) -> _Linear:
+    assert layer.blocks is not None
+    kind, address, scale = layer.blocks
+    scale_at, bias_at = (None if t is None else t.data_ptr() for t in (scale, layer.bias))
+    return _Linear(kind, layer.out_features, layer.in_features, address, scale_at, bias_at)

@@ -1,0 +1,94 @@
+/* A decoder layer for a few new tokens, whole: what `amulet/layers.py` does for many, operation by
+   operation, in one call. A call from Python takes some microseconds, and the steps of a small
+   model would make a thousand of them. */
+
+#include "attention.h"
+#include "rowwise.h"
+
+int amulet_product(int kind, const void *x, const void *weight, const uint16_t *scale,
+                   const void *bias, void *out, long rows, long n, long k);
+int amulet_attend(const struct attention *at, int half, const char *query, const char *key,
+                  const char *value, const uint8_t *mask, float scale, char *out);
+
+/* All parts of these three have 8 bytes, as `layers.py` writes them. */
+struct linear {
+    long kind, out, in;
+    const void *weight, *scale, *bias;
+};
+
+struct layer {
+    long half, heads, key_heads, dim;
+    double epsilon, scaling;
+    const void *before, *between;       /* the weights of the norms */
+    const void *query_norm, *key_norm; /* of heads; null where there are none */
+    struct linear query, key, value, out, gate, up, down;
+};
+
+struct pass {
+    long rows, width, columns;
+    const void *cosine, *sine; /* [angles][dim] */
+    long angles;               /* one for each token, or those of one row */
+    const uint8_t *mask;
+    long mask_row, mask_token;
+    const int64_t *places; /* the columns of the new tokens, [rows][width] */
+    char *keys, *values;   /* of the cache */
+    long key_row, key_head, key_column, value_row, value_head, value_column;
+};
+
+static int multiply(const struct linear *by, const void *x, void *out, long tokens)
+{
+    return amulet_product((int)by->kind, x, by->weight, by->scale, by->bias, out, tokens, by->out,
+                          by->in);
+}
+
+/* Return 0, or 1 where memory is short. `hidden` and `out` are [rows][width][hidden size]. */
+int amulet_layer(const struct layer *of, const struct pass *in, const char *hidden, char *out)
+{
+    const struct linear *q = &of->query, *k = &of->key, *v = &of->value, *up = &of->up;
+    int half = (int)of->half;
+    long tokens = in->rows * in->width, size = half ? 2 : 4, wide = q->in;
+    long widest = up->out > q->out ? up->out : q->out;
+    /* Normed and then attended or down; the queries and then the gate; the keys, values, or up. */
+    long others = k->out + v->out > up->out ? k->out + v->out : up->out;
+    long normed = wide > q->out ? wide : q->out;
+    char *first = malloc(tokens * (normed + widest + others) * size);
+    if (!first)
+        return 1;
+    char *second = first + tokens * normed * size, *third = second + tokens * widest * size;
+    char *value = third + tokens * k->out * size;
+
+    amulet_norm(half, hidden, of->before, first, tokens, wide, of->epsilon);
+    int short_of = multiply(q, first, second, tokens) || multiply(k, first, third, tokens)
+                   || multiply(v, first, value, tokens);
+    if (of->query_norm) {
+        amulet_norm(half, second, of->query_norm, second, tokens * of->heads, of->dim, of->epsilon);
+        amulet_norm(half, third, of->key_norm, third, tokens * of->key_heads, of->dim, of->epsilon);
+    }
+    amulet_rotate(half, second, in->cosine, in->sine, tokens, of->heads, of->dim, in->angles);
+    amulet_rotate(half, third, in->cosine, in->sine, tokens, of->key_heads, of->dim, in->angles);
+    struct written keys = {third, in->keys, in->places, of->key_heads, in->width, of->dim * size,
+                           in->key_row * size, in->key_head * size, in->key_column * size};
+    struct written values = {value, in->values, in->places, of->key_heads, in->width,
+                             of->dim * size, in->value_row * size, in->value_head * size,
+                             in->value_column * size};
+    amulet_write(&keys, in->rows);
+    amulet_write(&values, in->rows);
+    struct attention at = {
+        in->rows, of->key_heads, of->heads / of->key_heads, in->width, in->columns, of->dim,
+        in->width * q->out, of->dim, q->out,
+        in->key_row, in->key_head, in->key_column, in->value_row, in->value_head, in->value_column,
+        in->mask_row, in->mask_token};
+    short_of = short_of || amulet_attend(&at, half, second, in->keys, in->values, in->mask,
+                                         of->scaling, first)
+               || multiply(&of->out, first, out, tokens);
+    amulet_add(half, out, hidden, tokens * wide);
+
+    amulet_norm(half, out, of->between, first, tokens, wide, of->epsilon);
+    short_of = short_of || multiply(&of->gate, first, second, tokens)
+               || multiply(up, first, third, tokens);
+    amulet_gate(half, second, third, tokens * up->out);
+    short_of = short_of || multiply(&of->down, second, first, tokens);
+    amulet_add(half, out, first, tokens * wide);
+    free(first);
+    return short_of;
+}

@@ -1,0 +1,234 @@
+/* What lies between a step's products, row by row: norms, rotary positions, gated activations, and
+   new keys and values on their way into the cache.
+
+   PyTorch makes each of them of up to nine operations. Where those round to bfloat16 in between, so
+   does this: the numbers are the same but for the order of a norm's sum and the last bit of an
+   exponential. Sizes and strides are in elements unless bytes are named. */
+
+#include <math.h>
+
+#include "common.h"
+#include "rowwise.h"
+#include "threads.h"
+
+enum { PART = 1 << 14 }; /* numbers of a task: what fewer than two have is not worth sharing out */
+
+/* What some rows of an operation are computed by; `of` is the operation's own structure. */
+typedef void rows_of(const void *of, long begin, long end);
+
+struct parts {
+    rows_of *compute;
+    const void *of;
+    long rows, rows_per_part;
+};
+
+static void compute_part(void *argument, long task, int worker)
+{
+    const struct parts *parts = argument;
+    long begin = task * parts->rows_per_part, end = begin + parts->rows_per_part;
+    (void)worker;
+    parts->compute(parts->of, begin, end < parts->rows ? end : parts->rows);
+}
+
+static void compute_rows(rows_of *compute, const void *of, long rows, long size)
+{
+    struct parts parts = {compute, of, rows, size < PART ? PART / size : 1};
+    long count = (rows + parts.rows_per_part - 1) / parts.rows_per_part;
+    if (count < 2)
+        compute(of, 0, rows);
+    else
+        run_tasks(count, compute_part, &parts);
+}
+
+INLINE lanes load(int half, const void *from, long i)
+{
+    if (!half)
+        return *(const lanes *)((const float *)from + i);
+    __m256i bits;
+    memcpy(&bits, (const uint16_t *)from + i, sizeof bits);
+    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+INLINE void store(int half, void *to, long i, lanes from)
+{
+    if (half)
+        store_bfloat16((uint16_t *)to + i, from);
+    else
+        *(lanes *)((float *)to + i) = from;
+}
+
+/* The number as PyTorch stores it between two operations. */
+INLINE lanes rounded(int half, lanes value)
+{
+    if (half) {
+        uint16_t bits[LANES];
+        store_bfloat16(bits, value);
+        return load(1, bits, 0);
+    }
+    __asm__("" : "+v"(value)); /* or the compiler would join a product and a sum */
+    return value;
+}
+
+INLINE const void *at(int half, const void *start, long i)
+{
+    return (const char *)start + i * (half ? 2 : 4);
+}
+
+/* --- x / root(mean(x * x) + epsilon), rounded, times a weight; a row is `size` numbers */
+
+struct norm {
+    int half;
+    const void *x, *weight;
+    void *out;
+    long size;
+    float epsilon;
+};
+
+INLINE void norm_rows(int half, const struct norm *of, long begin, long end)
+{
+    for (long row = begin; row < end; row++) {
+        const void *x = at(half, of->x, row * of->size);
+        lanes sum = {0};
+        for (long i = 0; i < of->size; i += LANES)
+            sum += load(half, x, i) * load(half, x, i);
+        float factor = 1 / sqrtf(total(sum) / of->size + of->epsilon);
+        for (long i = 0; i < of->size; i += LANES) {
+            lanes value = rounded(half, load(half, x, i) * factor);
+            store(half, of->out, row * of->size + i, value * load(half, of->weight, i));
+        }
+    }
+}
+
+static void norm(const void *argument, long begin, long end)
+{
+    const struct norm *of = argument;
+    if (of->half)
+        norm_rows(1, of, begin, end);
+    else
+        norm_rows(0, of, begin, end);
+}
+
+void amulet_norm(int half, const void *x, const void *weight, void *out, long rows, long size,
+                 float epsilon)
+{
+    struct norm of = {half, x, weight, out, size, epsilon};
+    compute_rows(norm, &of, rows, size);
+}
+
+/* --- rotary positions: the halves (a, b) of a head become (a cos - b sin, b cos + a sin) */
+
+struct rotation {
+    int half;
+    void *states;             /* [rows][width][heads][dim] */
+    const void *cosine, *sine; /* [rows][width][dim], or of one row for all */
+    long heads, dim, angles;  /* the last: how many tokens have angles of their own */
+};
+
+INLINE void rotate_tokens(int half, const struct rotation *of, long begin, long end)
+{
+    long dim = of->dim, side = dim / 2;
+    for (long head = begin * of->heads; head < end * of->heads; head++)
+        for (long i = 0; i < side; i += LANES) {
+            long angle = head / of->heads % of->angles * dim + i, place = head * dim + i;
+            lanes first = load(half, of->states, place);
+            lanes second = load(half, of->states, place + side);
+            store(half, of->states, place,
+                  rounded(half, first * load(half, of->cosine, angle))
+                  - rounded(half, second * load(half, of->sine, angle)));
+            store(half, of->states, place + side,
+                  rounded(half, second * load(half, of->cosine, angle + side))
+                  + rounded(half, first * load(half, of->sine, angle + side)));
+        }
+}
+
+static void rotate(const void *argument, long begin, long end)
+{
+    const struct rotation *of = argument;
+    if (of->half)
+        rotate_tokens(1, of, begin, end);
+    else
+        rotate_tokens(0, of, begin, end);
+}
+
+void amulet_rotate(int half, void *states, const void *cosine, const void *sine, long tokens,
+                   long heads, long dim, long angles)
+{
+    struct rotation of = {half, states, cosine, sine, heads, dim, angles};
+    compute_rows(rotate, &of, tokens, heads * dim);
+}
+
+/* --- gate becomes gate / (1 + e^-gate) * up; LANES numbers are a row */
+
+struct gated {
+    int half;
+    void *gate;
+    const void *up;
+};
+
+INLINE void gate_rows(int half, const struct gated *of, long begin, long end)
+{
+    for (long i = begin * LANES; i < end * LANES; i += LANES) {
+        lanes gate = load(half, of->gate, i);
+        lanes power = exponential((lanes)((words)gate | 0x80000000u)); /* of minus its size */
+        lanes above = gate / (1 + power), below = gate * power / (1 + power);
+        lanes active = (lanes)(((gate < 0) & (integers)below) | (~(gate < 0) & (integers)above));
+        store(half, of->gate, i, rounded(half, active) * load(half, of->up, i));
+    }
+}
+
+static void gate(const void *argument, long begin, long end)
+{
+    const struct gated *of = argument;
+    if (of->half)
+        gate_rows(1, of, begin, end);
+    else
+        gate_rows(0, of, begin, end);
+}
+
+void amulet_gate(int half, void *states, const void *up, long count)
+{
+    struct gated of = {half, states, up};
+    compute_rows(gate, &of, count / LANES, LANES);
+}
+
+/* --- new keys or values, [rows][width][heads][dim], into their columns */
+
+static void write_columns(const void *argument, long begin, long end)
+{
+    const struct written *of = argument;
+    for (long token = begin; token < end; token++) {
+        const char *from = of->from + token * of->heads * of->bytes;
+        char *to = of->to + token / of->width * of->to_row + of->columns[token] * of->to_column;
+        for (long head = 0; head < of->heads; head++)
+            memcpy(to + head * of->to_head, from + head * of->bytes, of->bytes);
+    }
+}
+
+void amulet_write(const struct written *of, long rows)
+{
+    compute_rows(write_columns, of, rows * of->width, of->heads * of->bytes);
+}
+
+/* --- states become states + more, rounded; LANES numbers are a row */
+
+struct added {
+    int half;
+    void *states;
+    const void *more;
+};
+
+static void add(const void *argument, long begin, long end)
+{
+    const struct added *of = argument;
+    for (long i = begin * LANES; i < end * LANES; i += LANES)
+        if (of->half)
+            store(1, of->states, i, load(1, of->states, i) + load(1, of->more, i));
+        else
+            store(0, of->states, i, load(0, of->states, i) + load(0, of->more, i));
+}
+
+void amulet_add(int half, void *states, const void *more, long count)
+{
+    struct added of = {half, states, more};
+    compute_rows(add, &of, count / LANES, LANES);
+}

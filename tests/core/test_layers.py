@@ -1,0 +1,221 @@
+"""Whole decoder layers in C give what Transformers' own forward gives, and only where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from amulet import native
+from amulet.attention import FEW
+from amulet.engine import Engine
+from amulet.layers import NativeLayer, are_native, use_native_layers
+from amulet.packing import pack_linears
+from tests.marks import needs_code
+from tests.models import Kind, random_model
+
+pytestmark = needs_code
+
+Pack = Literal[True, "int8", "int4"]
+_models: dict[tuple[Kind, torch.dtype, Pack], PreTrainedModel] = {}
+
+
+def packed(kind: Kind, dtype: torch.dtype, pack: Pack = True) -> PreTrainedModel:
+    if (kind, dtype, pack) not in _models:
+        model = random_model(kind, dtype=dtype, head_dim=32)
+        pack_linears(model, pack)
+        _models[kind, dtype, pack] = model
+    return _models[kind, dtype, pack]
+
+
+@contextmanager
+def own_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Let the layers compute as Transformers has them."""
+    changed = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), NativeLayer)]
+    natives = [module.__dict__.pop("forward") for module in changed]
+    try:
+        yield
+    finally:
+        for module, forward in zip(changed, natives, strict=True):
+            module.forward = forward
+
+
+def logits_of(model: PreTrainedModel, starts: list[int], width: int) -> torch.Tensor:
+    """Prefill each row up to its start, then pass `width` tokens of all rows together."""
+    engine = Engine(model)
+    engine._cache.reserve(len(starts), max(starts) + width)
+    ids = torch.randint(0, 256, (len(starts), max(starts) + width)).tolist()
+    with torch.inference_mode():
+        for row, start in enumerate(starts):
+            if start:
+                engine._forward([ids[row][:start]], [0], row)
+        new = [ids[row][start : start + width] for row, start in enumerate(starts)]
+        return engine._forward(new, starts, 0, list(range(width)))
+
+
+def check(made: torch.Tensor, expected: torch.Tensor) -> None:
+    bound = 1e-4 if made.dtype == torch.float32 else 0.05  # in bfloat16 a rounding is passed on
+    assert (made - expected).abs().max() <= bound * expected.abs().max()
+
+
+KINDS = st.sampled_from(["llama", "qwen2", "qwen3", "mistral"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=KINDS,
+    weights=st.sampled_from(
+        [
+            (torch.float32, True),
+            (torch.bfloat16, True),
+            (torch.bfloat16, "int8"),
+            (torch.bfloat16, "int4"),
+        ]
+    ),
+    starts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    width=st.sampled_from([1, 2, 5, FEW, FEW + 1, 40]),
+    seed=st.integers(0, 99),
+)
+def test_a_pass_gives_what_the_model_s_own_layers_give(
+    kind: Kind, weights: tuple[torch.dtype, Pack], starts: list[int], width: int, seed: int
+) -> None:
+    model = packed(kind, *weights)
+    assert are_native(model)
+    torch.manual_seed(seed)
+    made = logits_of(model, starts, width)
+    torch.manual_seed(seed)
+    with own_forward(model):
+        assert not are_native(model)
+        check(made, logits_of(model, starts, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_row_does_not_depend_on_the_others(kind: Kind, dtype: torch.dtype) -> None:
+    model = packed(kind, dtype)
+    ids = torch.arange(30).view(3, 10).tolist()
+    together, alone = Engine(model), Engine(model)
+    with torch.inference_mode():
+        together._cache.reserve(3, 10)
+        for row in range(3):
+            together._forward([ids[row][: 5 + row]], [0], row)
+        new = [[ids[row][5 + row]] for row in range(3)]
+        found = together._forward(new, [5, 6, 7], 0, [0])
+        alone._cache.reserve(1, 10)
+        alone._forward([ids[1][:6]], [0], 0)
+        # Under a mask as well, so that both attend by the same way.
+        assert torch.equal(found[1:2], alone._forward(new[1:2], [6], 0, [0]))
+
+
+def test_steps_take_one_call_per_layer_and_prompts_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = packed("llama", torch.float32)
+    calls: list[str] = []
+    for name in ("_few", "_many"):
+        way = getattr(NativeLayer, name)
+        monkeypatch.setattr(
+            NativeLayer,
+            name,
+            lambda self, *given, way=way, name=name: calls.append(name) or way(self, *given),
+        )
+    logits_of(model, [20, 30], 1)
+    assert calls == ["_many"] * 8 + ["_few"] * 4
+
+
+def test_passes_over_another_cache_are_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed("llama", torch.float32)
+
+    def refuse(*given: Any) -> None:
+        raise AssertionError("not over this cache")
+
+    monkeypatch.setattr(NativeLayer, "_few", refuse)
+    monkeypatch.setattr(NativeLayer, "_many", refuse)
+    ids = torch.arange(6)[None]
+    found = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert found.shape == (1, 10)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_layers_of_another_shape_stay_as_they_are(kind: Kind) -> None:
+    model = random_model(kind, head_dim=32)
+    assert pack_linears(model) > 0
+    assert not are_native(model)
+
+
+def test_heads_that_the_code_can_not_turn_stay_as_they_are() -> None:
+    model = random_model("llama", head_dim=16)
+    assert pack_linears(model) > 0
+    assert not are_native(model)
+
+
+def test_a_forward_that_somebody_replaced_stays() -> None:
+    model = random_model("llama", head_dim=32)
+    first = model.model.layers[0]
+    first.forward = first.forward
+    pack_linears(model)
+    assert not are_native(model)
+
+
+def test_a_layer_that_computes_otherwise_than_known_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = LlamaDecoderLayer.forward
+
+    def scaled(
+        self: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **options: Any
+    ) -> torch.Tensor:
+        return 1.03 * own(self, hidden_states, past_key_values=past_key_values, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
+    model = random_model("llama", head_dim=32)
+    pack_linears(model)
+    assert not are_native(model)
+    monkeypatch.undo()
+    assert use_native_layers(model) == 4
+
+
+def test_a_layer_that_is_called_otherwise_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", refuse)
+    model = random_model("llama", head_dim=32)
+    pack_linears(model)
+    assert not are_native(model)
+
+
+def test_another_activation_stays() -> None:
+    model = random_model("llama", head_dim=32)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    pack_linears(model)
+    assert not are_native(model)
+
+
+def test_dense_layers_stay() -> None:
+    assert use_native_layers(random_model("llama", head_dim=32)) == 0
+    assert use_native_layers(torch.nn.Linear(4, 4)) == 0
+
+
+def test_short_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *given: 1) if name == "amulet_layer" else getattr(code, name)
+
+    code = native.library()
+    model = packed("llama", torch.float32)
+    monkeypatch.setattr(native, "_libraries", [(Short(), "")])
+    with pytest.raises(torch.OutOfMemoryError):
+        logits_of(model, [3], 1)
+
+
+def test_auto_does_not_compile_what_is_faster_uncompiled() -> None:
+    assert Engine(packed("llama", torch.float32), compile="auto").compile is False
+    assert Engine(random_model("llama"), compile="auto").compile == "auto"
+    assert Engine(packed("llama", torch.float32), compile=True).compile is True

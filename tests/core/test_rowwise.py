@@ -1,0 +1,88 @@
+"""Norms, rotary positions and gated activations in C give what Transformers' own give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from amulet import rowwise
+from tests.marks import needs_code
+
+pytestmark = needs_code
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+ROWS = st.sampled_from([1, 2, 3, 17, 300])  # the last is shared out between threads
+SCALES = st.sampled_from([1e-3, 1.0, 50.0])
+
+
+def check(made: torch.Tensor, expected: torch.Tensor) -> None:
+    """In bfloat16 the very same but for a rounding here and there; in float32 to the last bits."""
+    assert made.dtype == expected.dtype
+    if made.dtype == torch.bfloat16:
+        assert (made != expected).float().mean() < 0.01
+    near = 2e-6 if made.dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(made, expected, rtol=near, atol=1e-30)
+
+
+@settings(deadline=None)
+@given(rows=ROWS, size=st.integers(1, 40), scale=SCALES, dtype=DTYPES, seed=st.integers(0, 99))
+def test_a_norm(rows: int, size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    theirs = LlamaRMSNorm(16 * size, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.randn(16 * size))
+        hidden = (scale * torch.randn(rows, 2, 16 * size)).to(dtype)
+        before = hidden.clone()
+        check(rowwise.norm(hidden, theirs.weight, 1e-5), theirs(hidden))
+    assert torch.equal(hidden, before)
+
+
+@settings(deadline=None)
+@given(
+    rows=ROWS,
+    width=st.integers(1, 4),
+    heads=st.integers(1, 9),
+    dim=st.sampled_from([32, 64, 96, 128]),
+    alike=st.booleans(),
+    dtype=DTYPES,
+    seed=st.integers(0, 99),
+)
+def test_rotary_positions(
+    rows: int, width: int, heads: int, dim: int, alike: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    made = torch.randn(rows, width, heads, dim).to(dtype)
+    angles = torch.randn(2, 1 if alike else rows, width, dim).to(dtype)
+    expected, _ = apply_rotary_pos_emb(made.transpose(1, 2), made.transpose(1, 2), *angles)
+    rowwise.rotate_(made, angles[0], angles[1])
+    assert torch.equal(made, expected.transpose(1, 2))
+
+
+@settings(deadline=None)
+@given(rows=ROWS, size=st.integers(1, 40), scale=SCALES, dtype=DTYPES, seed=st.integers(0, 99))
+def test_a_gated_activation(
+    rows: int, size: int, scale: float, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    gate, up = (scale * torch.randn(2, rows, 16 * size)).to(dtype)
+    made = gate.clone()
+    rowwise.gate_(made, up)
+    # An activation that is next to nothing may be none at all.
+    near = 1e-35 if dtype == torch.float32 else 1e-30
+    expected = silu(gate) * up
+    small = expected.abs() < near
+    check(made.masked_fill(small, 0), expected.masked_fill(small, 0))
+    assert (made[small].abs() < 2 * near).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    hidden = torch.tensor([1.0, float("nan"), float("inf"), -float("inf")] * 4, dtype=dtype)
+    gated = hidden.clone()
+    rowwise.gate_(gated, torch.ones_like(hidden))
+    torch.testing.assert_close(gated, silu(hidden), equal_nan=True)
+    assert rowwise.norm(hidden, torch.ones_like(hidden), 1e-5).isnan().all()
