@@ -19,6 +19,7 @@ from amulet import native
 from amulet.attention import grouped
 from amulet.cache import Masks, RowCache, StepCache, cache_argument
 from amulet.cache_folder import cache_folder
+from amulet.layers import are_native
 
 logger = logging.getLogger("amulet")
 
@@ -77,6 +78,11 @@ class CompiledStep:
     def _first(self, arguments: tuple[Any, ...]) -> torch.Tensor:
         """Compile, which the first call does."""
         native.library()  # looked for now: the compiler can't trace that
+        if are_native(self._model):
+            logger.warning(
+                "compile=True: this model's layers are C code, which is faster than compiled ones; "
+                "leave compile out."
+            )
         # PyTorch keeps compiled code in the temporary folder, which a restart empties.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         compiled = torch.compile(self._step, dynamic=True, fullgraph=True)

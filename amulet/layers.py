@@ -19,7 +19,8 @@ from amulet.cache import RowCache, cache_argument
 from amulet.packed_layers import PackedLayer
 
 # Whose forward is known to be what is computed here; a trial sees to it that it still is.
-KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
+ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # is it GELU?
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
 
 
@@ -60,7 +61,12 @@ def _fits(module: Any) -> bool:
         and len(layers) == 7
         and all(layer.blocks and layer.out_features % rowwise.LANES == 0 for layer in layers)
         and attention.head_dim % (2 * rowwise.LANES) == 0
+        and type(mlp.act_fn).__name__ in ACTIVATIONS
     )
+
+
+# Of what goes into attention and MLP, of heads, and of what comes out of both; some have fewer.
+NORMS = "before", "between", "query_norm", "key_norm", "attended", "fed"
 
 
 class _Linear(ctypes.Structure):
@@ -72,9 +78,12 @@ class _Linear(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("half", "heads", "key_heads", "dim")),
+        *(
+            (name, ctypes.c_long)
+            for name in ("half", "plus_one", "gelu", "heads", "key_heads", "dim")
+        ),
         *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
-        *((name, ctypes.c_void_p) for name in ("before", "between", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in NORMS),
         *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
     ]
 
@@ -106,23 +115,24 @@ class NativeLayer:
             *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
             *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         ]
-        self._before = module.input_layernorm.weight.detach()
-        self._between = module.post_attention_layernorm.weight.detach()
-        norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self._head_norms = [norm.weight.detach() for norm in norms if norm is not None]
-        self._epsilon: float = module.input_layernorm.variance_epsilon
+        self._norms = _norms(module)
+        self._plus_one = type(module).__name__.startswith("Gemma")
+        self._gelu = ACTIVATIONS[type(mlp.act_fn).__name__]
+        norm = module.input_layernorm
+        self._epsilon: float = norm.eps if self._plus_one else norm.variance_epsilon
         self._most = min(layer.native_rows for layer in self._linears)
         self._cache = cache_argument(module)
-        self._dtype, self._dim = self._before.dtype, attention.head_dim
+        self._dtype, self._dim = norm.weight.dtype, attention.head_dim
         self._in_c = _Layer(
             self._dtype == torch.bfloat16,
+            self._plus_one,
+            self._gelu,
             self._linears[0].out_features // self._dim,
             self._linears[1].out_features // self._dim,
             self._dim,
             self._epsilon,
             attention.scaling,
-            *(self._before.data_ptr(), self._between.data_ptr()),
-            *([weight.data_ptr() for weight in self._head_norms] or (None, None)),
+            *map(_address, self._norms.values()),
             *map(_linear, self._linears),
         )
 
@@ -194,13 +204,9 @@ class NativeLayer:
     ) -> torch.Tensor:
         query, key, value, output, gate, up, down = (layer.product for layer in self._linears)
         heads = (*hidden.shape[:2], -1, self._dim)
-        normed = rowwise.norm(hidden, self._before, self._epsilon)
+        normed = self._norm("before", hidden)
         queries, keys, values = (by(normed).view(heads) for by in (query, key, value))
-        if self._head_norms:
-            queries, keys = (
-                rowwise.norm(states, weight, self._epsilon)
-                for states, weight in zip((queries, keys), self._head_norms, strict=True)
-            )
+        queries, keys = self._norm("query_norm", queries), self._norm("key_norm", keys)
         del normed  # a long pass's memory is what is alive at once
         rowwise.rotate_(queries, cosine, sine)
         rowwise.rotate_(keys, cosine, sine)
@@ -216,12 +222,19 @@ class NativeLayer:
             mask,
             scaling=self._attention.scaling,
         )
-        hidden = output(attended.flatten(2)).add_(hidden)
+        hidden = self._norm("attended", output(attended.flatten(2))).add_(hidden)
         del queries, attended
-        normed = rowwise.norm(hidden, self._between, self._epsilon)
+        normed = self._norm("between", hidden)
         gated = gate(normed)
-        rowwise.gate_(gated, up(normed))
-        return down(gated).add_(hidden)
+        rowwise.gate_(gated, up(normed), self._gelu)
+        return self._norm("fed", down(gated)).add_(hidden)
+
+    def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states after one of `NORMS`; the same where the layer has none."""
+        weight = self._norms[name]
+        if weight is None:
+            return hidden
+        return rowwise.norm(hidden, weight, self._epsilon, self._plus_one)
 
     def agrees(self, config: PretrainedConfig) -> bool:
         """Whether the layer's own forward gives what both ways here give, in a small trial."""
@@ -261,8 +274,30 @@ def _cache_for(places: torch.Tensor) -> RowCache:
     return cache
 
 
+def _norms(module: Any) -> dict[str, torch.Tensor | None]:
+    """Return the weights of `NORMS`, None where the layer has none."""
+    attention, after_attention = module.self_attn, module.post_attention_layernorm
+    between = getattr(module, "pre_feedforward_layernorm", None)
+    found = (
+        module.input_layernorm,
+        between or after_attention,
+        getattr(attention, "q_norm", None),
+        getattr(attention, "k_norm", None),
+        after_attention if between else None,
+        getattr(module, "post_feedforward_layernorm", None),
+    )
+    return {
+        name: None if norm is None else norm.weight.detach()
+        for name, norm in zip(NORMS, found, strict=True)
+    }
+
+
 def _linear(layer: PackedLayer) -> _Linear:
     assert layer.blocks is not None
     kind, address, scale = layer.blocks
-    scale_at, bias_at = (None if t is None else t.data_ptr() for t in (scale, layer.bias))
-    return _Linear(kind, layer.out_features, layer.in_features, address, scale_at, bias_at)
+    sizes = layer.out_features, layer.in_features
+    return _Linear(kind, *sizes, address, _address(scale), _address(layer.bias))
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -12,18 +12,22 @@ from amulet import native
 LANES = 16  # numbers computed at once: a last dimension is to be a multiple
 
 
-def norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def norm(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool = False
+) -> torch.Tensor:
     """Return the weight times `hidden / sqrt(mean(hidden ** 2) + epsilon)`, `[..., size]`.
 
     Args:
         hidden: `[..., size]`.
         weight: `[size]`.
         epsilon: is added to the mean square.
+        plus_one: multiply by one more than the weight, as Gemma does.
     """
     out = torch.empty_like(hidden)
     size = hidden.shape[-1]
     native.library().amulet_norm(
         hidden.dtype == torch.bfloat16,
+        plus_one,
         hidden.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
@@ -56,8 +60,8 @@ def rotate_(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> No
     )
 
 
-def gate_(hidden: torch.Tensor, up: torch.Tensor) -> None:
-    """Make `hidden` be `silu(hidden) * up`, both of one shape."""
+def gate_(hidden: torch.Tensor, up: torch.Tensor, gelu: bool = False) -> None:
+    """Make `hidden` be `silu(hidden) * up`, or GELU's approximation by tanh; both of one shape."""
     native.library().amulet_gate(
-        hidden.dtype == torch.bfloat16, hidden.data_ptr(), up.data_ptr(), hidden.numel()
+        hidden.dtype == torch.bfloat16, gelu, hidden.data_ptr(), up.data_ptr(), hidden.numel()
     )

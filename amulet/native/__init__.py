@@ -99,9 +99,9 @@ def _load() -> tuple[Any, str]:
     loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
     loaded.amulet_unpack.restype = None
     whole = ctypes.c_int
-    loaded.amulet_norm.argtypes = [whole, *[address] * 3, *[number] * 2, ctypes.c_float]
+    loaded.amulet_norm.argtypes = [whole, whole, *[address] * 3, *[number] * 2, ctypes.c_float]
     loaded.amulet_rotate.argtypes = [whole, *[address] * 3, *[number] * 4]
-    loaded.amulet_gate.argtypes = [whole, *[address] * 2, number]
+    loaded.amulet_gate.argtypes = [whole, whole, *[address] * 2, number]
     for name in ("norm", "rotate", "gate"):
         getattr(loaded, f"amulet_{name}").restype = None
     loaded.amulet_layer.argtypes = [address] * 4

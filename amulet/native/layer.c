@@ -17,10 +17,11 @@ struct linear {
 };
 
 struct layer {
-    long half, heads, key_heads, dim;
+    long half, plus_one, gelu, heads, key_heads, dim;
     double epsilon, scaling;
-    const void *before, *between;       /* the weights of the norms */
-    const void *query_norm, *key_norm; /* of heads; null where there are none */
+    /* The weights of the norms, null where there are none: of what goes into attention and MLP, of
+       heads, and of what comes out of both. */
+    const void *before, *between, *query_norm, *key_norm, *attended, *fed;
     struct linear query, key, value, out, gate, up, down;
 };
 
@@ -41,6 +42,13 @@ static int multiply(const struct linear *by, const void *x, void *out, long toke
                           by->in);
 }
 
+static void norm(const struct layer *of, const void *x, const void *weight, void *out, long rows,
+                 long size)
+{
+    if (weight)
+        amulet_norm((int)of->half, (int)of->plus_one, x, weight, out, rows, size, of->epsilon);
+}
+
 /* Return 0, or 1 where memory is short. `hidden` and `out` are [rows][width][hidden size]. */
 int amulet_layer(const struct layer *of, const struct pass *in, const char *hidden, char *out)
 {
@@ -57,13 +65,11 @@ int amulet_layer(const struct layer *of, const struct pass *in, const char *hidd
     char *second = first + tokens * normed * size, *third = second + tokens * widest * size;
     char *value = third + tokens * k->out * size;
 
-    amulet_norm(half, hidden, of->before, first, tokens, wide, of->epsilon);
+    norm(of, hidden, of->before, first, tokens, wide);
     int short_of = multiply(q, first, second, tokens) || multiply(k, first, third, tokens)
                    || multiply(v, first, value, tokens);
-    if (of->query_norm) {
-        amulet_norm(half, second, of->query_norm, second, tokens * of->heads, of->dim, of->epsilon);
-        amulet_norm(half, third, of->key_norm, third, tokens * of->key_heads, of->dim, of->epsilon);
-    }
+    norm(of, second, of->query_norm, second, tokens * of->heads, of->dim);
+    norm(of, third, of->key_norm, third, tokens * of->key_heads, of->dim);
     amulet_rotate(half, second, in->cosine, in->sine, tokens, of->heads, of->dim, in->angles);
     amulet_rotate(half, third, in->cosine, in->sine, tokens, of->key_heads, of->dim, in->angles);
     struct written keys = {third, in->keys, in->places, of->key_heads, in->width, of->dim * size,
@@ -81,13 +87,15 @@ int amulet_layer(const struct layer *of, const struct pass *in, const char *hidd
     short_of = short_of || amulet_attend(&at, half, second, in->keys, in->values, in->mask,
                                          of->scaling, first)
                || multiply(&of->out, first, out, tokens);
+    norm(of, out, of->attended, out, tokens, wide);
     amulet_add(half, out, hidden, tokens * wide);
 
-    amulet_norm(half, out, of->between, first, tokens, wide, of->epsilon);
+    norm(of, out, of->between, first, tokens, wide);
     short_of = short_of || multiply(&of->gate, first, second, tokens)
                || multiply(up, first, third, tokens);
-    amulet_gate(half, second, third, tokens * up->out);
+    amulet_gate(half, (int)of->gelu, second, third, tokens * up->out);
     short_of = short_of || multiply(&of->down, second, first, tokens);
+    norm(of, first, of->fed, first, tokens, wide);
     amulet_add(half, out, first, tokens * wide);
     free(first);
     return short_of;

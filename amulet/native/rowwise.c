@@ -74,10 +74,11 @@ INLINE const void *at(int half, const void *start, long i)
     return (const char *)start + i * (half ? 2 : 4);
 }
 
-/* --- x / root(mean(x * x) + epsilon), rounded, times a weight; a row is `size` numbers */
+/* --- x / root(mean(x * x) + epsilon), rounded, times a weight; or, not rounded before, times one
+   plus the weight (Gemma's). A row is `size` numbers. */
 
 struct norm {
-    int half;
+    int half, plus_one;
     const void *x, *weight;
     void *out;
     long size;
@@ -93,8 +94,9 @@ INLINE void norm_rows(int half, const struct norm *of, long begin, long end)
             sum += load(half, x, i) * load(half, x, i);
         float factor = 1 / sqrtf(total(sum) / of->size + of->epsilon);
         for (long i = 0; i < of->size; i += LANES) {
-            lanes value = rounded(half, load(half, x, i) * factor);
-            store(half, of->out, row * of->size + i, value * load(half, of->weight, i));
+            lanes value = load(half, x, i) * factor, weight = load(half, of->weight, i);
+            value = of->plus_one ? value * (1 + weight) : rounded(half, value) * weight;
+            store(half, of->out, row * of->size + i, value);
         }
     }
 }
@@ -108,10 +110,10 @@ static void norm(const void *argument, long begin, long end)
         norm_rows(0, of, begin, end);
 }
 
-void amulet_norm(int half, const void *x, const void *weight, void *out, long rows, long size,
-                 float epsilon)
+void amulet_norm(int half, int plus_one, const void *x, const void *weight, void *out, long rows,
+                 long size, float epsilon)
 {
-    struct norm of = {half, x, weight, out, size, epsilon};
+    struct norm of = {half, plus_one, x, weight, out, size, epsilon};
     compute_rows(norm, &of, rows, size);
 }
 
@@ -157,10 +159,11 @@ void amulet_rotate(int half, void *states, const void *cosine, const void *sine,
     compute_rows(rotate, &of, tokens, heads * dim);
 }
 
-/* --- gate becomes gate / (1 + e^-gate) * up; LANES numbers are a row */
+/* --- gate becomes gate / (1 + e^-z) * up, where z is gate (SiLU), or what makes it GELU by tanh;
+   LANES numbers are a row */
 
 struct gated {
-    int half;
+    int half, gelu;
     void *gate;
     const void *up;
 };
@@ -169,9 +172,11 @@ INLINE void gate_rows(int half, const struct gated *of, long begin, long end)
 {
     for (long i = begin * LANES; i < end * LANES; i += LANES) {
         lanes gate = load(half, of->gate, i);
-        lanes power = exponential((lanes)((words)gate | 0x80000000u)); /* of minus its size */
+        lanes cubic = 1.5957691216f * (gate + 0.044715f * gate * gate * gate); /* 2 root(2 / pi) */
+        lanes z = of->gelu ? cubic : gate;
+        lanes power = exponential((lanes)((words)z | 0x80000000u)); /* of minus its size */
         lanes above = gate / (1 + power), below = gate * power / (1 + power);
-        lanes active = (lanes)(((gate < 0) & (integers)below) | (~(gate < 0) & (integers)above));
+        lanes active = (lanes)(((z < 0) & (integers)below) | (~(z < 0) & (integers)above));
         store(half, of->gate, i, rounded(half, active) * load(half, of->up, i));
     }
 }
@@ -185,9 +190,9 @@ static void gate(const void *argument, long begin, long end)
         gate_rows(0, of, begin, end);
 }
 
-void amulet_gate(int half, void *states, const void *up, long count)
+void amulet_gate(int half, int gelu, void *states, const void *up, long count)
 {
-    struct gated of = {half, states, up};
+    struct gated of = {half, gelu, states, up};
     compute_rows(gate, &of, count / LANES, LANES);
 }
 

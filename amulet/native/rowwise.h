@@ -10,10 +10,10 @@ struct written {
     long to_row, to_head, to_column; /* strides in bytes */
 };
 
-void amulet_norm(int half, const void *x, const void *weight, void *out, long rows, long size,
-                 float epsilon);
+void amulet_norm(int half, int plus_one, const void *x, const void *weight, void *out, long rows,
+                 long size, float epsilon);
 void amulet_rotate(int half, void *states, const void *cosine, const void *sine, long tokens,
                    long heads, long dim, long angles);
-void amulet_gate(int half, void *states, const void *up, long count);
+void amulet_gate(int half, int gelu, void *states, const void *up, long count);
 void amulet_write(const struct written *of, long rows);
 void amulet_add(int half, void *states, const void *more, long count);

@@ -65,12 +65,12 @@ def check(made: torch.Tensor, expected: torch.Tensor) -> None:
     assert (made - expected).abs().max() <= bound * expected.abs().max()
 
 
-KINDS = st.sampled_from(["llama", "qwen2", "qwen3", "mistral"])
+KINDS: list[Kind] = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=KINDS,
+    kind=st.sampled_from(KINDS),
     weights=st.sampled_from(
         [
             (torch.float32, True),
@@ -97,7 +97,7 @@ def test_a_pass_gives_what_the_model_s_own_layers_give(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(kind: Kind, dtype: torch.dtype) -> None:
     model = packed(kind, dtype)
     ids = torch.arange(30).view(3, 10).tolist()
@@ -143,9 +143,8 @@ def test_passes_over_another_cache_are_the_model_s_own(monkeypatch: pytest.Monke
     assert found.shape == (1, 10)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
-def test_layers_of_another_shape_stay_as_they_are(kind: Kind) -> None:
-    model = random_model(kind, head_dim=32)
+def test_layers_whose_attention_is_another_stay_as_they_are() -> None:
+    model = random_model("gemma2", head_dim=32)  # caps its scores
     assert pack_linears(model) > 0
     assert not are_native(model)
 
