@@ -224,7 +224,12 @@ class RowCache(ColumnCache):
 
         Returns:
             Keys and values, `[rows, kv_heads, columns, dim]`.
+
+        Raises:
+            IndexError: the pass was begun without room for it.
         """
+        if self._first + len(self._starts) > self._capacity[0] or self.columns > self._capacity[1]:
+            raise IndexError(f"no room for {len(self._starts)} rows of {self.columns} tokens")
         rows = slice(self._first, self._first + len(self._starts))
         found = []
         for buffers, states in ((self._keys, key_states), (self._values, value_states)):
@@ -348,6 +353,6 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Return the name under which a model's or layer's forward takes its cache (new in 5.24)."""
+    """Return the name under which a model or layer takes its cache (renamed in 5.24)."""
     parameters = inspect.signature(model.forward).parameters
     return "past_key_values" if "past_key_values" in parameters else "cache"

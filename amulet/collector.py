@@ -1,7 +1,7 @@
-"""Pauses Python's garbage collector where much is made and nothing dropped.
+"""Pauses Python's garbage collector while torch and Transformers are imported.
 
-Importing torch and Transformers makes a million objects that stay; to look through them again and
-again for garbage takes a quarter of the time.
+It makes a million objects that stay; to look through them again and again for garbage takes a
+quarter of the time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Collect no garbage in the block; as a decorator, while the function runs."""
+    """Collect no garbage in the block, in no thread."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -80,8 +80,8 @@ class CompiledStep:
         native.library()  # looked for now: the compiler can't trace that
         if are_native(self._model):
             logger.warning(
-                "compile=True: this model's layers are C code, which is faster than compiled ones; "
-                "leave compile out."
+                "compile=True: this model's layers are C code, which was faster than compiled ones "
+                "wherever it was measured; leave compile out."
             )
         # PyTorch keeps compiled code in the temporary folder, which a restart empties.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))

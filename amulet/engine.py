@@ -75,6 +75,7 @@ class Engine:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
         self._filling = False  # a prefill is under way in rows behind those of `_owners`
+        self._waited_for = 0  # tokens prefilled since the last step
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +92,7 @@ class Engine:
         """Prefill a generation's prompts, decode its first token, and let it join the batch.
 
         What its rows share with each other, with a running row or with a kept one is copied. While
-        others run, the prefill pauses after each chunk for a step of theirs.
+        others run, the prefill pauses for a step of theirs every `CHUNK` tokens.
 
         Raises:
             OutOfMemoryError: there is no room; the running generations are unharmed.
@@ -123,6 +124,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """Decode one token of every running generation; those that end leave the batch."""
+        self._waited_for = 0
         if not self.running:
             return
         ids = [[generation.token_ids[-1]] for generation, _ in self._owners]
@@ -250,11 +252,11 @@ class Engine:
             shared = min(shared, filled[lead])
         while filled[lead] < shared:
             width = _width(shared - filled[lead])
+            if not self._give_way(generation, width):
+                return None
             chunk = prompts[lead][filled[lead] : filled[lead] + width]
             self._forward([chunk], [filled[lead]], first + lead, [width - 1])
             filled[lead] += width
-            if not self._pause(generation):
-                return None
         for i, length in enumerate(filled):
             if length < shared:
                 self._cache.copy_row(first + lead, first + i, shared)
@@ -271,14 +273,14 @@ class Engine:
             ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
             ids = [chunk + [0] * (width - len(chunk)) for chunk in ids]
             keep = sorted({max(taken[i] - 1, 0) for i in rows})
+            if not self._give_way(generation, width * len(rows)):
+                return None
             self._cache.reserve(first + len(prompts), max(filled) + width)
             out = self._forward(ids, [filled[i] for i in rows], first + rows[0], keep)
             for i in rows:
                 if 0 < left[i] <= width:
                     logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
                 filled[i] += taken[i]
-            if len(logits) < len(prompts) and not self._pause(generation):
-                return None
         return torch.stack([logits[i] for i in range(len(prompts))])
 
     def _reuse(self, prompt: list[int], row: int) -> int:
@@ -302,13 +304,21 @@ class Engine:
             self._cache.write_row(row, source.buffers, length)
         return length
 
-    def _pause(self, filling: Generation) -> bool:
-        """Between chunks, let the running generations have a step; False if cancelled meanwhile."""
-        try:
-            self.step()
-        except Exception as error:
-            self.fail_all(error)
-            raise
+    def _give_way(self, filling: Generation, tokens: int) -> bool:
+        """Before a pass of so many tokens, let the running generations have a step if it is time.
+
+        They wait for the prefill of `CHUNK` tokens at most, of one or of several prompts.
+
+        Returns:
+            False if the generation that is being filled was cancelled meanwhile.
+        """
+        if self._waited_for + tokens > CHUNK:
+            try:
+                self.step()
+            except Exception as error:
+                self.fail_all(error)
+                raise
+        self._waited_for += tokens
         return not filling.done
 
     def _decode(self, ids: list[list[int]], starts: list[int]) -> torch.Tensor:

@@ -7,6 +7,8 @@ model's step. Passes of many tokens go through the same operations one by one.
 from __future__ import annotations
 
 import ctypes
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from amulet import native, rowwise
 from amulet.attention import FEW, grouped, grouped_attention, steps_are_native
 from amulet.cache import RowCache, cache_argument
 from amulet.packed_layers import PackedLayer
+from amulet.products import FLOAT32
+
+logger = logging.getLogger("amulet")
 
 # Whose forward is known to be what is computed here; a trial sees to it that it still is.
 KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
@@ -28,38 +33,85 @@ def use_native_layers(model: nn.Module) -> int:
     """Let the C code compute a packed model's decoder layers; return how many.
 
     Those of `KNOWN` classes, if all their products and their attention are the C code's. Only
-    passes over a `RowCache` are changed. Hooks on what is inside of a layer see nothing of them.
+    passes over a `RowCache` are changed. Norms and biases are taken as they are now.
     """
-    found = [module for module in model.modules() if type(module).__name__ in KNOWN]
+    found: list[Any] = [m for m in model.modules() if type(m).__name__ in KNOWN]
     if not found or not isinstance(model, PreTrainedModel) or not steps_are_native(model):
         return 0
-    if not all(map(_fits, found)):
+    if are_native(model):
         return 0
-    layers = [NativeLayer(module) for module in found]
-    if not layers[0].agrees(model.config):
+    try:
+        if not all(map(_fits, found)):
+            return 0
+        layers = [NativeLayer(module) for module in found]
+        agrees = layers[0].agrees(found[0], model.config)
+    except Exception as error:  # Transformers has changed its layers; its own code still serves
+        logger.info("Layers aren't C code: %s: %.200s", type(error).__name__, error)
         return 0
-    for layer in layers:
-        layer.module.forward = layer
+    if not agrees:
+        logger.info("Layers aren't C code: %s computes otherwise.", type(found[0]).__name__)
+        return 0
+    for module, layer in zip(found, layers, strict=True):
+        own_class: Any = type(module)
+        module.native = layer
+        module.__class__ = _native_class(own_class)
     return len(layers)
 
 
 def are_native(model: nn.Module) -> bool:
     """Whether `use_native_layers` has changed the model's layers."""
-    return any(
-        isinstance(module.__dict__.get("forward"), NativeLayer) for module in model.modules()
+    return any(hasattr(type(module), "own_class") for module in model.modules())
+
+
+@cache
+def _native_class(own: Any) -> Any:
+    """Return a class of layers that are computed by their `native` where that serves."""
+
+    class Native(own):  # type: ignore[misc]
+        own_class = own
+
+        def forward(
+            self,
+            hidden_states: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            position_embeddings: Any = None,
+            **options: Any,
+        ) -> Any:
+            if not torch.compiler.is_compiling():
+                native: NativeLayer = self.native
+                made = native(hidden_states, attention_mask, position_embeddings, options)
+                if made is not None:
+                    return made
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **options,
+            )
+
+    Native.__name__, Native.__qualname__, Native.__module__ = (
+        own.__name__,
+        own.__qualname__,
+        own.__module__,
     )
+    return Native
 
 
 def _fits(module: Any) -> bool:
     attention, mlp = module.self_attn, module.mlp
     layers = [m for m in (*attention.children(), *mlp.children()) if isinstance(m, PackedLayer)]
     inner = {name for name, _ in attention.named_children()}
+    blocks = [layer.blocks for layer in layers if layer.blocks is not None]
+    dtype = module.input_layernorm.weight.dtype
+    vectors = [*_norms(module).values(), *(layer.bias for layer in layers)]
     return (
         "forward" not in module.__dict__  # nobody else has replaced it
         and type(module).__module__.startswith("transformers.models.")
         and inner - {"q_norm", "k_norm"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-        and len(layers) == 7
-        and all(layer.blocks and layer.out_features % rowwise.LANES == 0 for layer in layers)
+        and len(blocks) == 7
+        and all((weight.kind == FLOAT32) == (dtype == torch.float32) for weight in blocks)
+        and all(layer.out_features % rowwise.LANES == 0 for layer in layers)
+        and all(vector is None or vector.dtype == dtype for vector in vectors)
         and attention.head_dim % (2 * rowwise.LANES) == 0
         and type(mlp.act_fn).__name__ in ACTIVATIONS
     )
@@ -102,27 +154,30 @@ class _Pass(ctypes.Structure):
 
 
 class NativeLayer:
-    """The forward of one decoder layer; its own where this one doesn't serve.
+    """What computes one decoder layer; it holds nothing that holds it.
 
     Args:
         module: a packed layer of a `KNOWN` class.
     """
 
     def __init__(self, module: Any) -> None:
-        attention, mlp = module.self_attn, module.mlp
-        self.module, self._own, self._attention = module, module.forward, attention
+        attention, mlp, norm = module.self_attn, module.mlp, module.input_layernorm
+        self._attention = attention
         self._linears: list[PackedLayer] = [
             *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
             *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         ]
+        self._most = min(layer.native_rows for layer in self._linears)
         self._norms = _norms(module)
         self._plus_one = type(module).__name__.startswith("Gemma")
         self._gelu = ACTIVATIONS[type(mlp.act_fn).__name__]
-        norm = module.input_layernorm
         self._epsilon: float = norm.eps if self._plus_one else norm.variance_epsilon
-        self._most = min(layer.native_rows for layer in self._linears)
-        self._cache = cache_argument(module)
         self._dtype, self._dim = norm.weight.dtype, attention.head_dim
+        self._cache = cache_argument(module)
+        inner = [part for part in module.modules() if part is not module]
+        self._hooks = [
+            hooks for part in inner for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        ]
         self._in_c = _Layer(
             self._dtype == torch.bfloat16,
             self._plus_one,
@@ -138,30 +193,27 @@ class NativeLayer:
 
     def __call__(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: Any = None,
-        **options: Any,
-    ) -> Any:
-        """Return what the layer does, `[rows, width, hidden size]`."""
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        options: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Return what the layer does, `[rows, width, hidden size]`; None where this can't."""
         cache = options.get(self._cache)
         if (
-            torch.compiler.is_compiling()
-            or not isinstance(cache, RowCache)
-            or hidden_states.dtype != self._dtype
-            or hidden_states.device.type != "cpu"
-            or not (attention_mask is None or attention_mask.dtype == torch.bool)
+            not isinstance(cache, RowCache)
+            or cache.positions.shape != hidden.shape[:2]
+            or hidden.dtype != self._dtype
+            or hidden.device.type != "cpu"
+            or not (mask is None or mask.dtype == torch.bool)
+            or position_embeddings[0].shape[-1] != self._dim
+            or any(self._hooks)  # somebody wants to see or change what is inside of the layer
         ):
-            return self._own(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                **options,
-            )
-        rows, width = hidden_states.shape[:2]
+            return None
+        rows, width = hidden.shape[:2]
         compute = self._few if width <= FEW and rows * width <= self._most else self._many
         cosine, sine = (angles.to(self._dtype).contiguous() for angles in position_embeddings)
-        return compute(hidden_states.contiguous(), attention_mask, cosine, sine, cache)
+        return compute(hidden.contiguous(), mask, cosine, sine, cache)
 
     def _few(
         self,
@@ -172,8 +224,8 @@ class NativeLayer:
         cache: RowCache,
     ) -> torch.Tensor:
         rows, width = hidden.shape[:2]
-        like = hidden.new_empty(self._in_c.key_heads, 0, self._dim)
-        keys, values = cache.room(self._attention.layer_idx, like, like)
+        head = hidden.new_empty(self._in_c.key_heads, 0, self._dim)
+        keys, values = cache.room(self._attention.layer_idx, head, head)
         mask_at, mask_strides = None, (0, 0)
         if mask is not None:
             mask = mask.expand(rows, 1, width, keys.shape[2])
@@ -236,34 +288,32 @@ class NativeLayer:
             return hidden
         return rowwise.norm(hidden, weight, self._epsilon, self._plus_one)
 
-    def agrees(self, config: PretrainedConfig) -> bool:
-        """Whether the layer's own forward gives what both ways here give, in a small trial."""
+    def agrees(self, module: Any, config: PretrainedConfig) -> bool:
+        """Whether the module's own forward gives what both ways here give, in a small trial."""
         generator = torch.Generator().manual_seed(0)
         sizes = self._linears[0].in_features, self._dim, self._dim
         hidden, cosine, sine = (
             torch.randn(2, 1, size, generator=generator).to(self._dtype) for size in sizes
         )
+        hidden = hidden / 64  # the norms undo it; what the layer adds is then most of its output
         places = torch.tensor([[1], [3]])
         mask = torch.arange(4) <= places[:, None, :, None]
         with torch.no_grad(), grouped(config):
-            try:
-                own = self._own(
-                    hidden,
-                    attention_mask=mask,
-                    position_embeddings=(cosine, sine),
-                    position_ids=places,
-                    use_cache=True,
-                    **{self._cache: _cache_for(places)},
-                )
-            except Exception:  # a release of Transformers that calls its layers otherwise
-                return False
+            own = module(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=(cosine, sine),
+                position_ids=places,
+                use_cache=True,
+                **{self._cache: _cache_for(places)},
+            )
             others = [
                 way(hidden, mask, cosine, sine, _cache_for(places))
                 for way in (self._few, self._many)
             ]
         if not isinstance(own, torch.Tensor) or own.shape != hidden.shape:
             return False
-        bound = ALIKE[self._dtype] * own.abs().max()
+        bound = ALIKE[self._dtype] * (own - hidden).abs().max()
         return all(bool(((other - own).abs() <= bound).all()) for other in others)
 
 

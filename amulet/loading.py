@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from amulet.collector import paused_collector
 from amulet.errors import MissingPackageError, ModelError
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 TOKENIZER_OPTIONS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "subfolder")
 
 
-@paused_collector()
 def load_pretrained(
     name_or_path: str | os.PathLike[str],
     *,

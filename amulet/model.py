@@ -40,8 +40,9 @@ class Amulet:
             of a conversation prefills only what is new. A prompt reuses only what it contains
             itself. 0 is off.
         compile: compile the decode step with `torch.compile`: it takes a minute on a laptop, and
-            every token after it is faster. True compiles at the first answer, "auto" once decoding
-            has taken a minute in all. Where it can't be done a line in the log says so.
+            every token after it is faster, except where whole layers are C code already
+            (docs/models.md). True compiles at the first answer, "auto" once decoding has taken a
+            minute in all, and not such a model. Where it can't be done a line in the log says so.
         drafts: guess what an answer copies from its prompt, and check several tokens in one pass.
             The answer is the same, in float32 to the token, and in bfloat16 to its rounding.
 

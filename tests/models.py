@@ -69,6 +69,7 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     vocab_size: int = VOCAB_SIZE,
     head_dim: int = 16,
+    biased: bool = False,
 ) -> PreTrainedModel:
     """Return a tiny real architecture with random weights, in eval mode.
 
@@ -93,7 +94,7 @@ def random_model(
     }
     alternating = ["sliding_attention", "full_attention"] * 2
     configs: dict[Kind, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-        "llama": (LlamaConfig, {}),
+        "llama": (LlamaConfig, {"attention_bias": biased, "mlp_bias": biased}),
         "qwen2": (Qwen2Config, {"use_sliding_window": False}),
         "qwen3": (Qwen3Config, {}),
         "mistral": (MistralConfig, {"sliding_window": 16}),

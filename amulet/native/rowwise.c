@@ -2,7 +2,7 @@
    new keys and values on their way into the cache.
 
    PyTorch makes each of them of up to nine operations. Where those round to bfloat16 in between, so
-   does this: the numbers are the same but for the order of a norm's sum and the last bit of an
+   does this: the numbers are the same but for the order of a norm's sum and the last bits of an
    exponential. Sizes and strides are in elements unless bytes are named. */
 
 #include <math.h>

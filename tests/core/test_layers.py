@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from amulet import native
 from amulet.attention import FEW
@@ -29,7 +32,12 @@ _models: dict[tuple[Kind, torch.dtype, Pack], PreTrainedModel] = {}
 
 def packed(kind: Kind, dtype: torch.dtype, pack: Pack = True) -> PreTrainedModel:
     if (kind, dtype, pack) not in _models:
-        model = random_model(kind, dtype=dtype, head_dim=32)
+        model = random_model(kind, dtype=dtype, head_dim=32, biased=kind == "llama")
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(1)
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms are ones and biases zeros: no two would differ
+                    parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
         pack_linears(model, pack)
         _models[kind, dtype, pack] = model
     return _models[kind, dtype, pack]
@@ -38,13 +46,15 @@ def packed(kind: Kind, dtype: torch.dtype, pack: Pack = True) -> PreTrainedModel
 @contextmanager
 def own_forward(model: PreTrainedModel) -> Iterator[None]:
     """Let the layers compute as Transformers has them."""
-    changed = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), NativeLayer)]
-    natives = [module.__dict__.pop("forward") for module in changed]
+    changed = [module for module in model.modules() if hasattr(module, "own_class")]
+    classes = [type(module) for module in changed]
+    for module in changed:
+        module.__class__ = module.own_class
     try:
         yield
     finally:
-        for module, forward in zip(changed, natives, strict=True):
-            module.forward = forward
+        for module, native_class in zip(changed, classes, strict=True):
+            module.__class__ = native_class
 
 
 def logits_of(model: PreTrainedModel, starts: list[int], width: int) -> torch.Tensor:
@@ -110,7 +120,6 @@ def test_a_row_does_not_depend_on_the_others(kind: Kind, dtype: torch.dtype) -> 
         found = together._forward(new, [5, 6, 7], 0, [0])
         alone._cache.reserve(1, 10)
         alone._forward([ids[1][:6]], [0], 0)
-        # Under a mask as well, so that both attend by the same way.
         assert torch.equal(found[1:2], alone._forward(new[1:2], [6], 0, [0]))
 
 
@@ -144,9 +153,61 @@ def test_passes_over_another_cache_are_the_model_s_own(monkeypatch: pytest.Monke
 
 
 def test_layers_whose_attention_is_another_stay_as_they_are() -> None:
-    model = random_model("gemma2", head_dim=32)  # caps its scores
+    model = random_model("gemma3", head_dim=32)
+    model.config.attn_logit_softcapping = 30.0
     assert pack_linears(model) > 0
     assert not are_native(model)
+
+
+def test_layers_of_another_class_stay_as_they_are() -> None:
+    model = random_model("gemma2", head_dim=32)
+    assert pack_linears(model) > 0
+    assert not are_native(model)
+
+
+def test_a_hook_inside_of_a_layer_is_called() -> None:
+    model = packed("llama", torch.float32)
+    seen = []
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *given: seen.append(given))
+    logits_of(model, [3], 1)
+    hook.remove()
+    assert len(seen) == 2
+    logits_of(model, [3], 1)
+    assert len(seen) == 2
+
+
+def test_a_model_is_freed_at_once() -> None:
+    model = random_model("llama", head_dim=32)
+    pack_linears(model)
+    assert are_native(model)
+    layer = weakref.ref(model.model.layers[0])
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_packing_twice_changes_nothing() -> None:
+    model = packed("llama", torch.float32)
+    before = type(model.model.layers[0])
+    assert use_native_layers(model) == 0
+    assert type(model.model.layers[0]) is before
+
+
+def test_norms_of_another_dtype_stay() -> None:
+    model = random_model("llama", dtype=torch.bfloat16, head_dim=32)
+    model.model.layers[2].input_layernorm.float()
+    pack_linears(model)
+    assert not are_native(model)
+
+
+def test_a_pass_without_room_is_refused() -> None:
+    engine = Engine(packed("llama", torch.float32))
+    engine._cache.reserve(1, 4)
+    with torch.inference_mode(), pytest.raises(IndexError, match="no room for 1 rows of 400"):
+        engine._forward([[1]], [399], 0)
 
 
 def test_heads_that_the_code_can_not_turn_stay_as_they_are() -> None:
@@ -163,18 +224,24 @@ def test_a_forward_that_somebody_replaced_stays() -> None:
     assert not are_native(model)
 
 
-def test_a_layer_that_computes_otherwise_than_known_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = LlamaDecoderLayer.forward
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_computes_otherwise_than_known_stays(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = LlamaAttention.forward
 
-    def scaled(
-        self: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **options: Any
-    ) -> torch.Tensor:
-        return 1.03 * own(self, hidden_states, past_key_values=past_key_values, **options)
+    def sharper(self: Any, hidden_states: torch.Tensor, **options: Any) -> Any:
+        scaling, self.scaling = self.scaling, 1.5 * self.scaling
+        attended = own(self, hidden_states, **options)
+        self.scaling = scaling
+        return attended
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
-    model = random_model("llama", head_dim=32)
+    monkeypatch.setattr(LlamaAttention, "forward", sharper)
+    caplog.set_level(logging.INFO, "amulet")
+    model = random_model("llama", dtype=dtype, head_dim=32)
     pack_linears(model)
     assert not are_native(model)
+    assert caplog.messages == ["Layers aren't C code: LlamaDecoderLayer computes otherwise."]
     monkeypatch.undo()
     assert use_native_layers(model) == 4
 

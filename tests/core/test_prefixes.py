@@ -128,11 +128,26 @@ def test_a_long_prefill_in_chunks_lets_the_others_go_on(kind: Kind) -> None:
     assert pair.token_ids == generate(model, long, 16, base=base, strength=2.0)
 
 
+def test_short_prompts_one_after_another_make_nobody_wait_for_long() -> None:
+    """A step for every `CHUNK` tokens of prompts, not for each of eight short ones."""
+    model = random_model("llama")
+    engine = Engine(model)
+    widths: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    for seed in range(8):
+        engine.admit(Generation(prompts=[ids(seed, 200)], max_new_tokens=40))
+    hook.remove()
+    assert widths == [200, 200, 1, 200, 200, 1, 200, 200, 1, 200, 200]
+
+
 def test_cancelling_in_the_middle_of_a_prefill_stops_it() -> None:
     model = random_model("llama")
     engine = Engine(model)
     running = Generation(prompts=[ids(1, 20)], max_new_tokens=40)
     engine.admit(running)
+    engine.step()
     long = Generation(prompts=[ids(3, 5 * CHUNK)], max_new_tokens=4)
     passes: list[int] = []
 

@@ -17,6 +17,7 @@ from amulet.cache import layer_kinds
 from amulet.drafts import Draft
 from amulet.engine import Engine
 from amulet.generation import Generation
+from amulet.layers import are_native
 from amulet.packing import pack_linears
 from amulet.sampling import Sampling
 from tests.models import KINDS, Kind, random_model
@@ -182,8 +183,8 @@ def test_a_compiled_step_decodes_what_transformers_does(
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_step_uses_packed_weights() -> None:
-    model = random_model("qwen2")
+def test_a_compiled_step_uses_packed_weights(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model("qwen2", head_dim=32)
     pack_linears(model)
     prompt = ids(random.Random(6), 30)
     eager, compiled = plain(prompt), plain(prompt)
@@ -193,6 +194,9 @@ def test_a_compiled_step_uses_packed_weights() -> None:
     run(engine, [compiled])
     assert compiled.token_ids == eager.token_ids
     assert 1 not in widths
+    # With the C code whole layers are that, too, unless they are compiled.
+    assert are_native(model) == any("layers are C code" in line for line in caplog.messages)
+    assert are_native(model) == (native.library() is not None)
 
 
 def test_what_can_not_be_compiled_runs_uncompiled_and_says_so_once(
