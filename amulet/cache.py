@@ -213,32 +213,35 @@ class RowCache(ColumnCache):
 
     # The model's side
 
-    def room(
-        self, layer: int, key_states: torch.Tensor, value_states: torch.Tensor
+    @property
+    def first(self) -> int:
+        """The first row of the pass."""
+        return self._first
+
+    def buffers_of(
+        self, layer: int, keys: tuple[int, int], values: tuple[int, int], like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where a layer's keys and values of the pass's rows lie, up to its last column.
+        """Return a layer's keys and values, `[rows, kv_heads, columns, dim]`, with room for a pass.
 
         Args:
             layer: the layer's index.
-            key_states, value_states: `[..., kv_heads, any, dim]`, of their dtype and device.
-
-        Returns:
-            Keys and values, `[rows, kv_heads, columns, dim]`.
+            keys, values: `(kv_heads, dim)` of each.
+            like: of their dtype and device.
 
         Raises:
             IndexError: the pass was begun without room for it.
         """
-        if self._first + len(self._starts) > self._capacity[0] or self.columns > self._capacity[1]:
+        rows, columns = self._capacity
+        if self._first + len(self._starts) > rows or self.columns > columns:
             raise IndexError(f"no room for {len(self._starts)} rows of {self.columns} tokens")
-        rows = slice(self._first, self._first + len(self._starts))
         found = []
-        for buffers, states in ((self._keys, key_states), (self._values, value_states)):
-            buffers += [None] * (layer + 1 - len(buffers))
+        for buffers, (heads, dim) in ((self._keys, keys), (self._values, values)):
+            while len(buffers) <= layer:
+                buffers.append(None)
             buffer = buffers[layer]
             if buffer is None:  # zeros: a masked column may still be multiplied by a weight of 0
-                shape = self._capacity[0], states.shape[-3], self._capacity[1], states.shape[-1]
-                buffer = buffers[layer] = states.new_zeros(shape)
-            found.append(buffer[rows, :, : self.columns])
+                buffer = buffers[layer] = like.new_zeros((rows, heads, columns, dim))
+            found.append(buffer)
         return found[0], found[1]
 
     def update(
@@ -250,7 +253,10 @@ class RowCache(ColumnCache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
-        keys, values = self.room(layer_idx, key_states, value_states)
+        shapes = [(states.shape[1], states.shape[3]) for states in (key_states, value_states)]
+        found = self.buffers_of(layer_idx, shapes[0], shapes[1], key_states)
+        rows = slice(self._first, self._first + len(self._starts))
+        keys, values = (buffer[rows, :, : self.columns] for buffer in found)
         self._write(keys, key_states)
         self._write(values, value_states)
         return keys, values

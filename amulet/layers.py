@@ -207,13 +207,14 @@ class NativeLayer:
             or hidden.device.type != "cpu"
             or not (mask is None or mask.dtype == torch.bool)
             or position_embeddings[0].shape[-1] != self._dim
+            or position_embeddings[0].dtype != self._dtype
             or any(self._hooks)  # somebody wants to see or change what is inside of the layer
         ):
             return None
         rows, width = hidden.shape[:2]
         compute = self._few if width <= FEW and rows * width <= self._most else self._many
-        cosine, sine = (angles.to(self._dtype).contiguous() for angles in position_embeddings)
-        return compute(hidden.contiguous(), mask, cosine, sine, cache)
+        cosine, sine = position_embeddings
+        return compute(hidden.contiguous(), mask, cosine.contiguous(), sine.contiguous(), cache)
 
     def _few(
         self,
@@ -224,20 +225,23 @@ class NativeLayer:
         cache: RowCache,
     ) -> torch.Tensor:
         rows, width = hidden.shape[:2]
-        head = hidden.new_empty(self._in_c.key_heads, 0, self._dim)
-        keys, values = cache.room(self._attention.layer_idx, head, head)
+        shape = self._in_c.key_heads, self._dim
+        keys, values = cache.buffers_of(self._attention.layer_idx, shape, shape, hidden)
+        columns, key_strides, value_strides = cache.columns, keys.stride(), values.stride()
         mask_at, mask_strides = None, (0, 0)
         if mask is not None:
-            mask = mask.expand(rows, 1, width, keys.shape[2])
+            mask = mask.expand(rows, 1, width, columns)
             mask = mask if mask.stride(3) == 1 else mask.contiguous()
             mask_at, mask_strides = mask.data_ptr(), (mask.stride(0), mask.stride(2))
-        places = cache.positions
+        size = hidden.itemsize
         now = _Pass(
-            *(rows, width, keys.shape[2]),
+            *(rows, width, columns),
             *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
             *(mask_at, *mask_strides),
-            *(places.data_ptr(), keys.data_ptr(), values.data_ptr()),
-            *(*keys.stride()[:3], *values.stride()[:3]),
+            cache.positions.data_ptr(),
+            keys.data_ptr() + cache.first * key_strides[0] * size,
+            values.data_ptr() + cache.first * value_strides[0] * size,
+            *(*key_strides[:3], *value_strides[:3]),
         )
         out = torch.empty_like(hidden)
         if native.library().amulet_layer(

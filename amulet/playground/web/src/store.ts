@@ -22,6 +22,7 @@ export const current = computed<Conversation | null>(
 export const settings = computed<Settings>(() => current.value?.settings ?? fresh.value);
 
 const CURRENT = "amulet-current";
+const DELETED = "amulet-deleted";
 
 export function defaults(known: Model | null): Settings {
   return {
@@ -40,6 +41,7 @@ export function defaults(known: Model | null): Settings {
 /** Read what an earlier visit left. Answers that were being written then were cut off. */
 export async function restore(): Promise<void> {
   try {
+    await Promise.all(deleted().map(forget)); // a reload may have come before the browser did it
     const kept = (await entries<string, Conversation>()).map(([, value]) => interrupted(value));
     conversations.value = kept.sort((one, other) => other.updated - one.updated);
   } catch {
@@ -77,7 +79,17 @@ export function add(conversation: Conversation): void {
 export function remove(id: string): void {
   conversations.value = conversations.value.filter((conversation) => conversation.id !== id);
   if (currentId.value === id) select(null);
-  void del(id).catch(() => undefined);
+  localStorage.setItem(DELETED, JSON.stringify([...deleted(), id])); // at once, unlike IndexedDB
+  void forget(id).catch(() => undefined);
+}
+
+function deleted(): string[] {
+  return JSON.parse(localStorage.getItem(DELETED) ?? "[]") as string[];
+}
+
+async function forget(id: string): Promise<void> {
+  await del(id);
+  localStorage.setItem(DELETED, JSON.stringify(deleted().filter((other) => other !== id)));
 }
 
 export function change(id: string, by: (conversation: Conversation) => Conversation): void {
