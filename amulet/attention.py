@@ -149,16 +149,23 @@ def _attend(
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     rows, heads, width, dim = query.shape
     output = query.new_empty((rows, width, heads, dim))
-    seen, seen_at = (0, 0), None
-    if mask is not None:
-        mask = mask.expand(rows, 1, width, key.shape[2])
-        if mask.stride(3) != 1:
-            mask = mask.contiguous()
-        seen, seen_at = (mask.stride(0), mask.stride(2)), mask.data_ptr()
-    given = _given(query, key, value, seen)
-    if native.library().amulet_attend(*given, seen_at, scale, output.data_ptr()):
+    mask, strides = mask_for_c(mask, rows, width, key.shape[2])
+    given = _given(query, key, value, strides)
+    if native.library().amulet_attend(*given, native.address(mask), scale, output.data_ptr()):
         raise native.out_of_memory()
     return output
+
+
+def mask_for_c(
+    mask: torch.Tensor | None, rows: int, width: int, columns: int
+) -> tuple[torch.Tensor | None, tuple[int, int]]:
+    """Return a mask as `native/attention.c` reads it, and its strides by rows and by tokens."""
+    if mask is None:
+        return None, (0, 0)
+    mask = mask.expand(rows, 1, width, columns)
+    if mask.stride(3) != 1:
+        mask = mask.contiguous()
+    return mask, (mask.stride(0), mask.stride(2))
 
 
 def _prefill(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amulet import native, rowwise
-from amulet.attention import FEW, grouped, grouped_attention, steps_are_native
+from amulet.attention import FEW, grouped, grouped_attention, mask_for_c, steps_are_native
 from amulet.cache import RowCache, cache_argument
 from amulet.packed_layers import PackedLayer
 from amulet.products import FLOAT32
@@ -187,7 +187,7 @@ class NativeLayer:
             self._dim,
             self._epsilon,
             attention.scaling,
-            *map(_address, self._norms.values()),
+            *map(native.address, self._norms.values()),
             *map(_linear, self._linears),
         )
 
@@ -228,16 +228,12 @@ class NativeLayer:
         shape = self._in_c.key_heads, self._dim
         keys, values = cache.buffers_of(self._attention.layer_idx, shape, shape, hidden)
         columns, key_strides, value_strides = cache.columns, keys.stride(), values.stride()
-        mask_at, mask_strides = None, (0, 0)
-        if mask is not None:
-            mask = mask.expand(rows, 1, width, columns)
-            mask = mask if mask.stride(3) == 1 else mask.contiguous()
-            mask_at, mask_strides = mask.data_ptr(), (mask.stride(0), mask.stride(2))
+        mask, mask_strides = mask_for_c(mask, rows, width, columns)
         size = hidden.itemsize
         now = _Pass(
             *(rows, width, columns),
             *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
-            *(mask_at, *mask_strides),
+            *(native.address(mask), *mask_strides),
             cache.positions.data_ptr(),
             keys.data_ptr() + cache.first * key_strides[0] * size,
             values.data_ptr() + cache.first * value_strides[0] * size,
@@ -350,8 +346,4 @@ def _linear(layer: PackedLayer) -> _Linear:
     assert layer.blocks is not None
     kind, address, scale = layer.blocks
     sizes = layer.out_features, layer.in_features
-    return _Linear(kind, *sizes, address, _address(scale), _address(layer.bias))
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    return _Linear(kind, *sizes, address, native.address(scale), native.address(layer.bias))

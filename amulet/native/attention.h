@@ -14,3 +14,6 @@ struct attention {
     long value_row, value_head, value_column;
     long mask_row, mask_token; /* bytes; a mask has one head */
 };
+
+int amulet_attend(const struct attention *at, int half, const char *query, const char *key,
+                  const char *value, const uint8_t *mask, float scale, char *out);

@@ -3,12 +3,8 @@
    model would make a thousand of them. */
 
 #include "attention.h"
+#include "products.h"
 #include "rowwise.h"
-
-int amulet_product(int kind, const void *x, const void *weight, const uint16_t *scale,
-                   const void *bias, void *out, long rows, long n, long k);
-int amulet_attend(const struct attention *at, int half, const char *query, const char *key,
-                  const char *value, const uint8_t *mask, float scale, char *out);
 
 /* All parts of these three have 8 bytes, as `layers.py` writes them. */
 struct linear {

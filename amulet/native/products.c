@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "common.h"
+#include "products.h"
 #include "threads.h"
 
 enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = AT_ONCE };

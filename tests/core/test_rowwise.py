@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,14 @@ pytestmark = needs_code
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 ROWS = st.sampled_from([1, 2, 3, 17, 300])  # the last is shared out between threads
-SCALES = st.sampled_from([1e-3, 1.0, 50.0])
+SEEDS = st.integers(0, 99)
+HIDDEN: dict[str, Any] = {
+    "rows": ROWS,
+    "size": st.integers(1, 40),
+    "scale": st.sampled_from([1e-3, 1.0, 50.0]),
+    "dtype": DTYPES,
+    "seed": SEEDS,
+}
 
 
 def check(made: torch.Tensor, expected: torch.Tensor) -> None:
@@ -32,11 +41,7 @@ def check(made: torch.Tensor, expected: torch.Tensor) -> None:
 @settings(deadline=None)
 @given(
     kind=st.sampled_from([LlamaRMSNorm, Gemma3RMSNorm]),
-    rows=ROWS,
-    size=st.integers(1, 40),
-    scale=SCALES,
-    dtype=DTYPES,
-    seed=st.integers(0, 99),
+    **HIDDEN,
 )
 def test_a_norm(
     kind: type[torch.nn.Module],
@@ -65,7 +70,7 @@ def test_a_norm(
     dim=st.sampled_from([32, 64, 96, 128]),
     alike=st.booleans(),
     dtype=DTYPES,
-    seed=st.integers(0, 99),
+    seed=SEEDS,
 )
 def test_rotary_positions(
     rows: int, width: int, heads: int, dim: int, alike: bool, dtype: torch.dtype, seed: int
@@ -81,11 +86,7 @@ def test_rotary_positions(
 @settings(deadline=None)
 @given(
     by_tanh=st.booleans(),
-    rows=ROWS,
-    size=st.integers(1, 40),
-    scale=SCALES,
-    dtype=DTYPES,
-    seed=st.integers(0, 99),
+    **HIDDEN,
 )
 def test_a_gated_activation(
     by_tanh: bool, rows: int, size: int, scale: float, dtype: torch.dtype, seed: int

@@ -127,6 +127,7 @@ def test_the_wheel_is_the_packages_and_nothing_else(names: set[str]) -> None:
         "amulet/native/layer.c",
         "amulet/native/prefill.c",
         "amulet/native/products.c",
+        "amulet/native/products.h",
         "amulet/native/rowwise.c",
         "amulet/native/rowwise.h",
         "amulet/native/threads.c",

@@ -1,0 +1,6 @@
+/* The product of `products.c`; what it takes is told there. */
+
+#include <stdint.h>
+
+int amulet_product(int kind, const void *x, const void *weight, const uint16_t *scale,
+                   const void *bias, void *out, long rows, long n, long k);
