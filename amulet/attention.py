@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from amulet import native
 GROUPED = "amulet_grouped"
 WIDEST = 32  # tokens; repeating the mask for more of them costs more than the copies
 FEW = 16  # tokens; for more `native/prefill.c` pays, although it lays keys and values out anew
+HAS_TRITON = find_spec("triton") is not None  # comes with PyTorch for GPUs on Linux
 SIDE = 64  # numbers that it computes at once: a head's dimension is to be a multiple
 
 
@@ -73,6 +75,9 @@ def grouped_attention(
             return _prefill(query, key, value, scale), None
         attend = torch.ops.amulet.attend if torch.compiler.is_compiling() else _attend
         return attend(query, key, value, attention_mask, scale), None
+    if not biased and _attends_by_triton(query, key, value, attention_mask):
+        scale = dim**-0.5 if scaling is None else scaling
+        return torch.ops.amulet.attend(query, key, value, attention_mask, scale), None
     if attention_mask is None and 1 < width < columns:
         if value.shape[-1] == dim and not biased and query.device.type == "cpu":
             return _behind_cached(query, key, value, scaling).transpose(1, 2).contiguous(), None
@@ -106,9 +111,9 @@ def _attends_natively(
     width, dim, columns = query.shape[2], query.shape[3], key.shape[2]
     halves = query.dtype == torch.bfloat16
     return (
-        native.library() is not None
+        query.device.type == "cpu"
+        and native.library() is not None
         and (width <= WIDEST or _prefills(query, mask))
-        and query.device.type == "cpu"
         and (halves or query.dtype == torch.float32)
         and query.dtype == key.dtype == value.dtype
         and dim % (32 if halves else 16) == 0
@@ -117,6 +122,25 @@ def _attends_natively(
         and (not halves or key.stride(2) % 2 == value.stride(2) % 2 == 0)
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+    )
+
+
+def _attends_by_triton(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    """Whether `triton_attention.py` can do it, and is the faster way."""
+    width, dim = query.shape[2:]
+    return (
+        query.device.type == "cuda"
+        and width <= WIDEST
+        and mask is not None
+        and mask.dtype == torch.bool
+        and mask.shape[1] == 1
+        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape
+        and dim <= 256
+        and HAS_TRITON
     )
 
 
@@ -205,6 +229,17 @@ _library.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor"
 )
 _library.impl("attend", _attend, "CPU")
+
+
+def _attend_on_gpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    from amulet.triton_attention import attend  # Triton comes with PyTorch for GPUs alone
+
+    return attend(query, key, value, mask, scale)
+
+
+_library.impl("attend", _attend_on_gpu, "CUDA")
 
 
 @torch.library.register_fake("amulet::attend", lib=_library)  # type: ignore[untyped-decorator]

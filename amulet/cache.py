@@ -8,8 +8,8 @@ overwritten when the row gets there. This is the only file that names Transforme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache
 from amulet.errors import ModelError
 
 COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
+GPU_COLUMN_STEP = 512  # with each growth CUDA graphs are made anew
 
-Masks = torch.Tensor | dict[str, torch.Tensor | None] | None
+Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 
 class ColumnCache(Cache):
@@ -60,10 +61,19 @@ class ColumnCache(Cache):
 
 
 class RowCache(ColumnCache):
-    """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer."""
+    """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer.
 
-    def __init__(self) -> None:
+    Args:
+        column_step: capacity grows in steps of this many tokens.
+
+    Attributes:
+        layout: another object whenever the buffers are others.
+    """
+
+    def __init__(self, column_step: int = COLUMN_STEP) -> None:
         super().__init__(layers=[])
+        self.layout = object()
+        self._column_step = column_step
         self._keys: list[torch.Tensor | None] = []
         self._values: list[torch.Tensor | None] = []
         self._capacity = (0, 0)
@@ -79,8 +89,10 @@ class RowCache(ColumnCache):
             return
         if have_rows and rows > have_rows:  # each growth copies everything, so there are to be few
             rows = max(rows, 2 * have_rows)
-        columns = -(-max(columns, have_columns) // COLUMN_STEP) * COLUMN_STEP
+        step = self._column_step
+        columns = -(-max(columns, have_columns) // step) * step
         self._capacity = (max(rows, have_rows), columns)
+        self.layout = object()
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:
@@ -126,9 +138,15 @@ class RowCache(ColumnCache):
                     own[layer] = buffer
                 buffer[row, :, :length] = states[:, :length]
 
+    def blank(self) -> None:
+        """Forget all tokens, but hold on to the memory."""
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None:
+                buffer.zero_()
+
     def clear(self) -> None:
         """Free all memory."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self._column_step)  # type: ignore[misc]
 
     @property
     def positions(self) -> torch.Tensor:
@@ -145,12 +163,20 @@ class RowCache(ColumnCache):
         """Bytes held."""
         return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
 
-    def buffers(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return keys and values of the pass's rows, `[rows, kv_heads, columns, dim]` per layer."""
-        rows = slice(self._first, self._first + len(self._starts))
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """For how many rows, and how many columns, there is room."""
+        return self._capacity
+
+    def buffers(self, first: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return keys and values of some rows, `[rows, kv_heads, columns, dim]` per layer.
+
+        There are none before the first pass.
+        """
+        part = slice(first, first + rows)
         return (
-            [keys[rows] for keys in self._keys if keys is not None],
-            [values[rows] for values in self._values if values is not None],
+            [keys[part] for keys in self._keys if keys is not None],
+            [values[part] for values in self._values if values is not None],
         )
 
     def masks(
@@ -158,52 +184,25 @@ class RowCache(ColumnCache):
         config: PretrainedConfig,
         dtype: torch.dtype,
         device: torch.device,
-        always: bool = False,
         causal_behind_cached: bool = False,
     ) -> Masks:
         """Return the attention mask of the pass in the form that the model's forward expects.
 
         A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
-        full and sliding attention; None where plain causal attention is already right, unless it
-        is `always` asked for.
+        full and sliding attention; None where plain causal attention is already right.
         """
         text = config.get_text_config()
         additive = dtype if config._attn_implementation == "eager" else None
-        made = {
-            kind: self._mask(kind, text, additive, device, always, causal_behind_cached)
-            for kind in layer_kinds(text)
-        }
-        if getattr(text, "layer_types", None):
-            return made
-        return next(iter(made.values()))
-
-    def _mask(
-        self,
-        kind: str,
-        config: PretrainedConfig,
-        additive: torch.dtype | None,
-        device: torch.device,
-        always: bool,
-        causal_behind_cached: bool,
-    ) -> torch.Tensor | None:
-        window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         level = len(set(self._starts)) == 1  # all rows at the same position
         causal = level and (self._width == 1 or self._starts[0] == 0 or causal_behind_cached)
-        chunk = config.attention_chunk_size if kind == "chunked_attention" else None
-        within = self.columns <= min(window or self.columns, chunk or self.columns)
-        if causal and within and additive is None and not always:
-            return None
-        query = self._positions.to(device)[:, None, :, None]
-        column = torch.arange(self.columns, device=device)
-        allowed = column <= query
-        if window is not None:
-            allowed &= column > query - window
-        if chunk is not None:
-            allowed &= column // chunk == query // chunk
-        if additive is None:
-            return allowed
-        zero = torch.zeros((), dtype=additive, device=device)
-        return torch.where(allowed, zero, torch.finfo(additive).min)
+
+        def mask(kind: str) -> torch.Tensor | None:
+            within = self.columns <= (_reach(kind, text) or self.columns)
+            if causal and within and additive is None:
+                return None
+            return column_mask(kind, text, self._positions.to(device), self.columns, additive)
+
+        return by_kind(text, mask)
 
     def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
         rows, columns = self._capacity
@@ -276,25 +275,28 @@ class RowCache(ColumnCache):
         return self._starts[0]
 
 
-class StepCache(ColumnCache):
-    """The rows of a `RowCache` in a pass of one token each, as the compiler sees them.
+class LayerCache(ColumnCache):
+    """One layer's buffers in one pass, whatever number the layer has.
 
     Args:
-        keys, values: `[rows, kv_heads, columns, head_dim]` per layer.
-        positions: of the new tokens, `[rows, 1]`.
+        keys, values: `[rows, kv_heads, columns or more, head_dim]`.
+        rows: `[rows, 1]`, their numbers.
+        targets: columns of the new tokens, `[rows, width]`.
         columns: how many of them the pass attends over.
     """
 
     def __init__(
         self,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
         columns: int,
     ) -> None:
         super().__init__(layers=[])
-        self._keys: list[torch.Tensor] = keys
-        self._values, self._positions = values, positions
+        self._keys = [keys]
+        self._buffers = keys, values
+        self._places = rows, targets
         self._columns = columns
 
     @property
@@ -310,16 +312,107 @@ class StepCache(ColumnCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the pass's keys and values `[rows, kv_heads, 1, dim]`; return all columns."""
-        rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[rows, :, self._positions] = key_states.transpose(1, 2)
-        values[rows, :, self._positions] = value_states.transpose(1, 2)
+        """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
+        keys, values = self._buffers
+        rows, targets = self._places
+        keys[rows, :, targets] = key_states.transpose(1, 2)
+        values[rows, :, targets] = value_states.transpose(1, 2)
         return keys[:, :, : self._columns], values[:, :, : self._columns]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the pass, in the longest row."""
-        return self._columns - 1
+        return self._columns - self._places[1].shape[1]
+
+
+class StepCache(ColumnCache):
+    """Buffers of a `RowCache` in one pass, as the compiler and a CUDA graph see them.
+
+    Args:
+        keys, values: `[rows, kv_heads, columns or more, head_dim]` per layer.
+        targets: columns of the new tokens, `[rows, width]`.
+        columns: how many of them the pass attends over.
+    """
+
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        targets: torch.Tensor,
+        columns: int,
+    ) -> None:
+        super().__init__(layers=[])
+        rows = torch.arange(len(targets), device=targets.device)[:, None]
+        self._keys = keys
+        self.by_layer = [
+            LayerCache(*buffers, rows, targets, columns)
+            for buffers in zip(keys, values, strict=True)
+        ]
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        return self.by_layer[0].columns
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
+        return self.by_layer[layer_idx].update(key_states, value_states, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass, in the longest row."""
+        return self.by_layer[0].get_seq_length()
+
+
+def by_kind(config: PretrainedConfig, mask: Callable[[str], torch.Tensor | None]) -> Masks:
+    """Return the masks of a text model's kinds of layers, in the form that its forward expects."""
+    made = {kind: mask(kind) for kind in layer_kinds(config)}
+    if getattr(config, "layer_types", None):
+        return made
+    return next(iter(made.values()))
+
+
+def column_mask(
+    kind: str,
+    config: PretrainedConfig,
+    positions: torch.Tensor,
+    columns: int,
+    additive: torch.dtype | None,
+) -> torch.Tensor:
+    """Return which columns each token attends to, `[rows, 1, width, columns]`.
+
+    Args:
+        kind: of the layers; see `layer_kinds`.
+        config: of the text model.
+        positions: of the tokens, `[rows, width]`.
+        columns: how many there are.
+        additive: of what dtype, 0 where it attends and the least number elsewhere; None is bool.
+    """
+    query = positions[:, None, :, None]
+    column = torch.arange(columns, device=positions.device)
+    seen = column <= query
+    reach = _reach(kind, config)
+    if reach is not None and kind == "sliding_attention":
+        seen &= column > query - reach
+    elif reach is not None:
+        seen &= column // reach == query // reach
+    if additive is None:
+        return seen
+    zero = torch.zeros((), dtype=additive, device=positions.device)
+    return torch.where(seen, zero, torch.finfo(additive).min)
+
+
+def _reach(kind: str, config: PretrainedConfig) -> int | None:
+    """Return how many columns such a layer sees at most, None for all."""
+    if kind == "sliding_attention":
+        window: int | None = getattr(config, "sliding_window", None)
+        return window
+    return int(config.attention_chunk_size) if kind == "chunked_attention" else None
 
 
 SUPPORTED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -9,60 +9,142 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from amulet import native
 from amulet.attention import grouped
-from amulet.cache import Masks, RowCache, StepCache, cache_argument
+from amulet.cache import ColumnCache, Masks, StepCache, by_kind, cache_argument, column_mask
 from amulet.cache_folder import cache_folder
 from amulet.layers import are_native
+from amulet.siblings import join_siblings, joint_products
 
 logger = logging.getLogger("amulet")
 
+MOST_COMPILED = 64  # kinds of layers and passes, of all models together; PyTorch's own limit is 8
 LEAST_ROWS = 2  # a graph for one row would be another graph; a second row costs nearly nothing
 
 
-class CompiledStep:
-    """The forward pass of one token per row; falls back to None, with one line in the log.
+def forward_pass(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    masks: Masks,
+    cache: ColumnCache,
+    **options: Any,
+) -> torch.Tensor:
+    """Pass some tokens per row through a model; return its logits, `[rows, width, vocab]`.
 
     Args:
-        model: a model whose attention is `sdpa`.
+        model: one that `check_supported` accepts.
+        ids, positions: of the tokens, `[rows, width]`.
+        masks: as `RowCache.masks` returns them.
+        cache: where their keys and values go.
+        options: of the model's forward.
+    """
+    logits: torch.Tensor = model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=masks,
+        use_cache=True,
+        **{cache_argument(model): cache},
+        **options,
+    ).logits
+    return logits
+
+
+def forward_step(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    columns: int,
+) -> torch.Tensor:
+    """Pass a few tokens per row, by operations on tensors alone; see `forward_pass`.
+
+    Args:
+        model, ids, positions: as there.
+        targets: the columns that they are written to: their positions, where somebody has the row.
+        keys, values: `[rows, kv_heads, columns or more, head_dim]` per layer.
+        columns: how many of them the pass attends over.
+    """
+    text = model.config.get_text_config()
+    additive = model.dtype if model.config._attn_implementation == "eager" else None
+    masks = by_kind(text, lambda kind: column_mask(kind, text, positions, columns, additive))
+    return forward_pass(model, ids, positions, masks, StepCache(keys, values, targets, columns))
+
+
+class CompiledStep:
+    """`forward_step` compiled; falls back to None, with one line in the log.
+
+    On the CPU as a whole, as entering compiled code takes time. On a GPU, where a graph records
+    what it does, one layer for all that are alike: that is compiled in seconds, not in minutes.
+
+    Args:
+        model: one that `check_supported` accepts.
+        by_layer: compile layers; None does on a GPU.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, by_layer: bool | None = None) -> None:
         self._model = model
-        self._argument = cache_argument(model)
+        self._by_layer = model.device.type == "cuda" if by_layer is None else by_layer
         self._compiled: Any = None
         self.broken = model.config._attn_implementation != "sdpa"
 
-    def __call__(self, ids: Sequence[Sequence[int]], cache: RowCache) -> torch.Tensor | None:
-        """Return logits `[rows, 1, vocab]` of the pass that `cache.begin` announced.
+    def prepare(self) -> None:
+        """Bring the weights into the order that compiled layers read; again if they were moved."""
+        if self._by_layer and not self.broken:
+            join_siblings(self._model)
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        columns: int,
+    ) -> torch.Tensor | None:
+        """Return what `forward_step` does.
 
         None where the model can't be compiled: nothing is lost then, the pass can be made anew.
         """
+        arguments = ids, positions, targets, keys, values, columns
+
+        def run() -> torch.Tensor:
+            if self._by_layer:
+                with self._layers_compiled():
+                    return forward_step(self._model, *arguments)
+            logits: torch.Tensor = self._compiled(self._model, *arguments)
+            return logits
+
+        return self._attempt(run, keys, values)
+
+    def _attempt(
+        self,
+        run: Callable[[], torch.Tensor],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> torch.Tensor | None:
         if self.broken:
             return None
-        device = self._model.device
-        masks = cache.masks(self._model.config, self._model.dtype, device, always=True)
-        keys, values = cache.buffers()
-        arguments = (
-            torch.tensor(ids, device=device),
-            cache.positions.to(device),
-            masks,
-            keys,
-            values,
-            cache.columns,
-        )
+        from torch._dynamo import config  # takes half a second
+
         try:
-            with grouped(self._model.config):
+            # Layers of other kinds, other models' and passes with and without a mask count alike.
+            # (The limit's old name; both of PyTorch's names for it work in 2.13.)
+            with grouped(self._model.config), config.patch(cache_size_limit=MOST_COMPILED):
                 if self._compiled is None:
-                    return self._first(arguments)
-                logits: torch.Tensor = self._compiled(*arguments)
-                return logits
+                    self._compile(run, keys, values)
+                return run()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -75,9 +157,15 @@ class CompiledStep:
             )
             return None
 
-    def _first(self, arguments: tuple[Any, ...]) -> torch.Tensor:
-        """Compile, which the first call does."""
+    def _compile(
+        self,
+        run: Callable[[], torch.Tensor],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> None:
+        """Compile all that will be needed, now: nothing is to be compiled during a chat."""
         native.library()  # looked for now: the compiler can't trace that
+        self.prepare()
         if are_native(self._model):
             logger.warning(
                 "compile=True: this model's layers are C code, which was faster than compiled ones "
@@ -85,30 +173,57 @@ class CompiledStep:
             )
         # PyTorch keeps compiled code in the temporary folder, which a restart empties.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-        compiled = torch.compile(self._step, dynamic=True, fullgraph=True)
+        source = _forward_layer if self._by_layer else forward_step
+        self._compiled = torch.compile(source, dynamic=True, fullgraph=True)
         start = time.perf_counter()
         with warnings.catch_warnings():  # the compiler's own, which nobody here can mend
             warnings.simplefilter("ignore")
-            logits: torch.Tensor = compiled(*arguments)
+            if self._by_layer:
+                self._try_layers(keys, values)
+            else:
+                run()
         logger.info("Compiled the decode step in %.0f s.", time.perf_counter() - start)
-        self._compiled = compiled
-        return logits
 
-    def _step(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: Masks,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        columns: int,
-    ) -> torch.Tensor:
-        cache = StepCache(keys, values, positions, columns)
-        logits: torch.Tensor = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=masks,
-            use_cache=True,
-            **{self._argument: cache},
-        ).logits
-        return logits
+    def _try_layers(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        """Compile layers for one token per row and for several, on rows of their own.
+
+        The numbers are no model's, so that what is compiled does not depend on a coincidence.
+        """
+        rows, columns = 3, 83
+        room = [
+            [b.new_zeros((rows, b.shape[1], columns, b.shape[3])) for b in buffers]
+            for buffers in (keys, values)
+        ]
+        for width in (1, 5):
+            positions = torch.arange(width, device=keys[0].device).repeat(rows, 1)
+            ids = torch.zeros_like(positions)
+            with self._layers_compiled():
+                forward_step(self._model, ids, positions, positions, room[0], room[1], columns)
+
+    @contextmanager
+    def _layers_compiled(self) -> Iterator[None]:
+        """Let the model's decoder layers run compiled in the block."""
+        count = self._model.config.get_text_config().num_hidden_layers
+        lists = (m for m in self._model.modules() if isinstance(m, nn.ModuleList))
+        layers: Any = next(found for found in lists if len(found) == count)
+        if any("forward" in layer.__dict__ for layer in layers):
+            raise ValueError("somebody has replaced the forward of its layers")
+        try:
+            for number, layer in enumerate(layers):
+                layer.forward = partial(self._layer, layer, number)
+            with joint_products():
+                yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    def _layer(self, layer: nn.Module, number: int, *args: Any, **options: Any) -> Any:
+        """Run a layer with a cache of its own, so that no code depends on its number."""
+        for name, value in options.items():
+            if isinstance(value, StepCache):
+                options[name] = value.by_layer[number]
+        return self._compiled(layer, *args, **options)
+
+
+def _forward_layer(layer: nn.Module, *args: Any, **options: Any) -> Any:
+    return type(layer).forward(layer, *args, **options)

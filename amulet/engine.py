@@ -17,22 +17,30 @@ from transformers import PreTrainedModel
 
 from amulet import native
 from amulet.attention import causal_behind_cached, grouped, steps_are_native
-from amulet.cache import RowCache, cache_argument, check_supported
+from amulet.cache import (
+    COLUMN_STEP,
+    GPU_COLUMN_STEP,
+    RowCache,
+    check_supported,
+)
 from amulet.choice import append_token, choose_tokens
-from amulet.compiled import LEAST_ROWS, CompiledStep
+from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
 from amulet.drafts import NARROW, Draft
 from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
+from amulet.graphs import StepGraphs
 from amulet.layers import are_native
 from amulet.packed_layers import native_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 
 CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
+GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
-WORTH_SHARING = 64  # tokens of a shared beginning that are prefilled once, not in every row
+WORTH_SHARING = 64  # tokens spared, from which a shared beginning is worth a pass of its own
+GPU_WORTH_SHARING = 512  # the same on a GPU
+KEPT_FOR_GRAPHS = 1 / 8  # of a GPU's memory: so much KV cache stays for its CUDA graphs when idle
 TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no second thread
-TOGETHER = 256  # tokens per row of a prefill from which rows gain nothing by sharing a pass
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
 
 
@@ -60,20 +68,27 @@ class Engine:
         self.compile = False if compile == "auto" and are_native(model) else compile
         self.drafts = drafts
         self._compiled = CompiledStep(model)
-        self._seconds = 0.0  # spent on the forward passes of steps
+        self._graphs = StepGraphs(model, self._compiled)
+        self._seconds = 0.0  # spent on steps
         self.running: list[Generation] = []
         # True while tokens are handed over: an interrupt elsewhere loses nothing, as the step is
         # simply made again.
         self.committing = False
         self.prefixes = Prefixes(prefix_bytes)
-        self._cache = RowCache()
-        self._cache_argument = cache_argument(model)
+        on_gpu = model.device.type == "cuda"
+        self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
         rows = native_rows(model) if steps_are_native(model) else 0
         self._team_rows = min(rows, TEAM_ROWS)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
+        self._chunk = GPU_CHUNK if on_gpu else CHUNK
+        self._worth_sharing = GPU_WORTH_SHARING if on_gpu else WORTH_SHARING
+        self._kept_bytes = 0  # of the KV cache, when nothing runs
+        if on_gpu:  # graphs are recorded over these very buffers
+            memory = torch.cuda.get_device_properties(model.device).total_memory
+            self._kept_bytes = int(KEPT_FOR_GRAPHS * memory)
         self._filling = False  # a prefill is under way in rows behind those of `_owners`
         self._waited_for = 0  # tokens prefilled since the last step
 
@@ -97,6 +112,7 @@ class Engine:
         Raises:
             OutOfMemoryError: there is no room; the running generations are unharmed.
         """
+        self._graphs.refresh(self._compiles())
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
         logits, self._filling = None, True
@@ -127,6 +143,7 @@ class Engine:
         self._waited_for = 0
         if not self.running:
             return
+        begun = time.perf_counter()
         ids = [[generation.token_ids[-1]] for generation, _ in self._owners]
         starts = [
             len(generation.prompts[i]) + len(generation.token_ids) - 1
@@ -147,6 +164,7 @@ class Engine:
                 self._accept(drafts, logits)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(len(ids), max(starts)) from error
+        self._seconds += time.perf_counter() - begun
         self.sweep()
 
     def _draft(self, rows: int) -> dict[Generation, list[int]]:
@@ -206,7 +224,11 @@ class Engine:
         self._clear_if_idle()
 
     def _clear_if_idle(self) -> None:
-        if not self.running and not self._filling:
+        if self.running or self._filling:
+            return
+        if self._cache.nbytes < self._kept_bytes:
+            self._cache.blank()
+        else:
             self._cache.clear()
 
     def _keep(self, row: int) -> None:
@@ -248,10 +270,11 @@ class Engine:
         lead = filled.index(max(filled))
         # A pass of its own for the shared beginning must be worth it: what follows then starts
         # behind something, which takes a mask on a GPU and more work without one.
-        if shared - filled[lead] < max(WORTH_SHARING, max(map(len, prompts)) - shared):
+        spared = (len(prompts) - 1) * (shared - filled[lead])
+        if spared < max(self._worth_sharing, max(map(len, prompts)) - shared):
             shared = min(shared, filled[lead])
         while filled[lead] < shared:
-            width = _width(shared - filled[lead])
+            width = self._width(shared - filled[lead])
             if not self._give_way(generation, width):
                 return None
             chunk = prompts[lead][filled[lead] : filled[lead] + width]
@@ -264,10 +287,11 @@ class Engine:
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
             left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-            width = _width(max(left))
+            width = self._width(max(left))
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
-            if width > TOGETHER or sum(taken) < WORTH_PADDING * width * len(prompts):
+            whole = width * len(prompts)
+            if whole > self._chunk or sum(taken) < WORTH_PADDING * whole:
                 rows = range(left.index(max(left)), left.index(max(left)) + 1)  # the longest alone
             # Padding on the right is harmless: its columns lie behind the row's end.
             ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
@@ -312,7 +336,7 @@ class Engine:
         Returns:
             False if the generation that is being filled was cancelled meanwhile.
         """
-        if self._waited_for + tokens > CHUNK:
+        if self._waited_for + tokens > self._chunk:
             try:
                 self.step()
             except Exception as error:
@@ -324,20 +348,29 @@ class Engine:
     def _decode(self, ids: list[list[int]], starts: list[int]) -> torch.Tensor:
         """Pass each row's new tokens, of the same number each; return logits of all of them.
 
-        Compiled where that is wanted; a step that checks drafts is not, as it would take a graph
-        of its own.
+        By a CUDA graph on a GPU, and compiled where that is wanted; on the CPU a step that checks
+        drafts is not, as it would have to be compiled for itself.
         """
-        begun = time.perf_counter()
-        logits, rows = None, len(ids)
-        if self._compiles() and len(ids[0]) == 1 and (rows > 1 or not self._filling):
-            spare = max(LEAST_ROWS - rows, 0)  # rows that nobody has
-            self._cache.reserve(rows + spare, max(starts) + 1)
-            self._cache.begin(0, starts + [0] * spare, 1)
-            logits = self._compiled(ids + [[0]] * spare, self._cache)
+        rows, width = len(ids), len(ids[0])
+        compiles, logits = self._compiles(), None
+        if self._graphs.serves:
+            logits = self._graphs(ids, starts, self._cache, compiles)
+        elif compiles and width == 1 and (rows > 1 or not self._filling):
+            logits = self._decode_compiled(ids, starts)
         if logits is None:
-            logits = self._forward(ids, starts, 0, list(range(len(ids[0]))))
-        self._seconds += time.perf_counter() - begun
-        return logits[:rows]
+            logits = self._forward(ids, starts, 0, list(range(width)))
+        return logits
+
+    def _decode_compiled(self, ids: list[list[int]], starts: list[int]) -> torch.Tensor | None:
+        spare = max(LEAST_ROWS - len(ids), 0)  # rows that nobody has
+        columns = max(starts) + 1
+        self._cache.reserve(len(ids) + spare, columns)
+        device = self.device
+        positions = torch.tensor(starts + [0] * spare, device=device)[:, None]
+        keys, values = self._cache.buffers(0, len(positions))
+        tokens = torch.tensor(ids + [[0]] * spare, device=device)
+        logits = self._compiled(tokens, positions, positions, keys, values, columns)
+        return None if logits is None else logits[: len(ids)]
 
     def _compiles(self) -> bool:
         due = self._seconds > COMPILE_AFTER if self.compile == "auto" else self.compile
@@ -353,20 +386,15 @@ class Engine:
         """One pass over rows `first ...`; return logits `[rows, kept positions, vocab]`."""
         device, model = self.device, self.model
         self._cache.begin(first, starts, len(ids[0]))
-        options: dict[str, Any] = {self._cache_argument: self._cache}
+        options: dict[str, Any] = {}
         if self._keeps_logits:
             options["logits_to_keep"] = 1 if keep is None else torch.tensor(keep, device=device)
         masks = self._cache.masks(
             model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
         )
+        tokens, positions = torch.tensor(ids, device=device), self._cache.positions.to(device)
         with grouped(model.config):
-            logits: torch.Tensor = model(
-                input_ids=torch.tensor(ids, device=device),
-                position_ids=self._cache.positions.to(device),
-                attention_mask=masks,
-                use_cache=True,
-                **options,
-            ).logits
+            logits = forward_pass(model, tokens, positions, masks, self._cache, **options)
         if not self._keeps_logits:
             logits = logits[:, -1:] if keep is None else logits[:, keep]
         return logits
@@ -391,14 +419,13 @@ class Engine:
             "shorter prompt, or a smaller dtype."
         )
 
+    def _width(self, left: int) -> int:
+        """Return how many of a prefill's tokens that are left a row gets in the next pass.
 
-def _width(left: int) -> int:
-    """Return how many of a prefill's tokens that are left a row gets in the next pass.
-
-    Passes of equal width: what the activations of one leave in the heap fits those of the next.
-    """
-    passes = -(-left // CHUNK)
-    return -(-left // passes)
+        Passes of equal width: what the activations of one leave in the heap fits those of the next.
+        """
+        passes = -(-left // self._chunk)
+        return -(-left // passes)
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> int:

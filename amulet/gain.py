@@ -70,7 +70,7 @@ def steer(preferred: torch.Tensor, base: torch.Tensor, gain: torch.Tensor | floa
 
     Neither input is changed. Masks (−inf) belong after this step: −inf in both rows is NaN here.
     """
-    return preferred + gain * (preferred - base)
+    return base.lerp(preferred, gain + 1.0)  # one operation, which reads both once
 
 
 def steer_many(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -33,6 +34,9 @@ class Mixture:
             the second's, and so on.
         weights: for each generation the w_i of its preferred rows; all zero, or none, is plain.
         rows: for each generation how many rows it has.
+        exact: whether somebody will look at the scores or log-probabilities themselves. Otherwise
+            the rows needn't be normalised: it would shift a generation's scores alike, which
+            changes no draw and no comparison with the likeliest token.
 
     Attributes:
         scores: unnormalised log-scores `[generations, vocab]`: `r + Σ w_i·(p_i − r)`; the logits
@@ -43,7 +47,11 @@ class Mixture:
     """
 
     def __init__(
-        self, logits: torch.Tensor, weights: Sequence[Sequence[float]], rows: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        weights: Sequence[Sequence[float]],
+        rows: Sequence[int],
+        exact: bool = True,
     ) -> None:
         preferred: list[int] = []
         base: list[int] = []
@@ -66,26 +74,26 @@ class Mixture:
         self._wanted_by: list[int] = []
         if not preferred:
             return
-        rows_log = logits.log_softmax(dim=-1)
+        rows_log = logits.log_softmax(dim=-1) if exact else logits
         self._base_log = take_rows(rows_log, base)
         preferred_log = take_rows(rows_log, preferred)
         positive = [i for i, share in enumerate(shares) if share]
         if positive:
             self._wanted = take_rows(preferred_log, positive)
             self._wanted_by = [owner[i] for i in positive]
-        owners = on_device(owner, logits.device)
-        w = on_device([flat, shares], logits.device, logits.dtype)
+        w = _constant(tuple(flat), tuple(shares), logits.device, logits.dtype)
         if owner == list(range(len(base))) and all(shares):  # one preference each: no scatter
             steered = steer(preferred_log, self._base_log, w[0, :, None] - 1.0)
             self._mean = preferred_log
         else:
+            owners = on_device(owner, logits.device)
             steered = steer_many(preferred_log, self._base_log, w[0], owners)
             self._mean = steer_many(preferred_log, self._base_log, w[1], owners)
         if len(set(owner)) == len(base):
             self.scores = steered
         else:
             is_steered = torch.zeros(len(base), 1, dtype=torch.bool, device=logits.device)
-            is_steered[owners] = True
+            is_steered[on_device(owner, logits.device)] = True
             self.scores = torch.where(is_steered, steered, self._logits)
 
     @property
@@ -160,6 +168,14 @@ def _relative(logs: torch.Tensor, permitted: torch.Tensor | None) -> torch.Tenso
     if permitted is not None:
         logs = logs.masked_fill(~permitted, NEVER)
     return logs - logs.amax(dim=-1, keepdim=True)
+
+
+@lru_cache(maxsize=16)
+def _constant(
+    weights: tuple[float, ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return both on the device, `[2, preferences]`; they are the same for many steps."""
+    return on_device([weights, shares], device, dtype)
 
 
 def take_rows(rows: torch.Tensor, index: Sequence[int]) -> torch.Tensor:

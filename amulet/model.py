@@ -39,10 +39,11 @@ class Amulet:
         prefix_cache_bytes: memory for the keys and values of ended answers, so that the next turn
             of a conversation prefills only what is new. A prompt reuses only what it contains
             itself. 0 is off.
-        compile: compile the decode step with `torch.compile`: it takes a minute on a laptop, and
-            every token after it is faster, except where whole layers are C code already
-            (docs/models.md). True compiles at the first answer, "auto" once decoding has taken a
-            minute in all, and not such a model. Where it can't be done a line in the log says so.
+        compile: compile the decode step with `torch.compile`: it takes a minute on a laptop, ten
+            seconds on a GPU, and every token after it is faster, except where whole layers are C
+            code already (docs/models.md). True compiles at the first answer, "auto" once decoding
+            has taken a minute in all, and not such a model. Where it can't be done a line in the
+            log says so.
         drafts: guess what an answer copies from its prompt, and check several tokens in one pass.
             The answer is the same, in float32 to the token, and in bfloat16 to its rounding.
 
@@ -173,7 +174,10 @@ class Amulet:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache of the rows that are being decoded now."""
+        """Bytes of the KV cache: of the rows that are being decoded now.
+
+        On a GPU some stays, emptied, for the CUDA graphs of the next answers.
+        """
         return self._engine.cache_bytes
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:

@@ -2,8 +2,9 @@
 
 Claims, at batch 1: steered costs at most 1.03 of Amulet's own plain per token, at most 0.5 of
 Transformers' plain `generate`, and reads weights and caches at 60 % of the memory's bandwidth or
-more; tokens per second of 64 steered users are shown. Without a GPU only `--quick` runs, a tiny
-shape on the CPU, to see that it does.
+more; guidance, first tokens and tokens per second of 64 steered users are shown. Amulet's steps are
+CUDA graphs of Transformers' operations or, compiled, of fewer ones. Without a GPU only `--quick`
+runs, a tiny shape on the CPU, to see that it does.
 
     python -m benchmarks.gpu [--shape llama-1b --shape llama-8b] [--rounds 5] [--tokens 64]
 """
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 
+from amulet.preference import DEFAULT_STEERING
+from amulet.prompts import encode_chat
 from benchmarks import contenders, measure
 from benchmarks.decode import CHAT, PREFERENCE
 from benchmarks.measure import Claim, Spread, at_least, at_most, name_of
 from benchmarks.passages import rag_chat
 
-EAGER = "transformers plain"
+EAGER, GUIDED = "transformers plain", "transformers guidance"
 PLAIN, STEERED = "amulet plain", "amulet steered"
 COMPILED_PLAIN, COMPILED = "amulet plain, compiled", "amulet steered, compiled"
 
@@ -30,13 +33,16 @@ COMPILED_PLAIN, COMPILED = "amulet plain, compiled", "amulet steered, compiled"
 def contenders_of(model: Any, chat: Any, compiles: bool) -> dict[str, Callable[[int], object]]:
     """Return who decodes one answer."""
     eager = contenders.amulet_over(model)
-    base = eager.encode_chat(chat)
+    steering = DEFAULT_STEERING
+    prompts = encode_chat(contenders.tokenizer(), chat, [PREFERENCE], steering.placement)
+    base, preferred = prompts.base, prompts.preferred[0]
 
     def run(amulet: Any, preference: Any) -> Callable[[int], object]:
         return lambda n: contenders.chat(amulet, chat, n, preference=preference)
 
     runs: dict[str, Callable[[int], object]] = {
         EAGER: lambda n: contenders.generate(model, base, n),
+        GUIDED: lambda n: contenders.guided(model, preferred, base, n, steering.strength),
         PLAIN: run(eager, None),
         STEERED: run(eager, PREFERENCE),
     }
@@ -47,16 +53,18 @@ def contenders_of(model: Any, chat: Any, compiles: bool) -> dict[str, Callable[[
     return runs
 
 
-def many_users(model: Any, chats: Sequence[Any], options: Any) -> tuple[Spread, Spread]:
+def many_users(
+    model: Any, chats: Sequence[Any], options: Any, compiles: bool
+) -> tuple[Spread, Spread]:
     """Return tokens per second of all users, steered and together: prefill in, and decode alone."""
-    amulet = contenders.amulet_over(model, max_rows=2 * len(chats))
+    amulet = contenders.amulet_over(model, max_rows=2 * len(chats), compile=compiles)
 
     def together(n: int) -> None:
         amulet.batch(
             [{"messages": c, "preference": PREFERENCE, "max_new_tokens": n} for c in chats]
         )
 
-    together(2)
+    together(options.tokens)
     times = measure.per_token({"users": together}, options.rounds, options.tokens)["users"]
     whole = times.whole(options.tokens)
     with_prefill = [len(chats) * options.tokens / ms * 1e3 for ms in whole]
@@ -70,14 +78,15 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
     model = contenders.load(shape, dtype, device=device)
     length = 64 if options.quick else 512
     chat = CHAT if options.quick else rag_chat(contenders.tokenizer(), length, "Which is oldest?")
-    runs = contenders_of(model, chat, (options.compile or "on") == "on" and not options.quick)
-    warm = measure.warm_up(runs)
+    compiles = (options.compile or "on") == "on" and not options.quick
+    runs = contenders_of(model, chat, compiles)
+    warm = measure.warm_up(runs, options.tokens)
     times = measure.per_token(runs, options.rounds, options.tokens)
     shown: dict[str, Any] = measure.print_times(times, EAGER)
     tokens = len(contenders.amulet_over(model).encode_chat(chat)) + options.tokens // 2
     shares = {}
     for name, own in times.items():
-        rows = 2 if "steered" in name else 1
+        rows = 1 if "plain" in name else 2
         size = contenders.weight_bytes(model)
         size += rows * contenders.cache_bytes(model.config, dtype, tokens)
         best = max(speed.values())
@@ -85,7 +94,7 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
         shown[name] |= {"warm_up_s": warm[name], "bandwidth_share": asdict(shares[name])}
     count = 4 if options.quick else 64
     chats = [rag_chat(contenders.tokenizer(), length, "Which is oldest?", i) for i in range(count)]
-    rate, decode_rate = many_users(model, chats, options)
+    rate, decode_rate = many_users(model, chats, options, compiles)
     shown["users"] = {"tokens_per_s": asdict(rate), "decode_tokens_per_s": asdict(decode_rate)}
     best_steered, best_plain = (COMPILED, COMPILED_PLAIN) if COMPILED in times else (STEERED, PLAIN)
     steered, what = times[best_steered].token, f"{shape}, {name_of(dtype)}, {device}, per token"
@@ -95,6 +104,18 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
         Claim(f"{what}: share of bandwidth, {best_steered}", 0.6, shares[best_steered], False),
         at_least(
             f"{what}: plain `generate` / {STEERED}", None, times[EAGER].token, times[STEERED].token
+        ),
+        at_least(
+            f"{what}: guidance / {best_steered}",
+            None,
+            times[GUIDED].token,
+            times[best_steered].token,
+        ),
+        at_most(
+            f"{shape}: first token: {best_steered} / plain `generate`",
+            None,
+            times[best_steered].first,
+            times[EAGER].first,
         ),
         Claim(f"{shape}: {count} steered users, prefill included", None, rate, unit=" tokens/s"),
         Claim(f"{shape}: the same, decoding alone", None, decode_rate, unit=" tokens/s"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amulet.cache import COLUMN_STEP
+from amulet.cache import GPU_COLUMN_STEP
 from amulet.errors import RequestError
 from amulet.plan.shapes import BYTES, Shape
 
@@ -98,10 +98,12 @@ def vllm_users(
     return max(blocks - 1, 0) // vllm_blocks(work, block)  # one block is vLLM's own, for nothing
 
 
-def amulet_bytes(shape: Shape, dtype: str, work: Work, users: int) -> int:
+def amulet_bytes(
+    shape: Shape, dtype: str, work: Work, users: int, column_step: int = GPU_COLUMN_STEP
+) -> int:
     """Return the bytes of Amulet's own cache for so many users who come one after the other.
 
-    All rows lie in one buffer as long as the longest, in steps of `COLUMN_STEP` tokens. It has room
+    All rows lie in one buffer as long as the longest, in steps of `column_step` tokens. It has room
     for the first user's rows, and doubles when it is full. Rows share no memory.
     """
     if users < 1:
@@ -110,7 +112,7 @@ def amulet_bytes(shape: Shape, dtype: str, work: Work, users: int) -> int:
     rows = len(work.rows)
     while rows < wanted:
         rows *= 2
-    columns = -(-max(work.rows) // COLUMN_STEP) * COLUMN_STEP
+    columns = -(-max(work.rows) // column_step) * column_step
     return rows * columns * shape.token(dtype)
 
 

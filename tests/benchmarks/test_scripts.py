@@ -101,6 +101,8 @@ CLAIMS: list[tuple[ModuleType, list[tuple[str, str]]]] = [
             ("tiny, bfloat16, cpu, per token: amulet steered / plain `generate`", "≤ 0.5"),
             ("tiny, bfloat16, cpu, per token: share of bandwidth, amulet steered", "≥ 0.6"),
             ("tiny, bfloat16, cpu, per token: plain `generate` / amulet steered", "shown"),
+            ("tiny, bfloat16, cpu, per token: guidance / amulet steered", "shown"),
+            ("tiny: first token: amulet steered / plain `generate`", "shown"),
             ("tiny: 4 steered users, prefill included", "shown"),
             ("tiny: the same, decoding alone", "shown"),
         ],

@@ -22,13 +22,13 @@ def generate(
     """
     guided: dict[str, object] = {}
     if base is not None and strength is not None:
-        negative = torch.tensor([base])
+        negative = torch.tensor([base], device=model.device)
         guided = {
             "guidance_scale": 1.0 + strength,
             "negative_prompt_ids": negative,
             "negative_prompt_attention_mask": torch.ones_like(negative),
         }
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -13,7 +13,6 @@ import torch
 
 from amulet import native
 from amulet.attention import causal_behind_cached, grouped, grouped_attention
-from amulet.cache import layer_kinds
 from amulet.drafts import Draft
 from amulet.engine import Engine
 from amulet.generation import Generation
@@ -245,15 +244,14 @@ def test_a_pass_behind_cached_tokens_needs_no_mask(kind: Kind, start: int, width
     engine = Engine(model)
     tokens = [ids(random.Random(seed), start + width) for seed in (10, 11)]
     made: list[torch.Tensor | None] = []
-    masks = engine._cache._mask
+    masks = engine._cache.masks
 
-    def noted(kind: str, *given: Any) -> torch.Tensor | None:
-        mask = masks(kind, *given)
-        if kind == "full_attention" or len(layer_kinds(model.config)) == 1:
-            made.append(mask)
-        return mask
+    def noted(*given: Any, **options: Any) -> Any:
+        found = masks(*given, **options)
+        made.append(found["full_attention"] if isinstance(found, dict) else found)
+        return found
 
-    engine._cache._mask = noted  # type: ignore[method-assign]
+    engine._cache.masks = noted  # type: ignore[method-assign]
     with torch.inference_mode():
         expected = model(torch.tensor(tokens)).logits[:, start:]
         engine._cache.reserve(2, start + width)

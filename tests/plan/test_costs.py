@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet, Request, RequestError
+from amulet.cache import COLUMN_STEP
 from amulet.plan.costs import (
     Work,
     amulet_bytes,
@@ -50,7 +51,8 @@ def test_bytes_are_those_of_the_engine(
     for _ in streams[-1].events():
         most = max(most, amulet.cache_bytes)
     assert [len(stream.read().token_ids) for stream in streams] == [answer] * users
-    assert most == amulet_bytes(shape_of(model.config, ""), dtype, work, users) > 0
+    shape = shape_of(model.config, "")
+    assert most == amulet_bytes(shape, dtype, work, users, COLUMN_STEP) > 0
 
 
 def blocks_one_by_one(work: Work, block: int) -> int:
