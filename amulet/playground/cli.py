@@ -46,7 +46,7 @@ def playground(
 
     with readable_errors():
         start(
-            (model, device, dtype, max_rows),
+            {"model": model, "device": device, "dtype": dtype, "max_rows": max_rows},
             host=host,
             port=port,
             api_keys=api_key or (),

@@ -9,7 +9,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,8 +20,6 @@ from amulet.serve.backend import Backend, ServeCommand
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
-
-    from amulet import Amulet
 
 LOOPBACK = ["localhost", "127.0.0.1", "::1"]
 
@@ -69,6 +67,12 @@ def serve(
     max_rows: Annotated[
         int, typer.Option(help="Rows decoded at once; a steered request takes two or more.")
     ] = 64,
+    pack: Annotated[
+        Literal["int8", "int4"] | None, typer.Option(help="Round weights: on a CPU, in bfloat16.")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the decode step, which a GPU gains by.")
+    ] = False,
     queue: Annotated[int, typer.Option(help="Requests that may wait; beyond, status 429.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(help="Size of a request's body.")] = 4 * 2**20,
     max_prompt_tokens: Annotated[
@@ -93,7 +97,14 @@ def serve(
     """Serve the model to OpenAI clients, each request steered by its own `preference`."""
     with readable_errors():
         start(
-            (model, device, dtype, max_rows),
+            {
+                "model": model,
+                "device": device,
+                "dtype": dtype,
+                "max_rows": max_rows,
+                "compile": compile,
+                **({"pack": pack} if pack else {}),
+            },
             host=host,
             port=port,
             api_keys=api_key or (),
@@ -116,7 +127,7 @@ def serve(
 
 
 def start(
-    loading: tuple[str | None, str | None, str, int],
+    loading: dict[str, Any],
     *,
     host: str,
     port: int,
@@ -133,7 +144,7 @@ def start(
     """Run a server until a signal, or until its model can't be loaded.
 
     Args:
-        loading: model, device, dtype and rows.
+        loading: arguments of `load`.
         host, port: where it listens.
         api_keys, name, preferences, allowed_hosts, log_content: see `create_app`.
         limits: fields of `Limits`.
@@ -159,8 +170,8 @@ def start(
     servers: list[Server] = []
     loopback = _is_loopback(host)
     app = create_app(
-        lambda: _load(*loading),
-        name=name or (None if loading[0] else "SmolLM2-135M-Instruct"),
+        lambda: load(**loading),
+        name=name or (None if loading["model"] else "SmolLM2-135M-Instruct"),
         api_keys=api_keys,
         limits=Limits(**limits),
         preferences=preferences,
@@ -179,11 +190,6 @@ def start(
     servers[0].run()
     if servers[0].failure is not None:
         raise servers[0].failure
-
-
-def _load(model: str | None, device: str | None, dtype: str, max_rows: int) -> Amulet:
-    options: dict[str, Any] = {"max_rows": max_rows}
-    return load(model, device, dtype, **options)
 
 
 def _is_loopback(host: str) -> bool:

@@ -161,7 +161,7 @@ def test_the_command_puts_the_page_before_the_server(
         asyncio.run(ask(server))
 
     monkeypatch.setattr(Server, "run", run)
-    monkeypatch.setattr(serve_cli, "_load", lambda *_: tiny)
+    monkeypatch.setattr(serve_cli, "load", lambda **_: tiny)
     opened: list[str] = []
     monkeypatch.setattr(playground_cli.webbrowser, "open", opened.append)
     app = typer.Typer()

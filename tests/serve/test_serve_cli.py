@@ -37,7 +37,7 @@ def servers(monkeypatch: pytest.MonkeyPatch, tiny: Amulet) -> list[Server]:
                 await asyncio.sleep(0.01)
 
     monkeypatch.setattr(Server, "run", lambda server: asyncio.run(start(server)))
-    monkeypatch.setattr(cli, "_load", lambda *_: tiny)
+    monkeypatch.setattr(cli, "load", lambda **_: tiny)
     return started
 
 
@@ -45,6 +45,31 @@ async def ask(server: Server, path: str, key: str | None = None, host: str = "lo
     app: Any = server.config.app
     async with asking(app, key) as client:
         return await client.get(path, headers={"Host": host})
+
+
+def test_how_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, servers: list[Server]) -> None:
+    asked: list[dict[str, Any]] = []
+    tiny = cli.load()
+
+    def load(**options: Any) -> Amulet:
+        asked.append(options)
+        return tiny
+
+    monkeypatch.setattr(cli, "load", load)
+    assert run().exit_code == 0
+    usual = {"model": None, "device": None, "dtype": "auto", "max_rows": 64, "compile": False}
+    assert asked == [usual]
+    result = run("--compile", "--pack", "int8", "--dtype", "bfloat16", "--max-rows", "8")
+    assert result.exit_code == 0, result.output
+    assert asked[1] == {
+        **usual,
+        "compile": True,
+        "pack": "int8",
+        "dtype": "bfloat16",
+        "max_rows": 8,
+    }
+    assert "int2" in run("--pack", "int2").output
+    assert len(asked) == 2
 
 
 def test_it_listens_on_loopback_unless_told(servers: list[Server]) -> None:
@@ -113,10 +138,10 @@ def test_what_fails_is_one_line(
     assert result.exit_code == 1
     assert result.output.startswith("error: Stored preferences need an API key")
 
-    def load(*_: Any) -> Amulet:
+    def load(**_: Any) -> Amulet:
         raise ModelError("no model there")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli, "load", load)
     result = run()
     assert result.exit_code == 1
     assert result.output.startswith("error: no model there\nMore: ")
