@@ -10,10 +10,10 @@ would make slow, attends to the cached and to the new columns apart, neither of 
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from amulet import native
 
+logger = logging.getLogger("amulet")
+
 GROUPED = "amulet_grouped"
 WIDEST = 32  # tokens; repeating the mask for more of them costs more than the copies
 FEW = 16  # tokens; for more `native/prefill.c` pays, although it lays keys and values out anew
-HAS_TRITON = find_spec("triton") is not None  # comes with PyTorch for GPUs on Linux
+TRITON_DTYPES = torch.float32, torch.bfloat16, torch.float16
+MOST_TOKENS = 128  # of a group of heads that Triton's code takes at once
 SIDE = 64  # numbers that it computes at once: a head's dimension is to be a multiple
 
 
@@ -132,15 +135,16 @@ def _attends_by_triton(
     width, dim = query.shape[2:]
     return (
         query.device.type == "cuda"
-        and width <= WIDEST
+        and (width == 1 or (width % 4 == 0 and width <= FEW))  # each width is compiled
+        and query.shape[1] // key.shape[1] * width <= MOST_TOKENS
         and mask is not None
         and mask.dtype == torch.bool
         and mask.shape[1] == 1
-        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.dtype in TRITON_DTYPES
         and query.dtype == key.dtype == value.dtype
         and key.shape == value.shape
         and dim <= 256
-        and HAS_TRITON
+        and _triton_serves
     )
 
 
@@ -236,7 +240,38 @@ def _attend_on_gpu(
 ) -> torch.Tensor:
     from amulet.triton_attention import attend  # Triton comes with PyTorch for GPUs alone
 
-    return attend(query, key, value, mask, scale)
+    with torch.cuda.device(query.device):  # Triton launches on the current one
+        return attend(query, key, value, mask, scale)
+
+
+_triton_serves = False  # until a trial has shown it
+
+
+def try_triton(model: PreTrainedModel) -> None:
+    """Use Triton's attention on GPUs from now on, if it runs for this model's shapes.
+
+    It compiles where it runs, with a C compiler, and for a GPU whose processors have room for it.
+    """
+    global _triton_serves
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if model.dtype not in TRITON_DTYPES or dim > 256:
+        return
+    columns = torch.ones(1, 1, 1, SIDE, dtype=torch.bool, device=model.device)
+    try:
+        for width in (1, 4):
+            query = torch.zeros(1, heads, width, dim, dtype=model.dtype, device=model.device)
+            keys = query.new_zeros(1, kv_heads, SIDE, dim)
+            _attend_on_gpu(query, keys, keys, columns.expand(1, 1, width, SIDE), 1.0)
+        torch.cuda.synchronize(model.device)
+    except Exception as error:  # Triton's own, a compiler's, the driver's
+        _triton_serves = False
+        said = " ".join(str(error).split())
+        logger.info("Attention on the GPU runs without Triton: %.300s", said)
+    else:
+        _triton_serves = True
 
 
 _library.impl("attend", _attend_on_gpu, "CUDA")

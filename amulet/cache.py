@@ -93,10 +93,18 @@ class RowCache(ColumnCache):
         columns = -(-max(columns, have_columns) // step) * step
         self._capacity = (max(rows, have_rows), columns)
         self.layout = object()
-        for buffers in (self._keys, self._values):
-            for layer, buffer in enumerate(buffers):
-                if buffer is not None:
-                    buffers[layer] = self._grown(buffer)
+        try:
+            for buffers in (self._keys, self._values):
+                for layer, buffer in enumerate(buffers):
+                    if buffer is not None:
+                        buffers[layer] = self._grown(buffer)
+        except torch.OutOfMemoryError:  # all layers have the old size again
+            self._capacity = have_rows, have_columns
+            for buffers in (self._keys, self._values):
+                for layer, buffer in enumerate(buffers):
+                    if buffer is not None:
+                        buffers[layer] = buffer[:have_rows, :, :have_columns]
+            raise
 
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:
         """Say where the next forward pass writes.

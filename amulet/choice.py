@@ -29,7 +29,7 @@ def choose_tokens(
         logits,
         [generation.weights for generation in generations],
         [len(generation.prompts) for generation in generations],
-        exact=any(g.trace or g.processors or g.seen is not None for g in generations),
+        [bool(g.processors) or g.seen is not None for g in generations],
     )
     mix.cut(
         [generation.floor for generation in generations],

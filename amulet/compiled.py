@@ -194,7 +194,7 @@ class CompiledStep:
             [b.new_zeros((rows, b.shape[1], columns, b.shape[3])) for b in buffers]
             for buffers in (keys, values)
         ]
-        for width in (1, 5):
+        for width in (1, 8):
             positions = torch.arange(width, device=keys[0].device).repeat(rows, 1)
             ids = torch.zeros_like(positions)
             with self._layers_compiled():

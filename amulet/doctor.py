@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -104,7 +105,10 @@ def _device() -> Finding:
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         bfloat16 = "yes" if torch.cuda.is_bf16_supported() else "no"
-        text = f"cuda: {gpu.name}, {_size(gpu.total_memory)}, bfloat16: {bfloat16}"
+        triton = "yes" if find_spec("triton") else "no (attention of long texts takes longer)"
+        text = (
+            f"cuda: {gpu.name}, {_size(gpu.total_memory)}, bfloat16: {bfloat16}, Triton: {triton}"
+        )
     else:
         text = f"{device}, {threads}"
     return Finding("device", "ok", f"{text}; dtype auto is the one that the model was saved in")

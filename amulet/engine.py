@@ -40,7 +40,9 @@ COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner 
 WORTH_SHARING = 64  # tokens spared, from which a shared beginning is worth a pass of its own
 GPU_WORTH_SHARING = 512  # the same on a GPU
 KEPT_FOR_GRAPHS = 1 / 8  # of a GPU's memory: so much KV cache stays for its CUDA graphs when idle
+TOO_LONG = 4  # times the columns that an answer needs: kept rows that are longer are made anew
 TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no second thread
+TOGETHER = 256  # tokens per row up to which rows share a pass of a prefill, however many
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
 
 
@@ -107,14 +109,18 @@ class Engine:
         """Prefill a generation's prompts, decode its first token, and let it join the batch.
 
         What its rows share with each other, with a running row or with a kept one is copied. While
-        others run, the prefill pauses for a step of theirs every `CHUNK` tokens.
+        others run, the prefill pauses for a step of theirs every `CHUNK` (`GPU_CHUNK`) tokens.
 
         Raises:
             OutOfMemoryError: there is no room; the running generations are unharmed.
         """
-        self._graphs.refresh(self._compiles())
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
+        changed = self._graphs.refresh(self._compiles())
+        # What an idle GPU kept may be of another dtype, or as long as somebody's long answer.
+        wanted = longest + min(generation.max_new_tokens, GPU_COLUMN_STEP)
+        if not self.running and (changed or self._cache.capacity[1] > TOO_LONG * wanted):
+            self._cache.clear()
         logits, self._filling = None, True
         try:
             self._cache.reserve(first + rows, longest + 1)
@@ -124,7 +130,7 @@ class Engine:
         finally:
             self._filling = False
             if logits is None:  # it failed, or was cancelled meanwhile
-                self._clear_if_idle()
+                self._clear_if_idle(keep=False)
         if logits is None:
             return
         self._prepare(generation, logits)
@@ -223,11 +229,12 @@ class Engine:
         self.running = [generation for generation in self.running if not generation.done]
         self._clear_if_idle()
 
-    def _clear_if_idle(self) -> None:
+    def _clear_if_idle(self, keep: bool = True) -> None:
         if self.running or self._filling:
             return
-        if self._cache.nbytes < self._kept_bytes:
+        if keep and self._graphs.serves and self._cache.nbytes < self._kept_bytes:
             self._cache.blank()
+            self._graphs.blank()
         else:
             self._cache.clear()
 
@@ -290,8 +297,8 @@ class Engine:
             width = self._width(max(left))
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
-            whole = width * len(prompts)
-            if whole > self._chunk or sum(taken) < WORTH_PADDING * whole:
+            together = max(TOGETHER, self._chunk // len(prompts))
+            if width > together or sum(taken) < WORTH_PADDING * width * len(prompts):
                 rows = range(left.index(max(left)), left.index(max(left)) + 1)  # the longest alone
             # Padding on the right is harmless: its columns lie behind the row's end.
             ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
@@ -331,7 +338,7 @@ class Engine:
     def _give_way(self, filling: Generation, tokens: int) -> bool:
         """Before a pass of so many tokens, let the running generations have a step if it is time.
 
-        They wait for the prefill of `CHUNK` tokens at most, of one or of several prompts.
+        They wait for the prefill of one `CHUNK` (`GPU_CHUNK`), of one or of several prompts.
 
         Returns:
             False if the generation that is being filled was cancelled meanwhile.

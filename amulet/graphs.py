@@ -9,6 +9,7 @@ grows.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from amulet.attention import grouped
+from amulet.attention import grouped, try_triton
 from amulet.cache import RowCache
 from amulet.compiled import LEAST_ROWS, CompiledStep, forward_step
 from amulet.sampling import on_device
 
 logger = logging.getLogger("amulet")
+
+_recording_lock = threading.Lock()  # one at a time in a process, or PyTorch fails both
 
 Shape = tuple[int, int, bool]  # rows, tokens per row, and whether it is compiled
 
@@ -49,7 +52,7 @@ class StepGraphs:
         self._layout: object = None  # of the cache that the graphs are over
         self._recorded: Any = []  # what of the model they depend on; None if it can't be
         self._pool: Any = None  # their intermediate results share memory
-        self._possible = model.device.type == "cuda"
+        self._possible = model.device.type == "cuda" and _can_record(model)
 
     @property
     def serves(self) -> bool:
@@ -60,21 +63,34 @@ class StepGraphs:
         """
         return self._possible and bool(self._recorded)
 
-    def refresh(self, compiles: bool) -> None:
+    def refresh(self, compiles: bool) -> bool:
         """Forget the graphs if the model is another than they recorded; asked once per answer.
 
         Args:
             compiles: whether compiled steps will be recorded.
+
+        Returns:
+            Whether the model is another.
         """
-        if self._possible and _fingerprint(self._model) != self._recorded:
-            if compiles:
-                self._compiled.prepare()
-            self._graphs.clear()
-            self._recorded = _fingerprint(self._model)
-            if self._recorded is None:
-                logger.info(
-                    "Decode steps can't be CUDA graphs: hooks or an adapter run at every step."
-                )
+        if compiles and not self.serves:
+            self._compiled.prepare()
+        if not self._possible or _fingerprint(self._model) == self._recorded:
+            return False
+        if compiles:
+            self._compiled.prepare()
+        if not self._recorded:
+            try_triton(self._model)
+        self._graphs.clear()
+        self._recorded = _fingerprint(self._model)
+        if self._recorded is None:
+            logger.info("Decode steps can't be CUDA graphs: hooks or an adapter run at every step.")
+        return True
+
+    def blank(self) -> None:
+        """Forget the last steps' tokens and logits."""
+        for graph in self._graphs.values():
+            graph.given.zero_()
+            graph.logits.zero_()
 
     def __call__(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], cache: RowCache, compiled: bool
@@ -110,6 +126,9 @@ class StepGraphs:
             graph = self._record(given, cache, compiled)
             if graph is None:
                 return None
+            if compiled and (found := _fingerprint(self._model)) != self._recorded:
+                self._graphs.clear()  # compiling has moved weights that they read
+                self._recorded = found
             self._graphs[shape] = graph
         graph.given.copy_(on_device(given, graph.given.device), non_blocking=True)
         graph.recording.replay()
@@ -126,11 +145,9 @@ class StepGraphs:
             return forward_step(self._model, *arguments) if logits is None else logits
 
         try:
-            with grouped(self._model.config):
+            with _recording_lock, grouped(self._model.config):
                 return self._recording(inputs, forward)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
+        except Exception as error:  # also for want of memory, of which a pass alone takes less
             self._possible = False
             self._graphs.clear()
             said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -162,12 +179,15 @@ def _given(
     Rows that nobody has are written to the column `spare`, which nobody has either. Tokens beyond a
     row's new ones lie behind its end, where they harm nothing.
     """
-    short, empty = [0] * (width - len(ids[0])), rows - len(ids)
-    places = [list(range(start, start + width)) for start in starts]
+    real, empty = len(ids[0]), rows - len(ids)
+    short = [0] * (width - real)
+    # Their positions stay within the row: a model may have no more than it needs.
+    places = [[start + min(i, real - 1) for i in range(width)] for start in starts]
+    targets = [list(range(start, start + width)) for start in starts]
     return [
         [[*row, *short] for row in ids] + [[0] * width] * empty,
-        places + [list(range(width))] * empty,
-        places + [[spare] * width] * empty,
+        places + [[0] * width] * empty,
+        targets + [[spare] * width] * empty,
     ]
 
 
@@ -183,6 +203,24 @@ def _rows(rows: int) -> int:
 def _width(width: int) -> int:
     """Return for how many tokens per row the graph is that serves so many."""
     return 1 if width == 1 else -(-width // 4) * 4
+
+
+def _can_record(model: PreTrainedModel) -> bool:
+    """Whether a model's steps are the same operations at every position, and wait for no number.
+
+    Experts are chosen, and some rotary embeddings change, on the host's side; Llama 4 may scale by
+    the number of cached tokens. A recording that fails leaves PyTorch's memory in disorder.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = str(rope)  # of one kind for all layers, or one for each kind of layer
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return not (
+        any(getattr(config, name, None) for name in counts)
+        or "longrope" in kinds
+        or "dynamic" in kinds
+        or getattr(config, "attn_temperature_tuning", None)
+    )
 
 
 def _fingerprint(model: nn.Module) -> Any:

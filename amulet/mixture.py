@@ -34,16 +34,14 @@ class Mixture:
             the second's, and so on.
         weights: for each generation the w_i of its preferred rows; all zero, or none, is plain.
         rows: for each generation how many rows it has.
-        exact: whether somebody will look at the scores or log-probabilities themselves. Otherwise
-            the rows needn't be normalised: it would shift a generation's scores alike, which
-            changes no draw and no comparison with the likeliest token.
+        exact: for each generation whether somebody will look at the scores themselves; None is
+            yes for all. Otherwise its rows aren't normalised: it would shift all its scores alike,
+            which changes no draw and no comparison with the likeliest token.
 
     Attributes:
         scores: unnormalised log-scores `[generations, vocab]`: `r + Σ w_i·(p_i − r)`; the logits
             themselves where a generation is plain, so that what follows sees what Transformers'
             own processors would see.
-        preferred_log: what the trace calls preferred: the preferred row's log-probabilities, with
-            several their mean by positive weight, with none the base row's.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Mixture:
         logits: torch.Tensor,
         weights: Sequence[Sequence[float]],
         rows: Sequence[int],
-        exact: bool = True,
+        exact: Sequence[bool] | None = None,
     ) -> None:
         preferred: list[int] = []
         base: list[int] = []
@@ -69,26 +67,33 @@ class Mixture:
         self._logits = take_rows(logits, base)
         self.scores = self._logits
         self._mean: torch.Tensor | None = None
-        self._base_log: torch.Tensor | None = None
+        self._owner, self._shares = owner, shares
         self._wanted: torch.Tensor | None = None  # the rows of positive weight, and whose they are
         self._wanted_by: list[int] = []
         if not preferred:
             return
-        rows_log = logits.log_softmax(dim=-1) if exact else logits
-        self._base_log = take_rows(rows_log, base)
-        preferred_log = take_rows(rows_log, preferred)
+        rows_log = logits
+        if exact is None or any(exact):
+            rows_log = logits.log_softmax(dim=-1)
+            if exact is not None and not all(exact):
+                own = [e for e, count in zip(exact, rows, strict=True) for _ in range(count)]
+                rows_log = torch.where(on_device(own, logits.device)[:, None], rows_log, logits)
+        self._base_rows, self._preferred_rows = base_log, preferred_log = (
+            take_rows(rows_log, base),
+            take_rows(rows_log, preferred),
+        )
         positive = [i for i, share in enumerate(shares) if share]
         if positive:
             self._wanted = take_rows(preferred_log, positive)
             self._wanted_by = [owner[i] for i in positive]
         w = _constant(tuple(flat), tuple(shares), logits.device, logits.dtype)
         if owner == list(range(len(base))) and all(shares):  # one preference each: no scatter
-            steered = steer(preferred_log, self._base_log, w[0, :, None] - 1.0)
+            steered = steer(preferred_log, base_log, w[0, :, None] - 1.0)
             self._mean = preferred_log
         else:
             owners = on_device(owner, logits.device)
-            steered = steer_many(preferred_log, self._base_log, w[0], owners)
-            self._mean = steer_many(preferred_log, self._base_log, w[1], owners)
+            steered = steer_many(preferred_log, base_log, w[0], owners)
+            self._mean = steer_many(preferred_log, base_log, w[1], owners)
         if len(set(owner)) == len(base):
             self.scores = steered
         else:
@@ -96,17 +101,19 @@ class Mixture:
             is_steered[on_device(owner, logits.device)] = True
             self.scores = torch.where(is_steered, steered, self._logits)
 
-    @property
-    def base_log(self) -> torch.Tensor:
-        """Log-probabilities of the base rows, `[generations, vocab]`."""
-        if self._base_log is None:
-            self._base_log = self._logits.log_softmax(dim=-1)
-        return self._base_log
+    def _preferred_log(self, i: int) -> torch.Tensor:
+        """Log-probabilities of generation `i` with its preferences, `[vocab]`.
 
-    @property
-    def preferred_log(self) -> torch.Tensor:
-        """Log-probabilities with the preferences, `[generations, vocab]`; see the class."""
-        return self.base_log if self._mean is None else self._mean
+        With several their mean by positive weight, with none of that the base row's.
+        """
+        if self._mean is None:
+            return self._logits[i].log_softmax(dim=-1)
+        base = self._base_rows[i].logsumexp(dim=-1)
+        level = base  # by how much the rows, which may not be normalised, are too high
+        for row, owner, share in zip(self._preferred_rows, self._owner, self._shares, strict=True):
+            if owner == i:
+                level = level + share * (row.logsumexp(dim=-1) - base)
+        return self._mean[i] - level
 
     def _plausibility(self, permitted: torch.Tensor | None) -> torch.Tensor:
         """Log-share of each token in its row's likeliest permitted one, `[generations, vocab]`.
@@ -116,7 +123,7 @@ class Mixture:
         """
         if self._wanted is not None and self._wanted_by == list(range(len(self.scores))):
             return _relative(self._wanted, permitted)
-        relative = _relative(self.base_log, permitted)
+        relative = _relative(self._logits, permitted)
         if self._wanted is None:
             return relative
         wanted_by = on_device(self._wanted_by, relative.device)
@@ -152,11 +159,11 @@ class Mixture:
 
     def trace(self, i: int, token_id: int, top: int) -> TokenScores:
         """Return what each row thought of the token that generation `i` emitted."""
-        base = self.base_log[i]
+        base = self._logits[i].log_softmax(dim=-1)
         steered = self.scores[i].log_softmax(dim=-1)
         best = steered.topk(min(top, steered.shape[0]))
         return TokenScores(
-            preferred=self.preferred_log[i, token_id].item(),
+            preferred=self._preferred_log(i)[token_id].item(),
             base=base[token_id].item(),
             steered=steered[token_id].item(),
             unsteered_id=int(base.argmax()),

@@ -66,6 +66,12 @@ class SiblingLinear(nn.Linear):
             joint.of = joint.product = None
         return part
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer, which then is one like others: the joint weight is let go."""
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        del self.joint
+        return nn.Linear._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
     def is_joined(self) -> bool:
         """Whether the weight and bias still are parts of the joint ones."""
         pairs = ((self.weight, self.joint.weight), (self.bias, self.joint.bias))

@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from amulet.cache import GPU_COLUMN_STEP
+from amulet import graphs
+from amulet.cache import GPU_COLUMN_STEP, RowCache
 from amulet.engine import Engine
-from amulet.graphs import Graph, StepGraphs
+from amulet.errors import OutOfMemoryError
+from amulet.graphs import Graph, StepGraphs, _can_record, _given
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate
 from tests.oracles.test_decode import TOKENS, ids, plain, run, steered
@@ -53,6 +56,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         made(self, *given)  # type: ignore[arg-type]
         self._possible = True
 
+    monkeypatch.setattr(graphs, "try_triton", lambda _: None)
     monkeypatch.setattr(StepGraphs, "_recording", record)
     monkeypatch.setattr(StepGraphs, "__init__", init)
 
@@ -99,10 +103,13 @@ def test_recorded_steps_decode_what_transformers_does(kind: Kind) -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_layers_are_compiled_once_for_all(kind: Kind) -> None:
+def test_layers_are_compiled_once_for_all(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "amulet")
+    torch.compiler.reset()
+    counters.clear()
     model = random_model(kind, dtype=torch.float64).to(DEVICE)
     rng = random.Random(kind)
-    engine = Engine(model, compile=True)
+    engine = _kept(Engine(model, compile=True))
     engine._compiled._by_layer = True
     for lengths in ((40,), (20, 33, 64)):
         prompts = [ids(rng, length) for length in lengths]
@@ -111,7 +118,10 @@ def test_layers_are_compiled_once_for_all(kind: Kind) -> None:
         for prompt, generation in zip(prompts, generations, strict=True):
             assert generation.token_ids == generate(model, prompt, TOKENS)
     assert not engine._compiled.broken
+    assert engine._graphs._graphs
     assert all(shape[2] for shape in engine._graphs._graphs)
+    assert sum("Compiled the decode step" in text for text in caplog.messages) == 1
+    assert counters["stats"]["unique_graphs"] == 2  # for one token and for several; none since
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
@@ -143,6 +153,95 @@ def test_a_changed_model_is_recorded_anew() -> None:
     assert before.token_ids != after.token_ids == generate(model, prompt, TOKENS)
 
 
+def test_spare_rows_harm_no_prefill_that_is_under_way() -> None:
+    """Three rows decode by a graph of four while a long prompt fills the fourth."""
+    model = random_model("llama", dtype=torch.float64).to(DEVICE)
+    rng = random.Random(7)
+    engine = _kept(Engine(model))
+    engine._chunk = 40  # a step of theirs after so many tokens
+    prompts = [ids(rng, length) for length in (20, 31, 12, 390)]
+    generations = [plain(prompt) for prompt in prompts]
+    for generation in generations[:3]:
+        engine.admit(generation)
+    for _ in range(4):
+        engine.step()
+    decoded = len(generations[0].token_ids)
+    engine.admit(generations[3])
+    assert len(generations[0].token_ids) >= decoded + 8
+    assert (4, 1, False) in engine._graphs._graphs
+    run(engine, [])
+    for prompt, generation in zip(prompts, generations, strict=True):
+        assert generation.token_ids == generate(model, prompt, TOKENS)
+
+
+def test_padding_of_drafts_needs_no_positions_of_its_own() -> None:
+    given = _given([[5, 6], [7, 8]], [10, 3], 4, 4, 99)
+    assert given[0] == [[5, 6, 0, 0], [7, 8, 0, 0], [0] * 4, [0] * 4]
+    assert given[1] == [[10, 11, 11, 11], [3, 4, 4, 4], [0] * 4, [0] * 4]
+    assert given[2] == [[10, 11, 12, 13], [3, 4, 5, 6], [99] * 4, [99] * 4]
+
+
+def test_models_whose_steps_differ_by_position_are_not_recorded() -> None:
+    model = random_model("llama")
+    assert _can_record(model)
+    for name, value in (("num_local_experts", 8), ("attn_temperature_tuning", True)):
+        setattr(model.config, name, value)
+        assert not _can_record(model)
+        setattr(model.config, name, None)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    assert not _can_record(model)
+
+
+def test_a_model_that_was_cast_decodes_on() -> None:
+    model = random_model("llama").to(DEVICE)
+    prompt = ids(random.Random(8), 30)
+    engine = _kept(Engine(model))
+    run(engine, [plain(prompt)])
+    model.to(torch.float64)
+    generation = plain(prompt)
+    run(engine, [generation])
+    assert generation.token_ids == generate(model, prompt, TOKENS)
+
+
+def test_a_long_answer_does_not_leave_long_rows_to_all() -> None:
+    model = random_model("llama").to(DEVICE)
+    engine = _kept(Engine(model))
+    engine._cache = RowCache(column_step=16)
+    run(engine, [plain(ids(random.Random(9), 400))])
+    had = engine._cache.capacity[1]
+    short = plain(ids(random.Random(9), 20))
+    run(engine, [short])
+    assert engine._cache.capacity[1] < had // 4
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_prompt_without_room_leaves_the_engine_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    model = random_model("llama", dtype=torch.float64).to(DEVICE)
+    engine = _kept(Engine(model))
+    first = plain(ids(random.Random(10), 40))
+    engine.admit(first)
+    if not running:
+        run(engine, [])
+    grown, made = RowCache._grown, [0]
+
+    def grows_some(cache: RowCache, buffer: torch.Tensor) -> torch.Tensor:
+        made[0] += 1
+        if made[0] == 4:
+            raise torch.OutOfMemoryError("no room")
+        return grown(cache, buffer)
+
+    monkeypatch.setattr(RowCache, "_grown", grows_some)
+    with pytest.raises(OutOfMemoryError):
+        engine.admit(plain(ids(random.Random(11), 600)))
+    second = plain(ids(random.Random(12), 300))
+    run(engine, [second])
+    for generation in (first, second):
+        assert generation.token_ids == generate(model, generation.prompts[0], TOKENS)
+    assert engine._graphs.serves
+
+
 def test_hooks_run_at_every_step(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model("llama", dtype=torch.float64).to(DEVICE)
     prompt = ids(random.Random(3), 30)
@@ -153,12 +252,11 @@ def test_hooks_run_at_every_step(caplog: pytest.LogCaptureFixture) -> None:
     model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
     caplog.set_level(logging.INFO, "amulet")
     run(engine, [second])
+    assert second.token_ids == first.token_ids
+    assert len(calls) == len(second.token_ids)
     run(engine, [plain(prompt)])
     (line,) = [text for text in caplog.messages if "CUDA graphs" in text]
     assert "hooks" in line
-    del calls[len(second.token_ids) :]
-    assert second.token_ids == first.token_ids
-    assert len(calls) == len(second.token_ids)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
