@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from amulet import native
+from amulet.errors import one_line
 
 logger = logging.getLogger("amulet")
 
@@ -72,14 +73,13 @@ def grouped_attention(
     rows, heads, width, dim = query.shape
     kv_heads, columns = key.shape[1:3]
     biased = any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    scale = dim**-0.5 if scaling is None else scaling
     if not biased and _attends_natively(query, key, value, attention_mask):
-        scale = dim**-0.5 if scaling is None else scaling
         if _prefills(query, attention_mask):
             return _prefill(query, key, value, scale), None
         attend = torch.ops.amulet.attend if torch.compiler.is_compiling() else _attend
         return attend(query, key, value, attention_mask, scale), None
     if not biased and _attends_by_triton(query, key, value, attention_mask):
-        scale = dim**-0.5 if scaling is None else scaling
         return torch.ops.amulet.attend(query, key, value, attention_mask, scale), None
     if attention_mask is None and 1 < width < columns:
         if value.shape[-1] == dim and not biased and query.device.type == "cpu":
@@ -256,7 +256,7 @@ def try_triton(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dim = _head_dim(config)
     if model.dtype not in TRITON_DTYPES or dim > 256:
         return
     columns = torch.ones(1, 1, 1, SIDE, dtype=torch.bool, device=model.device)
@@ -268,8 +268,7 @@ def try_triton(model: PreTrainedModel) -> None:
         torch.cuda.synchronize(model.device)
     except Exception as error:  # Triton's own, a compiler's, the driver's
         _triton_serves = False
-        said = " ".join(str(error).split())
-        logger.info("Attention on the GPU runs without Triton: %.300s", said)
+        logger.info("Attention on the GPU runs without Triton: %.300s", one_line(error))
     else:
         _triton_serves = True
 
@@ -283,10 +282,15 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((rows, width, heads, dim))
 
 
+def _head_dim(config: PretrainedConfig) -> int:
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(dim)
+
+
 def steps_are_native(model: PreTrainedModel) -> bool:
     """Whether `native/attention.c` is what decode steps of this model attend by."""
     config = model.config.get_text_config()
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = _head_dim(config)
     return (
         native.library() is not None
         and causal_behind_cached(model)

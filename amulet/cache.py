@@ -94,16 +94,10 @@ class RowCache(ColumnCache):
         self._capacity = (max(rows, have_rows), columns)
         self.layout = object()
         try:
-            for buffers in (self._keys, self._values):
-                for layer, buffer in enumerate(buffers):
-                    if buffer is not None:
-                        buffers[layer] = self._grown(buffer)
+            self._replace(self._grown)
         except torch.OutOfMemoryError:  # all layers have the old size again
             self._capacity = have_rows, have_columns
-            for buffers in (self._keys, self._values):
-                for layer, buffer in enumerate(buffers):
-                    if buffer is not None:
-                        buffers[layer] = buffer[:have_rows, :, :have_columns]
+            self._replace(lambda buffer: buffer[:have_rows, :, :have_columns])
             raise
 
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:
@@ -211,6 +205,12 @@ class RowCache(ColumnCache):
             return column_mask(kind, text, self._positions.to(device), self.columns, additive)
 
         return by_kind(text, mask)
+
+    def _replace(self, other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = other(buffer)
 
     def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
         rows, columns = self._capacity

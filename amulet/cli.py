@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from amulet import __version__
-from amulet.console import Device, DType, Model, load, one_line, readable_errors, where_to_read
-from amulet.errors import AmuletError
+from amulet.console import Device, DType, Model, load, readable_errors, where_to_read
+from amulet.errors import AmuletError, one_line
 from amulet.evaluation.cli import register as register_eval
 from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune

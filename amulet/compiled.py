@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from amulet import native
 from amulet.attention import grouped
 from amulet.cache import ColumnCache, Masks, StepCache, by_kind, cache_argument, column_mask
 from amulet.cache_folder import cache_folder
+from amulet.errors import one_line
 from amulet.layers import are_native
 from amulet.siblings import join_siblings, joint_products
 
@@ -117,23 +118,6 @@ class CompiledStep:
 
         None where the model can't be compiled: nothing is lost then, the pass can be made anew.
         """
-        arguments = ids, positions, targets, keys, values, columns
-
-        def run() -> torch.Tensor:
-            if self._by_layer:
-                with self._layers_compiled():
-                    return forward_step(self._model, *arguments)
-            logits: torch.Tensor = self._compiled(self._model, *arguments)
-            return logits
-
-        return self._attempt(run, keys, values)
-
-    def _attempt(
-        self,
-        run: Callable[[], torch.Tensor],
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-    ) -> torch.Tensor | None:
         if self.broken:
             return None
         from torch._dynamo import config  # takes half a second
@@ -142,27 +126,29 @@ class CompiledStep:
             # Layers of other kinds, other models' and passes with and without a mask count alike.
             # (The limit's old name; both of PyTorch's names for it work in 2.13.)
             with grouped(self._model.config), config.patch(cache_size_limit=MOST_COMPILED):
+                arguments = ids, positions, targets, keys, values, columns
                 if self._compiled is None:
-                    self._compile(run, keys, values)
-                return run()
+                    self._compile(arguments)
+                return self._run(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self.broken = True
-            said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
             logger.warning(
                 "The decode step can't be compiled and runs uncompiled: %s: %.300s",
                 type(error).__name__,
-                said,
+                one_line(error),
             )
             return None
 
-    def _compile(
-        self,
-        run: Callable[[], torch.Tensor],
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-    ) -> None:
+    def _run(self, *arguments: Any) -> torch.Tensor:
+        if self._by_layer:
+            with self._layers_compiled():
+                return forward_step(self._model, *arguments)
+        logits: torch.Tensor = self._compiled(self._model, *arguments)
+        return logits
+
+    def _compile(self, arguments: tuple[Any, ...]) -> None:
         """Compile all that will be needed, now: nothing is to be compiled during a chat."""
         native.library()  # looked for now: the compiler can't trace that
         self.prepare()
@@ -179,9 +165,9 @@ class CompiledStep:
         with warnings.catch_warnings():  # the compiler's own, which nobody here can mend
             warnings.simplefilter("ignore")
             if self._by_layer:
-                self._try_layers(keys, values)
+                self._try_layers(*arguments[3:5])
             else:
-                run()
+                self._run(*arguments)
         logger.info("Compiled the decode step in %.0f s.", time.perf_counter() - start)
 
     def _try_layers(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
@@ -197,8 +183,7 @@ class CompiledStep:
         for width in (1, 8):
             positions = torch.arange(width, device=keys[0].device).repeat(rows, 1)
             ids = torch.zeros_like(positions)
-            with self._layers_compiled():
-                forward_step(self._model, ids, positions, positions, room[0], room[1], columns)
+            self._run(ids, positions, positions, *room, columns)
 
     @contextmanager
     def _layers_compiled(self) -> Iterator[None]:

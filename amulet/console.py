@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from amulet.errors import AmuletError
+from amulet.errors import AmuletError, one_line
 
 if TYPE_CHECKING:
     from amulet import Amulet
@@ -82,11 +82,6 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
                 progress.reset(task, completed=done, total=total)
 
         yield tell
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
 
 
 def where_to_read(error: AmuletError) -> str:

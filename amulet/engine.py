@@ -17,12 +17,7 @@ from transformers import PreTrainedModel
 
 from amulet import native
 from amulet.attention import causal_behind_cached, grouped, steps_are_native
-from amulet.cache import (
-    COLUMN_STEP,
-    GPU_COLUMN_STEP,
-    RowCache,
-    check_supported,
-)
+from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported
 from amulet.choice import append_token, choose_tokens
 from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
 from amulet.drafts import NARROW, Draft

@@ -1,4 +1,4 @@
-"""Every error that Amulet raises on purpose.
+"""Every error that Amulet raises on purpose, and an error in one line.
 
     AmuletError
     ├── RequestError (ValueError)     the caller's input can't be decoded as given
@@ -76,3 +76,8 @@ class InterruptedDecodeError(DecodeError):
 
 class EvaluationError(AmuletError):
     """An evaluation's question file, rule, method, run folder or judge can't be used as given."""
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split())

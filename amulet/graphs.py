@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from amulet.attention import grouped, try_triton
 from amulet.cache import RowCache
 from amulet.compiled import LEAST_ROWS, CompiledStep, forward_step
+from amulet.errors import one_line
 from amulet.sampling import on_device
 
 logger = logging.getLogger("amulet")
@@ -72,12 +73,11 @@ class StepGraphs:
         Returns:
             Whether the model is another.
         """
-        if compiles and not self.serves:
+        changed = self._possible and _fingerprint(self._model) != self._recorded
+        if compiles and (changed or not self.serves):
             self._compiled.prepare()
-        if not self._possible or _fingerprint(self._model) == self._recorded:
+        if not changed:
             return False
-        if compiles:
-            self._compiled.prepare()
         if not self._recorded:
             try_triton(self._model)
         self._graphs.clear()
@@ -150,8 +150,11 @@ class StepGraphs:
         except Exception as error:  # also for want of memory, of which a pass alone takes less
             self._possible = False
             self._graphs.clear()
-            said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-            logger.info("Decode steps can't be CUDA graphs: %s: %.300s", type(error).__name__, said)
+            logger.info(
+                "Decode steps can't be CUDA graphs: %s: %.300s",
+                type(error).__name__,
+                one_line(error),
+            )
             return None
 
     def _recording(self, inputs: torch.Tensor, forward: Callable[[], torch.Tensor]) -> Graph:

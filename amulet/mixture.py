@@ -66,10 +66,9 @@ class Mixture:
                 shares += positive_shares(own)
         self._logits = take_rows(logits, base)
         self.scores = self._logits
-        self._mean: torch.Tensor | None = None
-        self._owner, self._shares = owner, shares
         self._wanted: torch.Tensor | None = None  # the rows of positive weight, and whose they are
         self._wanted_by: list[int] = []
+        self._shares = [share for share in shares if share]  # theirs in the sum of each owner's
         if not preferred:
             return
         rows_log = logits
@@ -78,22 +77,17 @@ class Mixture:
             if exact is not None and not all(exact):
                 own = [e for e, count in zip(exact, rows, strict=True) for _ in range(count)]
                 rows_log = torch.where(on_device(own, logits.device)[:, None], rows_log, logits)
-        self._base_rows, self._preferred_rows = base_log, preferred_log = (
-            take_rows(rows_log, base),
-            take_rows(rows_log, preferred),
-        )
+        base_log = take_rows(rows_log, base)
+        preferred_log = take_rows(rows_log, preferred)
         positive = [i for i, share in enumerate(shares) if share]
         if positive:
             self._wanted = take_rows(preferred_log, positive)
             self._wanted_by = [owner[i] for i in positive]
-        w = _constant(tuple(flat), tuple(shares), logits.device, logits.dtype)
+        w = _constant(tuple(flat), logits.device, logits.dtype)
         if owner == list(range(len(base))) and all(shares):  # one preference each: no scatter
-            steered = steer(preferred_log, base_log, w[0, :, None] - 1.0)
-            self._mean = preferred_log
+            steered = steer(preferred_log, base_log, w[:, None] - 1.0)
         else:
-            owners = on_device(owner, logits.device)
-            steered = steer_many(preferred_log, base_log, w[0], owners)
-            self._mean = steer_many(preferred_log, base_log, w[1], owners)
+            steered = steer_many(preferred_log, base_log, w, on_device(owner, logits.device))
         if len(set(owner)) == len(base):
             self.scores = steered
         else:
@@ -101,19 +95,17 @@ class Mixture:
             is_steered[on_device(owner, logits.device)] = True
             self.scores = torch.where(is_steered, steered, self._logits)
 
-    def _preferred_log(self, i: int) -> torch.Tensor:
+    def _preferred_log(self, i: int) -> torch.Tensor | None:
         """Log-probabilities of generation `i` with its preferences, `[vocab]`.
 
-        With several their mean by positive weight, with none of that the base row's.
+        With several their mean by positive weight; None with none of that.
         """
-        if self._mean is None:
-            return self._logits[i].log_softmax(dim=-1)
-        base = self._base_rows[i].logsumexp(dim=-1)
-        level = base  # by how much the rows, which may not be normalised, are too high
-        for row, owner, share in zip(self._preferred_rows, self._owner, self._shares, strict=True):
-            if owner == i:
-                level = level + share * (row.logsumexp(dim=-1) - base)
-        return self._mean[i] - level
+        found: torch.Tensor | None = None
+        for place, (owner, share) in enumerate(zip(self._wanted_by, self._shares, strict=True)):
+            if owner == i and self._wanted is not None:
+                part = share * self._wanted[place].log_softmax(dim=-1)
+                found = part if found is None else found + part
+        return found
 
     def _plausibility(self, permitted: torch.Tensor | None) -> torch.Tensor:
         """Log-share of each token in its row's likeliest permitted one, `[generations, vocab]`.
@@ -160,10 +152,11 @@ class Mixture:
     def trace(self, i: int, token_id: int, top: int) -> TokenScores:
         """Return what each row thought of the token that generation `i` emitted."""
         base = self._logits[i].log_softmax(dim=-1)
+        preferred = self._preferred_log(i)
         steered = self.scores[i].log_softmax(dim=-1)
         best = steered.topk(min(top, steered.shape[0]))
         return TokenScores(
-            preferred=self._preferred_log(i)[token_id].item(),
+            preferred=(base if preferred is None else preferred)[token_id].item(),
             base=base[token_id].item(),
             steered=steered[token_id].item(),
             unsteered_id=int(base.argmax()),
@@ -178,11 +171,9 @@ def _relative(logs: torch.Tensor, permitted: torch.Tensor | None) -> torch.Tenso
 
 
 @lru_cache(maxsize=16)
-def _constant(
-    weights: tuple[float, ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return both on the device, `[2, preferences]`; they are the same for many steps."""
-    return on_device([weights, shares], device, dtype)
+def _constant(weights: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights on the device, `[preferences]`; they are the same for many steps."""
+    return on_device(weights, device, dtype)
 
 
 def take_rows(rows: torch.Tensor, index: Sequence[int]) -> torch.Tensor:

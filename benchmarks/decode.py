@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from amulet import Preference
-from amulet.preference import DEFAULT_STEERING
+from amulet.preference import DEFAULT_STEERING, Placement
 from amulet.prompts import encode_chat
 from benchmarks import contenders, measure
 from benchmarks.measure import Claim, Times, at_least, at_most, name_of
@@ -39,9 +39,9 @@ UNPACKED = "amulet steered, not packed"
 Runs = dict[str, Callable[[int], object]]
 
 
-def peers(model: Any) -> Runs:
+def peers(model: Any, chat: Any = CHAT, placement: Placement = "system") -> Runs:
     """Return Transformers' contenders over a model as it loads it."""
-    prompts = encode_chat(contenders.tokenizer(), CHAT, [PREFERENCE], "system")
+    prompts = encode_chat(contenders.tokenizer(), chat, [PREFERENCE], placement)
     base, preferred = prompts.base, prompts.preferred[0]
     print(f"prompts of {len(base)} and {len(preferred)} tokens, {name_of(model.dtype)}")
     strength = DEFAULT_STEERING.strength

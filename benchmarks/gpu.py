@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from amulet.preference import DEFAULT_STEERING
-from amulet.prompts import encode_chat
 from benchmarks import contenders, measure
-from benchmarks.decode import CHAT, PREFERENCE
+from benchmarks.decode import CHAT, GUIDANCE, PREFERENCE, peers
+from benchmarks.decode import PLAIN as EAGER
 from benchmarks.measure import Claim, Spread, at_least, at_most, name_of
 from benchmarks.passages import rag_chat
 
-EAGER, GUIDED = "transformers plain", "transformers guidance"
 PLAIN, STEERED = "amulet plain", "amulet steered"
 COMPILED_PLAIN, COMPILED = "amulet plain, compiled", "amulet steered, compiled"
 
@@ -33,16 +32,12 @@ COMPILED_PLAIN, COMPILED = "amulet plain, compiled", "amulet steered, compiled"
 def contenders_of(model: Any, chat: Any, compiles: bool) -> dict[str, Callable[[int], object]]:
     """Return who decodes one answer."""
     eager = contenders.amulet_over(model)
-    steering = DEFAULT_STEERING
-    prompts = encode_chat(contenders.tokenizer(), chat, [PREFERENCE], steering.placement)
-    base, preferred = prompts.base, prompts.preferred[0]
 
     def run(amulet: Any, preference: Any) -> Callable[[int], object]:
         return lambda n: contenders.chat(amulet, chat, n, preference=preference)
 
     runs: dict[str, Callable[[int], object]] = {
-        EAGER: lambda n: contenders.generate(model, base, n),
-        GUIDED: lambda n: contenders.guided(model, preferred, base, n, steering.strength),
+        **peers(model, chat, DEFAULT_STEERING.placement),
         PLAIN: run(eager, None),
         STEERED: run(eager, PREFERENCE),
     }
@@ -108,7 +103,7 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
         at_least(
             f"{what}: guidance / {best_steered}",
             None,
-            times[GUIDED].token,
+            times[GUIDANCE].token,
             times[best_steered].token,
         ),
         at_most(

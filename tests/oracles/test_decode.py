@@ -7,6 +7,7 @@ rounding, not the algorithm, would decide. SmolLM2 is compared in float32.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -51,6 +52,20 @@ def plain(prompt: list[int], **options: object) -> Generation:
         end_ids=frozenset({IM_END}),
         **options,  # type: ignore[arg-type]
     )
+
+
+def decodes_as_transformers(
+    engine: Engine, model: PreTrainedModel, rng: random.Random, lengths: Sequence[int]
+) -> None:
+    """Decode plain prompts of these lengths and a steered pair together, and compare each."""
+    prompts = [ids(rng, length) for length in lengths]
+    pair = [ids(rng, 50), ids(rng, 17)]
+    generations = [plain(prompt) for prompt in prompts] + [steered(pair[0], pair[1], 2.0)]
+    run(engine, generations)
+    for prompt, generation in zip(prompts, generations, strict=False):
+        assert generation.token_ids == generate(model, prompt, TOKENS)
+    guided = generate(model, pair[0], TOKENS, base=pair[1], strength=2.0)
+    assert generations[-1].token_ids == guided
 
 
 def ids(rng: random.Random, length: int) -> list[int]:

@@ -21,7 +21,7 @@ from amulet.packing import pack_linears
 from amulet.sampling import Sampling
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate
-from tests.oracles.test_decode import TOKENS, ids, plain, run, steered
+from tests.oracles.test_decode import TOKENS, decodes_as_transformers, ids, plain, run, steered
 
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
@@ -166,14 +166,7 @@ def test_a_compiled_step_decodes_what_transformers_does(
     widths = _passes(engine)
     caplog.set_level(logging.INFO, "amulet")
     for lengths in ((40,), (20, 33, 64)):
-        prompts = [ids(rng, length) for length in lengths]
-        pair = [ids(rng, 50), ids(rng, 17)]
-        generations = [plain(prompt) for prompt in prompts] + [steered(*pair, 2.0)]
-        run(engine, generations)
-        for prompt, generation in zip(prompts, generations, strict=False):
-            assert generation.token_ids == generate(model, prompt, TOKENS)
-        guided = generate(model, pair[0], TOKENS, base=pair[1], strength=2.0)
-        assert generations[-1].token_ids == guided
+        decodes_as_transformers(engine, model, rng, lengths)
     lines = [record.getMessage() for record in caplog.records if record.name == "amulet"]
     assert len(lines) == 1
     assert lines[0].startswith("Compiled the decode step")

@@ -20,8 +20,8 @@ from amulet.errors import OutOfMemoryError
 from amulet.graphs import Graph, StepGraphs, _can_record, _given
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate
-from tests.oracles.test_decode import TOKENS, ids, plain, run, steered
-from tests.oracles.test_faster_steps import _Foretold, needs_compiler
+from tests.oracles.test_decode import TOKENS, decodes_as_transformers, ids, plain, run, steered
+from tests.oracles.test_faster_steps import _Foretold, _passes, needs_compiler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,11 +30,10 @@ class _Rerun:
     """Stands in for a CUDA graph: runs the pass over the same tensors again."""
 
     def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
-        self._forward, self.replays = forward, 0
+        self._forward = forward
         self.logits = forward()
 
     def replay(self) -> None:
-        self.replays += 1
         self.logits.copy_(self._forward())
 
 
@@ -67,37 +66,16 @@ def _kept(engine: Engine) -> Engine:
     return engine
 
 
-def _eager(engine: Engine) -> list[int]:
-    """Return a list that will hold the rows of every step that no graph served."""
-    rows: list[int] = []
-    forward = engine._forward
-
-    def counted(new: list[list[int]], starts: list[int], first: int, keep: object) -> torch.Tensor:
-        if len(new[0]) == 1:
-            rows.append(len(new))
-        return forward(new, starts, first, keep)  # type: ignore[arg-type]
-
-    engine._forward = counted  # type: ignore[assignment, method-assign]
-    return rows
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_recorded_steps_decode_what_transformers_does(kind: Kind) -> None:
     """Rows in number and length as they come: level or not, with spare ones, joining, leaving."""
     model = random_model(kind, dtype=torch.float64).to(DEVICE)
     rng = random.Random(kind)
     engine = _kept(Engine(model))
-    eager = _eager(engine)
+    widths = _passes(engine)
     for lengths in ((40,), (20, 33, 64), (30, 9)):
-        prompts = [ids(rng, length) for length in lengths]
-        pair = [ids(rng, 50), ids(rng, 17)]
-        generations = [plain(prompt) for prompt in prompts] + [steered(*pair, 2.0)]
-        run(engine, generations)
-        for prompt, generation in zip(prompts, generations, strict=False):
-            assert generation.token_ids == generate(model, prompt, TOKENS)
-        guided = generate(model, pair[0], TOKENS, base=pair[1], strength=2.0)
-        assert generations[-1].token_ids == guided
-    assert len(eager) <= len(engine._graphs._asked), "a step ran without its graph"
+        decodes_as_transformers(engine, model, rng, lengths)
+    assert widths.count(1) <= len(engine._graphs._asked), "a step ran without its graph"
 
 
 @needs_compiler
