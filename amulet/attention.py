@@ -149,10 +149,13 @@ def _attends_by_triton(
 
 
 def _prefills(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether `native/prefill.c` is what serves these tokens, where there is C code."""
     width, dim = query.shape[2:]
-    fits = dim % SIDE == 0 and query.stride(2) % 2 == 0
-    return width > FEW and mask is None and fits and _prefills_well(query.dtype)
+    return query.stride(2) % 2 == 0 and prefills(width, dim, query.dtype, mask)
+
+
+def prefills(width: int, dim: int, dtype: torch.dtype, mask: torch.Tensor | None) -> bool:
+    """Whether `native/prefill.c` is what serves so many new tokens, where there is C code."""
+    return width > FEW and mask is None and dim % SIDE == 0 and _prefills_well(dtype)
 
 
 @cache

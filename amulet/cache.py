@@ -73,12 +73,13 @@ class RowCache(ColumnCache):
     def __init__(self, column_step: int = COLUMN_STEP) -> None:
         super().__init__(layers=[])
         self.layout = object()
-        self._column_step = column_step
+        self.column_step = column_step
         self._keys: list[torch.Tensor | None] = []
         self._values: list[torch.Tensor | None] = []
         self._capacity = (0, 0)
         self._first, self._starts, self._width = 0, [0], 0
         self._positions = torch.zeros(1, 1, dtype=torch.long)
+        self._like: list[torch.Tensor | None] = []  # what the buffers were when they were freed
 
     # The engine's side
 
@@ -89,12 +90,13 @@ class RowCache(ColumnCache):
             return
         if have_rows and rows > have_rows:  # each growth copies everything, so there are to be few
             rows = max(rows, 2 * have_rows)
-        step = self._column_step
+        step = self.column_step
         columns = -(-max(columns, have_columns) // step) * step
         self._capacity = (max(rows, have_rows), columns)
         self.layout = object()
         try:
             self._replace(self._grown)
+            self._make_as_before()
         except torch.OutOfMemoryError:  # all layers have the old size again
             self._capacity = have_rows, have_columns
             self._replace(lambda buffer: buffer[:have_rows, :, :have_columns])
@@ -147,8 +149,10 @@ class RowCache(ColumnCache):
                 buffer.zero_()
 
     def clear(self) -> None:
-        """Free all memory."""
-        self.__init__(self._column_step)  # type: ignore[misc]
+        """Free all memory; what comes next is taken to be of the same model."""
+        like = [b if b is None else b[:0, :, :0].clone() for b in (*self._keys, *self._values)]
+        self.__init__(self.column_step)  # type: ignore[misc]
+        self._like = like
 
     @property
     def positions(self) -> torch.Tensor:
@@ -211,6 +215,16 @@ class RowCache(ColumnCache):
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:
                     buffers[layer] = other(buffer)
+
+    def _make_as_before(self) -> None:
+        """Make the buffers that were freed, before a pass does so between tensors of its own.
+
+        What it then frees would leave holes between them in the heap.
+        """
+        half = len(self._like) // 2
+        if not self._keys:
+            self._keys, self._values = self._like[:half], self._like[half:]
+            self._replace(self._grown)
 
     def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
         rows, columns = self._capacity

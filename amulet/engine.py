@@ -74,6 +74,7 @@ class Engine:
         self.prefixes = Prefixes(prefix_bytes)
         on_gpu = model.device.type == "cuda"
         self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
+        self._kind = model.dtype, model.device  # of what the cache and the kept rows hold
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
         rows = native_rows(model) if steps_are_native(model) else 0
@@ -112,6 +113,10 @@ class Engine:
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
         changed = self._graphs.refresh(self._compiles())
+        if self._kind != (self.model.dtype, self.device) and not self.running:  # cast, or moved
+            self._kind = self.model.dtype, self.device
+            self._cache = RowCache(self._cache.column_step)
+            self.prefixes.clear()
         # What an idle GPU kept may be of another dtype, or as long as somebody's long answer.
         wanted = longest + min(generation.max_new_tokens, GPU_COLUMN_STEP)
         if not self.running and (changed or self._cache.capacity[1] > TOO_LONG * wanted):

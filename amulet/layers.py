@@ -1,13 +1,15 @@
-"""Decoder layers of Llama's shape on the CPU: a step's in one call, by `native/layer.c`.
+"""Decoder layers of Llama's shape on the CPU: in one call, by `native/layer.c`.
 
 Transformers' layer makes some fifty calls of some microseconds each, which is half of a small
-model's step. Passes of many tokens go through the same operations one by one.
+model's step; and a long pass takes less time and memory in parts. What the C code isn't for, or not
+the fastest at, goes through the same operations one by one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from functools import cache
 from typing import Any
 
@@ -16,16 +18,24 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amulet import native, rowwise
-from amulet.attention import FEW, grouped, grouped_attention, mask_for_c, steps_are_native
+from amulet.attention import (
+    FEW,
+    grouped,
+    grouped_attention,
+    mask_for_c,
+    prefills,
+    steps_are_native,
+)
 from amulet.cache import RowCache, cache_argument
 from amulet.packed_layers import PackedLayer
-from amulet.products import FLOAT32
+from amulet.products import BFLOAT16, FLOAT32
 
 logger = logging.getLogger("amulet")
 
 # Whose forward is known to be what is computed here; a trial sees to it that it still is.
 KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
 ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # is it GELU?
+PART = 128  # tokens that `native/layer.c` takes at once of a long pass
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
 
 
@@ -142,7 +152,7 @@ class _Layer(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("rows", "width", "columns")),
+        *((name, ctypes.c_long) for name in ("rows", "width", "columns", "part")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
         ("angles", ctypes.c_long),
         ("mask", ctypes.c_void_p),
@@ -168,6 +178,10 @@ class NativeLayer:
             *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         ]
         self._most = min(layer.native_rows for layer in self._linears)
+        # C code goes through a long pass in parts; rounded weights are rather made dense for it.
+        blocks = [layer.blocks for layer in self._linears if layer.blocks is not None]
+        dense = all(weight.kind in (FLOAT32, BFLOAT16) for weight in blocks)
+        self._most_in_parts = sys.maxsize if dense and self._most >= PART else self._most
         self._norms = _norms(module)
         self._plus_one = type(module).__name__.startswith("Gemma")
         self._gelu = ACTIVATIONS[type(mlp.act_fn).__name__]
@@ -212,17 +226,23 @@ class NativeLayer:
         ):
             return None
         rows, width = hidden.shape[:2]
-        compute = self._few if width <= FEW and rows * width <= self._most else self._many
+        part, most = (0, self._most) if width <= FEW else (PART, self._most_in_parts)
+        if part and not prefills(width, self._dim, self._dtype, mask):
+            most = 0
         cosine, sine = position_embeddings
-        return compute(hidden.contiguous(), mask, cosine.contiguous(), sine.contiguous(), cache)
+        given = hidden.contiguous(), mask, cosine.contiguous(), sine.contiguous(), cache
+        if rows * width > most:
+            return self._by_operations(*given)
+        return self._whole(*given, part)
 
-    def _few(
+    def _whole(
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
         cosine: torch.Tensor,
         sine: torch.Tensor,
         cache: RowCache,
+        part: int = 0,
     ) -> torch.Tensor:
         rows, width = hidden.shape[:2]
         shape = self._in_c.key_heads, self._dim
@@ -231,7 +251,7 @@ class NativeLayer:
         mask, mask_strides = mask_for_c(mask, rows, width, columns)
         size = hidden.itemsize
         now = _Pass(
-            *(rows, width, columns),
+            *(rows, width, columns, part),
             *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
             *(native.address(mask), *mask_strides),
             cache.positions.data_ptr(),
@@ -246,7 +266,7 @@ class NativeLayer:
             raise native.out_of_memory()
         return out
 
-    def _many(
+    def _by_operations(
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
@@ -309,7 +329,7 @@ class NativeLayer:
             )
             others = [
                 way(hidden, mask, cosine, sine, _cache_for(places))
-                for way in (self._few, self._many)
+                for way in (self._whole, self._by_operations)
             ]
         if not isinstance(own, torch.Tensor) or own.shape != hidden.shape:
             return False

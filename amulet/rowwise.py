@@ -53,6 +53,7 @@ def rotate_(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> No
         heads.data_ptr(),
         cosine.data_ptr(),
         sine.data_ptr(),
+        0,
         rows * width,
         count,
         dim,

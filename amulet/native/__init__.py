@@ -100,7 +100,7 @@ def _load() -> tuple[Any, str]:
     loaded.amulet_unpack.restype = None
     whole = ctypes.c_int
     loaded.amulet_norm.argtypes = [whole, whole, *[pointer] * 3, *[number] * 2, ctypes.c_float]
-    loaded.amulet_rotate.argtypes = [whole, *[pointer] * 3, *[number] * 4]
+    loaded.amulet_rotate.argtypes = [whole, *[pointer] * 3, *[number] * 5]
     loaded.amulet_gate.argtypes = [whole, whole, *[pointer] * 2, number]
     for name in ("norm", "rotate", "gate"):
         getattr(loaded, f"amulet_{name}").restype = None

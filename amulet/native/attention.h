@@ -17,3 +17,5 @@ struct attention {
 
 int amulet_attend(const struct attention *at, int half, const char *query, const char *key,
                   const char *value, const uint8_t *mask, float scale, char *out);
+int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
+                   const char *value, float scale, char *out);

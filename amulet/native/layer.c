@@ -1,6 +1,6 @@
-/* A decoder layer for a few new tokens, whole: what `amulet/layers.py` does for many, operation by
-   operation, in one call. A call from Python takes some microseconds, and the steps of a small
-   model would make a thousand of them. */
+/* A decoder layer, whole: what `amulet/layers.py` else does operation by operation, in one call. A
+   call from Python takes some microseconds, and the steps of a small model would make a thousand of
+   them. */
 
 #include "attention.h"
 #include "products.h"
@@ -23,6 +23,7 @@ struct layer {
 
 struct pass {
     long rows, width, columns;
+    long part; /* how many tokens are taken at once; 0: all, attending by `amulet_attend` */
     const void *cosine, *sine; /* [angles][dim] */
     long angles;               /* one for each token, or those of one row */
     const uint8_t *mask;
@@ -45,54 +46,76 @@ static void norm(const struct layer *of, const void *x, const void *weight, void
         amulet_norm((int)of->half, (int)of->plus_one, x, weight, out, rows, size, of->epsilon);
 }
 
-/* Return 0, or 1 where memory is short. `hidden` and `out` are [rows][width][hidden size]. */
+static void rotate(const struct layer *of, const struct pass *in, void *states, long heads,
+                   long begin, long tokens)
+{
+    amulet_rotate((int)of->half, states, in->cosine, in->sine, begin, tokens, heads, of->dim,
+                  in->angles);
+}
+
+/* Return 0, or 1 where memory is short. `hidden` and `out` are [rows][width][hidden size]. In parts
+   of a long pass everything but attention is done for one after the other: what lies between two
+   products then stays in the processor's cache, and takes little memory. */
 int amulet_layer(const struct layer *of, const struct pass *in, const char *hidden, char *out)
 {
     const struct linear *q = &of->query, *k = &of->key, *v = &of->value, *up = &of->up;
     int half = (int)of->half;
     long tokens = in->rows * in->width, size = half ? 2 : 4, wide = q->in;
-    long widest = up->out > q->out ? up->out : q->out;
-    /* Normed and then attended or down; the queries and then the gate; the keys, values, or up. */
-    long others = k->out + v->out > up->out ? k->out + v->out : up->out;
+    long parts = in->part ? (tokens + in->part - 1) / in->part : 1;
+    long most = (tokens + parts - 1) / parts; /* parts of equal size */
+    /* Of a part: normed, attended or down; the gate; the keys and values, or up. */
     long normed = wide > q->out ? wide : q->out;
-    char *first = malloc(tokens * (normed + widest + others) * size);
-    if (!first)
+    long others = k->out + v->out > up->out ? k->out + v->out : up->out;
+    char *queries = malloc((tokens * q->out + most * (normed + up->out + others)) * size);
+    if (!queries)
         return 1;
-    char *second = first + tokens * normed * size, *third = second + tokens * widest * size;
-    char *value = third + tokens * k->out * size;
+    char *first = queries + tokens * q->out * size, *second = first + most * normed * size;
+    char *third = second + most * up->out * size;
+    int short_of = 0;
 
-    norm(of, hidden, of->before, first, tokens, wide);
-    int short_of = multiply(q, first, second, tokens) || multiply(k, first, third, tokens)
-                   || multiply(v, first, value, tokens);
-    norm(of, second, of->query_norm, second, tokens * of->heads, of->dim);
-    norm(of, third, of->key_norm, third, tokens * of->key_heads, of->dim);
-    amulet_rotate(half, second, in->cosine, in->sine, tokens, of->heads, of->dim, in->angles);
-    amulet_rotate(half, third, in->cosine, in->sine, tokens, of->key_heads, of->dim, in->angles);
-    struct written keys = {third, in->keys, in->places, of->key_heads, in->width, of->dim * size,
-                           in->key_row * size, in->key_head * size, in->key_column * size};
-    struct written values = {value, in->values, in->places, of->key_heads, in->width,
-                             of->dim * size, in->value_row * size, in->value_head * size,
-                             in->value_column * size};
-    amulet_write(&keys, in->rows);
-    amulet_write(&values, in->rows);
+    for (long begin = 0, now; begin < tokens; begin += now) {
+        now = tokens - begin < most ? tokens - begin : most;
+        char *query = queries + begin * q->out * size, *value = third + now * k->out * size;
+        norm(of, hidden + begin * wide * size, of->before, first, now, wide);
+        short_of |= multiply(q, first, query, now) || multiply(k, first, third, now)
+                    || multiply(v, first, value, now);
+        norm(of, query, of->query_norm, query, now * of->heads, of->dim);
+        norm(of, third, of->key_norm, third, now * of->key_heads, of->dim);
+        rotate(of, in, query, of->heads, begin, now);
+        rotate(of, in, third, of->key_heads, begin, now);
+        struct written keys = {third, in->keys, in->places, begin, of->key_heads, in->width,
+                               of->dim * size, in->key_row * size, in->key_head * size,
+                               in->key_column * size};
+        struct written values = {value, in->values, in->places, begin, of->key_heads, in->width,
+                                 of->dim * size, in->value_row * size, in->value_head * size,
+                                 in->value_column * size};
+        amulet_write(&keys, now);
+        amulet_write(&values, now);
+    }
     struct attention at = {
         in->rows, of->key_heads, of->heads / of->key_heads, in->width, in->columns, of->dim,
         in->width * q->out, of->dim, q->out,
         in->key_row, in->key_head, in->key_column, in->value_row, in->value_head, in->value_column,
         in->mask_row, in->mask_token};
-    short_of = short_of || amulet_attend(&at, half, second, in->keys, in->values, in->mask,
-                                         of->scaling, first)
-               || multiply(&of->out, first, out, tokens);
-    norm(of, out, of->attended, out, tokens, wide);
-    amulet_add(half, out, hidden, tokens * wide);
-
-    norm(of, out, of->between, first, tokens, wide);
-    short_of = short_of || multiply(&of->gate, first, second, tokens)
-               || multiply(up, first, third, tokens);
-    amulet_gate(half, (int)of->gelu, second, third, tokens * up->out);
-    short_of = short_of || multiply(&of->down, second, first, tokens);
-    norm(of, first, of->fed, first, tokens, wide);
-    amulet_add(half, out, first, tokens * wide);
-    free(first);
+    char *attended = in->part ? queries : first;
+    if (in->part)
+        short_of |= amulet_prefill(&at, half, queries, in->keys, in->values, of->scaling, queries);
+    else
+        short_of |= amulet_attend(&at, half, queries, in->keys, in->values, in->mask, of->scaling,
+                                  first);
+    for (long begin = 0, now; begin < tokens; begin += now) {
+        now = tokens - begin < most ? tokens - begin : most;
+        char *whole = out + begin * wide * size;
+        short_of |= multiply(&of->out, attended + begin * q->out * size, whole, now);
+        norm(of, whole, of->attended, whole, now, wide);
+        amulet_add(half, whole, hidden + begin * wide * size, now * wide);
+        norm(of, whole, of->between, first, now, wide);
+        short_of |= multiply(&of->gate, first, second, now) || multiply(up, first, third, now);
+        amulet_gate(half, (int)of->gelu, second, third, now * up->out);
+        short_of |= multiply(&of->down, second, first, now);
+        norm(of, first, of->fed, first, now, wide);
+        amulet_add(half, whole, first, now * wide);
+    }
+    free(queries);
     return short_of;
 }

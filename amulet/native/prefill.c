@@ -9,6 +9,7 @@
 #include "attention.h"
 
 enum { TILE = 4, SIDE = TILE * LANES, COLUMNS = 4 * SIDE, TOKENS = 8 * AT_ONCE };
+enum { TASKS = 8 }; /* for each worker, at least */
 
 /* Keys and values of one head in words, each of one float32 or of two bfloat16: for each SIDE
    columns the keys' [dim words][SIDE], and the values' [words of columns][dim]. */
@@ -145,11 +146,12 @@ struct many {
     char *out;
     uint32_t *keys, *values;
     long dim_words, sides, blocks; /* how many times SIDE columns, how many times TOKENS tokens */
+    long begin, heads;             /* those key heads of all rows that are under way */
 };
 
-static struct laid_out head_of(const struct many *of, long pair)
+static struct laid_out laid_out_of(const struct many *of, long number)
 {
-    long words = pair * of->sides * SIDE * of->dim_words;
+    long words = number * of->sides * SIDE * of->dim_words;
     return (struct laid_out){of->keys + words, of->values + words, of->dim_words};
 }
 
@@ -157,9 +159,9 @@ static void lay_out_side(void *argument, long task, int worker)
 {
     const struct many *of = argument;
     const struct attention *at = of->at;
-    long pair = task / of->sides, row = pair / at->key_heads, head = pair % at->key_heads;
-    long size = of->half ? 2 : 4;
-    struct laid_out to = head_of(of, pair);
+    long number = task / of->sides, pair = of->begin + number;
+    long row = pair / at->key_heads, head = pair % at->key_heads, size = of->half ? 2 : 4;
+    struct laid_out to = laid_out_of(of, number);
     (void)worker;
     lay_out(at, of->half, of->key + (row * at->key_row + head * at->key_head) * size,
             of->value + (row * at->value_row + head * at->value_head) * size, &to,
@@ -171,11 +173,13 @@ static void attend_tokens(void *argument, long task, int worker)
     const struct many *of = argument;
     const struct attention *at = of->at;
     long heads = at->key_heads * at->groups, size = of->half ? 2 : 4;
-    long row = task / heads % at->rows, head = task % heads;
+    long queries = of->heads * at->groups, number = task % queries / at->groups;
+    long pair = of->begin + number, row = pair / at->key_heads;
+    long head = pair % at->key_heads * at->groups + task % at->groups;
     /* The last tokens first: they have the most columns. */
-    long begin = (of->blocks - 1 - task / (at->rows * heads)) * TOKENS;
+    long begin = (of->blocks - 1 - task / queries) * TOKENS;
     long end = begin + TOKENS < at->width ? begin + TOKENS : at->width;
-    struct laid_out in = head_of(of, row * at->key_heads + head / at->groups);
+    struct laid_out in = laid_out_of(of, number);
     const char *query = of->query + (row * at->query_row + head * at->query_head) * size;
     char *out = of->out + (row * at->width * heads + head) * at->dim * size;
     float *sums = of->memory + worker * TOKENS * at->dim;
@@ -185,22 +189,26 @@ static void attend_tokens(void *argument, long task, int worker)
         attend_block(0, at, query, &in, of->scale, out, begin, end, sums);
 }
 
-/* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim]; dim is a multiple of
-   SIDE, and the scale is positive. */
+/* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim], and may be where the
+   queries are, if they lie so; dim is a multiple of SIDE, and the scale is positive. */
 int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
                    const char *value, float scale, char *out)
 {
     long pairs = at->rows * at->key_heads, dim_words = at->dim / (half ? 2 : 1);
-    long sides = (at->columns + SIDE - 1) / SIDE, words = pairs * sides * SIDE * dim_words;
-    long blocks = (at->width + TOKENS - 1) / TOKENS;
+    long sides = (at->columns + SIDE - 1) / SIDE, blocks = (at->width + TOKENS - 1) / TOKENS;
+    /* As few key heads at once as keep all workers busy: what is laid out takes memory. */
+    long heads = (TASKS * most_workers() - 1) / (at->groups * blocks) + 1;
+    heads = heads < pairs ? heads : pairs;
+    long words = heads * sides * SIDE * dim_words;
     float *memory = malloc(most_workers() * TOKENS * at->dim * sizeof *memory);
     uint32_t *keys = malloc(2 * words * sizeof *keys);
     struct many whole = {at, half, query, key, value, scale, memory, out, keys, keys + words,
-                         dim_words, sides, blocks};
+                         dim_words, sides, blocks, 0, heads};
     int failed = !memory || !keys;
-    if (!failed) {
-        run_tasks(pairs * sides, lay_out_side, &whole);
-        run_tasks(pairs * at->groups * blocks, attend_tokens, &whole);
+    for (; !failed && whole.begin < pairs; whole.begin += heads) {
+        whole.heads = pairs - whole.begin < heads ? pairs - whole.begin : heads;
+        run_tasks(whole.heads * sides, lay_out_side, &whole);
+        run_tasks(whole.heads * at->groups * blocks, attend_tokens, &whole);
     }
     free(keys);
     free(memory);

@@ -12,6 +12,7 @@
 #include "threads.h"
 
 enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = AT_ONCE };
+enum { TASK_ROWS = 8 * ROWS }; /* of one task: few blocks of many rows are shared out evenly so */
 enum { FLOAT32, BFLOAT16, INT8, INT4 }; /* of the weight; x is bfloat16 for the last three */
 
 #define FOR_ROWS(TILE, VECTORS_) WITH_CONSTANT(rows, TILE, VECTORS_)
@@ -263,6 +264,7 @@ struct product {
     const float *group_sums;
     tiles *sums_of;
     long part_bytes, block_bytes; /* a part is LANES outputs */
+    long row_parts;               /* each block has a task for each of these */
 };
 
 static void multiply_block(void *argument, long task, int worker)
@@ -270,10 +272,12 @@ static void multiply_block(void *argument, long task, int worker)
     const struct product *of = argument;
     long n = of->n, k = of->k, most = of->kind == INT4 ? 2 : VECTORS;
     long steps = of->kind != FLOAT32 ? k / 2 : k, size = of->kind != FLOAT32 ? 2 : 4;
-    long last = (n + LANES - 1) / LANES;
-    last = last < (task + 1) * VECTORS ? last : (task + 1) * VECTORS;
+    long last = (n + LANES - 1) / LANES, block = task / of->row_parts;
+    long begin = task % of->row_parts * TASK_ROWS;
+    long end = of->rows - begin < TASK_ROWS ? of->rows : begin + TASK_ROWS;
+    last = last < (block + 1) * VECTORS ? last : (block + 1) * VECTORS;
     (void)worker;
-    for (long part = task * VECTORS, vectors; part < last; part += vectors) {
+    for (long part = block * VECTORS, vectors; part < last; part += vectors) {
         long left = last - part;
         vectors = left >= most ? most : left >= 2 ? 2 : 1;
         const char *lines = (const char *)of->weight + part / VECTORS * of->block_bytes
@@ -281,9 +285,9 @@ static void multiply_block(void *argument, long task, int worker)
         long column = part * LANES, width = vectors * LANES;
         if (column + width > n)
             width = n - column;
-        for (long r = 0, now; r < of->rows; r += now) {
+        for (long r = begin, now; r < end; r += now) {
             float sums[ROWS][BLOCK];
-            now = next_rows(of->rows - r);
+            now = next_rows(end - r);
             of->sums_of((int)now, (int)vectors, lines, (const uint32_t *)of->x + r * steps, steps,
                         of->group_sums ? of->group_sums + r * (k / GROUP) : NULL, sums);
             for (long i = 0; i < now; i++)
@@ -321,8 +325,8 @@ int amulet_product(int kind, const void *x, const void *weight, const uint16_t *
     if (!sums_of)
         return 1;
     struct product whole = {kind, x, weight, scale, bias, out, rows, n, k, group_sums, sums_of,
-                            part_bytes, block_bytes};
-    run_tasks((n + BLOCK - 1) / BLOCK, multiply_block, &whole);
+                            part_bytes, block_bytes, (rows + TASK_ROWS - 1) / TASK_ROWS};
+    run_tasks((n + BLOCK - 1) / BLOCK * whole.row_parts, multiply_block, &whole);
     free(group_sums);
     return 0;
 }

@@ -123,6 +123,7 @@ struct rotation {
     int half;
     void *states;             /* [rows][width][heads][dim] */
     const void *cosine, *sine; /* [rows][width][dim], or of one row for all */
+    long begin;               /* which token of a pass is the first of these */
     long heads, dim, angles;  /* the last: how many tokens have angles of their own */
 };
 
@@ -131,7 +132,7 @@ INLINE void rotate_tokens(int half, const struct rotation *of, long begin, long 
     long dim = of->dim, side = dim / 2;
     for (long head = begin * of->heads; head < end * of->heads; head++)
         for (long i = 0; i < side; i += LANES) {
-            long angle = head / of->heads % of->angles * dim + i, place = head * dim + i;
+            long angle = (of->begin + head / of->heads) % of->angles * dim + i, place = head * dim + i;
             lanes first = load(half, of->states, place);
             lanes second = load(half, of->states, place + side);
             store(half, of->states, place,
@@ -152,10 +153,10 @@ static void rotate(const void *argument, long begin, long end)
         rotate_tokens(0, of, begin, end);
 }
 
-void amulet_rotate(int half, void *states, const void *cosine, const void *sine, long tokens,
-                   long heads, long dim, long angles)
+void amulet_rotate(int half, void *states, const void *cosine, const void *sine, long begin,
+                   long tokens, long heads, long dim, long angles)
 {
-    struct rotation of = {half, states, cosine, sine, heads, dim, angles};
+    struct rotation of = {half, states, cosine, sine, begin, heads, dim, angles};
     compute_rows(rotate, &of, tokens, heads * dim);
 }
 
@@ -203,15 +204,16 @@ static void write_columns(const void *argument, long begin, long end)
     const struct written *of = argument;
     for (long token = begin; token < end; token++) {
         const char *from = of->from + token * of->heads * of->bytes;
-        char *to = of->to + token / of->width * of->to_row + of->columns[token] * of->to_column;
+        long place = of->begin + token;
+        char *to = of->to + place / of->width * of->to_row + of->columns[place] * of->to_column;
         for (long head = 0; head < of->heads; head++)
             memcpy(to + head * of->to_head, from + head * of->bytes, of->bytes);
     }
 }
 
-void amulet_write(const struct written *of, long rows)
+void amulet_write(const struct written *of, long tokens)
 {
-    compute_rows(write_columns, of, rows * of->width, of->heads * of->bytes);
+    compute_rows(write_columns, of, tokens, of->heads * of->bytes);
 }
 
 /* --- states become states + more, rounded; LANES numbers are a row */

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
+from amulet.cache import COLUMN_STEP, RowCache
 from amulet.engine import WORTH_SHARING, Engine, common_prefix
 from amulet.errors import ModelError, OutOfMemoryError
 from amulet.generation import Generation
@@ -225,6 +226,39 @@ def test_ended_generations_leave_no_memory(
     del generation
     gc.collect()
     assert reference() is None
+
+
+def test_the_next_answer_s_cache_is_made_before_its_first_pass() -> None:
+    """Made within the pass, its buffers would lie between holes that the pass's tensors leave."""
+    cache = RowCache()
+    cache.reserve(1, 5)
+    cache.begin(0, [0], 5)
+    for layer, shape in enumerate([(1, 2, 5, 16), (1, 4, 5, 32)]):
+        cache.update(torch.ones(shape), torch.ones(shape), layer)
+    cache.clear()
+    assert cache.nbytes == 0
+    cache.reserve(2, 300)
+    keys, values = cache.buffers(0, 2)
+    shapes = [(2, 2, 2 * COLUMN_STEP, 16), (2, 4, 2 * COLUMN_STEP, 32)]
+    assert [tuple(made.shape) for made in keys] == [tuple(made.shape) for made in values] == shapes
+    assert not any(made.any() for made in (*keys, *values))
+
+
+def test_a_model_that_was_cast_since_answers_as_a_new_one() -> None:
+    model = random_model("llama")
+    prompt = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def answer(engine: Engine) -> list[int]:
+        generation = Generation(prompts=[prompt], max_new_tokens=6)
+        engine.admit(generation)
+        drain(engine)
+        return generation.token_ids
+
+    engine = Engine(model, prefix_bytes=2**20)
+    answer(engine)
+    assert engine.prefixes.nbytes > 0
+    model.bfloat16()
+    assert answer(engine) == answer(Engine(model))
 
 
 def test_unsupported_models_are_refused_with_the_way_out() -> None:

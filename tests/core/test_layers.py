@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from amulet import native
 from amulet.attention import FEW
 from amulet.engine import Engine
-from amulet.layers import NativeLayer, are_native, use_native_layers
+from amulet.layers import PART, NativeLayer, are_native, use_native_layers
 from amulet.packing import pack_linears
 from tests.marks import needs_code
 from tests.models import Kind, random_model
@@ -27,20 +27,22 @@ from tests.models import Kind, random_model
 pytestmark = needs_code
 
 Pack = Literal[True, "int8", "int4"]
-_models: dict[tuple[Kind, torch.dtype, Pack], PreTrainedModel] = {}
+_models: dict[tuple[Kind, torch.dtype, Pack, int], PreTrainedModel] = {}
 
 
-def packed(kind: Kind, dtype: torch.dtype, pack: Pack = True) -> PreTrainedModel:
-    if (kind, dtype, pack) not in _models:
-        model = random_model(kind, dtype=dtype, head_dim=32, biased=kind == "llama")
+def packed(
+    kind: Kind, dtype: torch.dtype, pack: Pack = True, head_dim: int = 32
+) -> PreTrainedModel:
+    if (kind, dtype, pack, head_dim) not in _models:
+        model = random_model(kind, dtype=dtype, head_dim=head_dim, biased=kind == "llama")
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # norms are ones and biases zeros: no two would differ
                     parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
         pack_linears(model, pack)
-        _models[kind, dtype, pack] = model
-    return _models[kind, dtype, pack]
+        _models[kind, dtype, pack, head_dim] = model
+    return _models[kind, dtype, pack, head_dim]
 
 
 @contextmanager
@@ -75,20 +77,19 @@ def check(made: torch.Tensor, expected: torch.Tensor) -> None:
     assert (made - expected).abs().max() <= bound * expected.abs().max()
 
 
+WEIGHTS: list[tuple[torch.dtype, Pack]] = [
+    (torch.float32, True),
+    (torch.bfloat16, True),
+    (torch.bfloat16, "int8"),
+    (torch.bfloat16, "int4"),
+]
 KINDS: list[Kind] = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
-    weights=st.sampled_from(
-        [
-            (torch.float32, True),
-            (torch.bfloat16, True),
-            (torch.bfloat16, "int8"),
-            (torch.bfloat16, "int4"),
-        ]
-    ),
+    weights=st.sampled_from(WEIGHTS),
     starts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     width=st.sampled_from([1, 2, 5, FEW, FEW + 1, 40]),
     seed=st.integers(0, 99),
@@ -123,20 +124,100 @@ def test_a_row_does_not_depend_on_the_others(kind: Kind, dtype: torch.dtype) -> 
         assert torch.equal(found[1:2], alone._forward(new[1:2], [6], 0, [0]))
 
 
-def test_steps_take_one_call_per_layer_and_prompts_do_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = packed("llama", torch.float32)
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that is told which way each layer goes from now on."""
     calls: list[str] = []
-    for name in ("_few", "_many"):
+    for name in ("_whole", "_by_operations"):
         way = getattr(NativeLayer, name)
         monkeypatch.setattr(
             NativeLayer,
             name,
             lambda self, *given, way=way, name=name: calls.append(name) or way(self, *given),
         )
+    return calls
+
+
+def let_long_passes_be_whole(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever processor this is: with AMX they would be oneDNN's and PyTorch's."""
+    monkeypatch.setattr("amulet.attention._prefills_well", lambda dtype: True)
+    for module in model.modules():
+        if hasattr(module, "native"):
+            monkeypatch.setattr(module.native, "_most_in_parts", 10**9)
+
+
+SHORT = [(1, 0, FEW + 1), (1, 0, PART), (1, 30, PART + 1), (2, 0, 100)]
+LONG = [(3, 7, 99), (1, 0, 400)]  # for which rounded weights are rather made dense
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "start", "width"),
+    [
+        (weights, *sizes)
+        for weights in WEIGHTS
+        for sizes in (SHORT + LONG if weights[1] is True else SHORT)
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_a_long_pass_gives_what_the_model_s_own_layers_give(
+    kind: Kind,
+    weights: tuple[torch.dtype, Pack],
+    rows: int,
+    start: int,
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = packed(kind, *weights, head_dim=64)
+    let_long_passes_be_whole(model, monkeypatch)
+    with monkeypatch.context() as patch:
+        calls = calls_of(patch)
+        torch.manual_seed(0)
+        made = logits_of(model, [start] * rows, width)
+    # Gemma's first and third layer slide their window, which takes a mask.
+    ways = ["_by_operations", "_whole"] * 2 if kind == "gemma3" else ["_whole"] * 4
+    assert calls[-4:] == ways
+    torch.manual_seed(0)
+    with own_forward(model):
+        check(made, logits_of(model, [start] * rows, width))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_long_prompt_is_the_same_in_passes_of_any_width(
+    weights: tuple[torch.dtype, Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed("llama", *weights, head_dim=64)
+    let_long_passes_be_whole(model, monkeypatch)
+    ids = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    with torch.inference_mode():
+        for widths in ([300], [150, 150], [20, 260, 20]):
+            for row in (0, 1):
+                engine, begin = Engine(model), 0
+                engine._cache.reserve(2, 300)
+                for width in widths:
+                    chunk = [row_ids[begin : begin + width] for row_ids in ids]
+                    if row:  # both rows together, and the second alone
+                        out = engine._forward(chunk[1:], [begin], 0)
+                    else:
+                        out = engine._forward(chunk, [begin] * 2, 0)[1:]
+                    begin += width
+                found.append(out)
+    assert all(torch.equal(out, found[0]) for out in found)
+
+
+def test_what_is_faster_otherwise_goes_through_the_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = calls_of(monkeypatch)
+    model = packed("llama", torch.float32)  # `prefill.c` is for heads of 64 and more
     logits_of(model, [20, 30], 1)
-    assert calls == ["_many"] * 8 + ["_few"] * 4
+    assert calls == ["_by_operations"] * 8 + ["_whole"] * 4
+    calls.clear()
+    rounded = packed("llama", torch.bfloat16, "int8", head_dim=64)
+    logits_of(rounded, [0], 300)  # more tokens than rounded weights are multiplied by as they are
+    assert calls == ["_by_operations"] * 4
+    calls.clear()
+    logits_of(packed("llama", torch.float32, head_dim=64), [3, 4], 20)  # these take a mask
+    assert calls[-4:] == ["_by_operations"] * 4
 
 
 def test_passes_over_another_cache_are_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +226,8 @@ def test_passes_over_another_cache_are_the_model_s_own(monkeypatch: pytest.Monke
     def refuse(*given: Any) -> None:
         raise AssertionError("not over this cache")
 
-    monkeypatch.setattr(NativeLayer, "_few", refuse)
-    monkeypatch.setattr(NativeLayer, "_many", refuse)
+    monkeypatch.setattr(NativeLayer, "_whole", refuse)
+    monkeypatch.setattr(NativeLayer, "_by_operations", refuse)
     ids = torch.arange(6)[None]
     found = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert found.shape == (1, 10)
