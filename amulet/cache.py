@@ -67,6 +67,7 @@ class RowCache(ColumnCache):
         column_step: capacity grows in steps of this many tokens.
 
     Attributes:
+        column_step: as given.
         layout: another object whenever the buffers are others.
     """
 
@@ -79,7 +80,7 @@ class RowCache(ColumnCache):
         self._capacity = (0, 0)
         self._first, self._starts, self._width = 0, [0], 0
         self._positions = torch.zeros(1, 1, dtype=torch.long)
-        self._like: list[torch.Tensor | None] = []  # what the buffers were when they were freed
+        self._known: tuple[list[torch.Tensor | None], ...] = [], []  # keys and values as they were
 
     # The engine's side
 
@@ -148,11 +149,19 @@ class RowCache(ColumnCache):
             if buffer is not None:
                 buffer.zero_()
 
+    def free(self) -> None:
+        """Free all memory, but remember of what shapes and types the buffers were."""
+        if self._keys:
+            known = tuple(
+                [b if b is None else b[:0, :, :0].clone() for b in buffers]
+                for buffers in (self._keys, self._values)
+            )
+            self.clear()
+            self._known = known
+
     def clear(self) -> None:
-        """Free all memory; what comes next is taken to be of the same model."""
-        like = [b if b is None else b[:0, :, :0].clone() for b in (*self._keys, *self._values)]
+        """Free all memory, and know nothing of the model."""
         self.__init__(self.column_step)  # type: ignore[misc]
-        self._like = like
 
     @property
     def positions(self) -> torch.Tensor:
@@ -177,7 +186,7 @@ class RowCache(ColumnCache):
     def buffers(self, first: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return keys and values of some rows, `[rows, kv_heads, columns, dim]` per layer.
 
-        There are none before the first pass.
+        There may be none before the first pass.
         """
         part = slice(first, first + rows)
         return (
@@ -221,9 +230,8 @@ class RowCache(ColumnCache):
 
         What it then frees would leave holes between them in the heap.
         """
-        half = len(self._like) // 2
         if not self._keys:
-            self._keys, self._values = self._like[:half], self._like[half:]
+            self._keys, self._values = map(list, self._known)
             self._replace(self._grown)
 
     def _grown(self, buffer: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ class Engine:
             self._kind = self.model.dtype, self.device
             self._cache = RowCache(self._cache.column_step)
             self.prefixes.clear()
-        # What an idle GPU kept may be of another dtype, or as long as somebody's long answer.
+        # What an idle GPU kept may be on another one, or as long as somebody's long answer.
         wanted = longest + min(generation.max_new_tokens, GPU_COLUMN_STEP)
         if not self.running and (changed or self._cache.capacity[1] > TOO_LONG * wanted):
             self._cache.clear()
@@ -232,11 +232,13 @@ class Engine:
     def _clear_if_idle(self, keep: bool = True) -> None:
         if self.running or self._filling:
             return
-        if keep and self._graphs.serves and self._cache.nbytes < self._kept_bytes:
+        if not keep:
+            self._cache.clear()
+        elif self._graphs.serves and self._cache.nbytes < self._kept_bytes:
             self._cache.blank()
             self._graphs.blank()
         else:
-            self._cache.clear()
+            self._cache.free()
 
     def _keep(self, row: int) -> None:
         """Keep an ended row for prompts that begin with the same ids."""

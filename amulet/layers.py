@@ -35,7 +35,7 @@ logger = logging.getLogger("amulet")
 # Whose forward is known to be what is computed here; a trial sees to it that it still is.
 KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
 ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # is it GELU?
-PART = 128  # tokens that `native/layer.c` takes at once of a long pass
+PART = 128  # tokens that `native/layer.c` takes at once of a long pass, on up to four cores
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
 
 
@@ -226,7 +226,9 @@ class NativeLayer:
         ):
             return None
         rows, width = hidden.shape[:2]
-        part, most = (0, self._most) if width <= FEW else (PART, self._most_in_parts)
+        part, most = 0, self._most
+        if width > FEW:  # of a product's tasks each thread is to have several
+            part, most = max(PART, 32 * torch.get_num_threads()), self._most_in_parts
         if part and not prefills(width, self._dim, self._dtype, mask):
             most = 0
         cosine, sine = position_embeddings
@@ -309,7 +311,7 @@ class NativeLayer:
         return rowwise.norm(hidden, weight, self._epsilon, self._plus_one)
 
     def agrees(self, module: Any, config: PretrainedConfig) -> bool:
-        """Whether the module's own forward gives what both ways here give, in a small trial."""
+        """Whether the module gives few tokens what both ways here give them, in a trial."""
         generator = torch.Generator().manual_seed(0)
         sizes = self._linears[0].in_features, self._dim, self._dim
         hidden, cosine, sine = (

@@ -29,9 +29,9 @@ RUNS: dict[str, list[str]] = {
     "decode": ["decode", "--rounds", "5", "--tokens", "24"],
     "decode, 0.5B": [
         *("decode", "--model", "qwen2-0.5b", "--dtype", "bfloat16"),
-        *("--rounds", "3", "--tokens", "12"),
+        *("--rounds", "3", "--tokens", "12", "--compile", "off"),
     ],
-    "authors": ["authors", "--rounds", "3"],
+    "authors": ["authors", "--rounds", "2"],
     "rag_quote": ["rag_quote", "--rounds", "3", "--dtype", "bfloat16"],
     "first_token": ["first_token", "--rounds", "3", "--dtype", "bfloat16"],
     "users": ["users", "--rounds", "2", "--tokens", "32"],

@@ -21,7 +21,7 @@ from benchmarks.passages import rag_chat
 # Question and preference; chosen so that SmolLM2 does quote, and does not.
 QUOTES = (
     "Tell me what the passages say about the first places.",
-    "Begin with passage 1 and quote it.",
+    "Answer with the exact sentences of the passages, in quotation marks.",
 )
 OWN_WORDS = ("Which place would a child like best, and why?", "Talk like a pirate.")
 PLAIN, LOOKUP = "transformers plain", "transformers plain, prompt lookup"

@@ -9,7 +9,7 @@
 #include "attention.h"
 
 enum { TILE = 4, SIDE = TILE * LANES, COLUMNS = 4 * SIDE, TOKENS = 8 * AT_ONCE };
-enum { TASKS = 8 }; /* for each worker, at least */
+enum { TASKS = 8, LAID_OUT = 1 << 18 }; /* tasks for each worker, and words, that will do */
 
 /* Keys and values of one head in words, each of one float32 or of two bfloat16: for each SIDE
    columns the keys' [dim words][SIDE], and the values' [words of columns][dim]. */
@@ -197,9 +197,11 @@ int amulet_prefill(const struct attention *at, int half, const char *query, cons
     long pairs = at->rows * at->key_heads, dim_words = at->dim / (half ? 2 : 1);
     long sides = (at->columns + SIDE - 1) / SIDE, blocks = (at->width + TOKENS - 1) / TOKENS;
     /* As few key heads at once as keep all workers busy: what is laid out takes memory. */
+    long head_words = sides * SIDE * dim_words, cheap = LAID_OUT / (2 * head_words);
     long heads = (TASKS * most_workers() - 1) / (at->groups * blocks) + 1;
+    heads = heads > cheap ? heads : cheap;
     heads = heads < pairs ? heads : pairs;
-    long words = heads * sides * SIDE * dim_words;
+    long words = heads * head_words;
     float *memory = malloc(most_workers() * TOKENS * at->dim * sizeof *memory);
     uint32_t *keys = malloc(2 * words * sizeof *keys);
     struct many whole = {at, half, query, key, value, scale, memory, out, keys, keys + words,

@@ -121,7 +121,7 @@ void amulet_norm(int half, int plus_one, const void *x, const void *weight, void
 
 struct rotation {
     int half;
-    void *states;             /* [rows][width][heads][dim] */
+    void *states;             /* [tokens][heads][dim] */
     const void *cosine, *sine; /* [rows][width][dim], or of one row for all */
     long begin;               /* which token of a pass is the first of these */
     long heads, dim, angles;  /* the last: how many tokens have angles of their own */
@@ -132,7 +132,8 @@ INLINE void rotate_tokens(int half, const struct rotation *of, long begin, long 
     long dim = of->dim, side = dim / 2;
     for (long head = begin * of->heads; head < end * of->heads; head++)
         for (long i = 0; i < side; i += LANES) {
-            long angle = (of->begin + head / of->heads) % of->angles * dim + i, place = head * dim + i;
+            long angle = (of->begin + head / of->heads) % of->angles * dim + i;
+            long place = head * dim + i;
             lanes first = load(half, of->states, place);
             lanes second = load(half, of->states, place + side);
             store(half, of->states, place,
@@ -197,7 +198,7 @@ void amulet_gate(int half, int gelu, void *states, const void *up, long count)
     compute_rows(gate, &of, count / LANES, LANES);
 }
 
-/* --- new keys or values, [rows][width][heads][dim], into their columns */
+/* --- new keys or values, [tokens][heads][dim], into their columns */
 
 static void write_columns(const void *argument, long begin, long end)
 {

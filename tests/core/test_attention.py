@@ -113,6 +113,28 @@ def test_many_tokens_attend_as_the_definition_says(
 
 @needs_code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_key_heads_that_take_turns_attend_as_the_definition_says(
+    rows: int, dtype: torch.dtype
+) -> None:
+    """Few at once where columns are many, and in place of the queries, as a layer has it."""
+    torch.manual_seed(0)
+    query = torch.randn(rows, 200, 5, 128).to(dtype).transpose(1, 2)
+    key, value = (states(rows, 5, 2500, 128, dtype) for _ in range(2))
+    expected = exact(query, key, value, None, 0.2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check(attention._prefill(query, key, value, 0.2), expected)
+        given = attention._given(query, key, value, (0, 0))
+        assert not native.library().amulet_prefill(*given, 0.2, query.data_ptr())
+        check(query.transpose(1, 2), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(300,), (150, 150), (17, 283), (40, 200, 60)])
 def test_passes_of_any_width_give_the_same(dtype: torch.dtype, widths: tuple[int, ...]) -> None:
     """To the last bit, and whatever the other rows are."""

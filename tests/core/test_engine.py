@@ -235,13 +235,17 @@ def test_the_next_answer_s_cache_is_made_before_its_first_pass() -> None:
     cache.begin(0, [0], 5)
     for layer, shape in enumerate([(1, 2, 5, 16), (1, 4, 5, 32)]):
         cache.update(torch.ones(shape), torch.ones(shape), layer)
-    cache.clear()
+    cache.free()
+    cache.free()
     assert cache.nbytes == 0
     cache.reserve(2, 300)
     keys, values = cache.buffers(0, 2)
     shapes = [(2, 2, 2 * COLUMN_STEP, 16), (2, 4, 2 * COLUMN_STEP, 32)]
     assert [tuple(made.shape) for made in keys] == [tuple(made.shape) for made in values] == shapes
     assert not any(made.any() for made in (*keys, *values))
+    cache.clear()
+    cache.reserve(2, 300)
+    assert cache.buffers(0, 2) == ([], [])
 
 
 def test_a_model_that_was_cast_since_answers_as_a_new_one() -> None:
