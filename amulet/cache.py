@@ -67,14 +67,13 @@ class RowCache(ColumnCache):
         column_step: capacity grows in steps of this many tokens.
 
     Attributes:
-        column_step: as given.
         layout: another object whenever the buffers are others.
     """
 
     def __init__(self, column_step: int = COLUMN_STEP) -> None:
         super().__init__(layers=[])
         self.layout = object()
-        self.column_step = column_step
+        self._column_step = column_step
         self._keys: list[torch.Tensor | None] = []
         self._values: list[torch.Tensor | None] = []
         self._capacity = (0, 0)
@@ -91,7 +90,7 @@ class RowCache(ColumnCache):
             return
         if have_rows and rows > have_rows:  # each growth copies everything, so there are to be few
             rows = max(rows, 2 * have_rows)
-        step = self.column_step
+        step = self._column_step
         columns = -(-max(columns, have_columns) // step) * step
         self._capacity = (max(rows, have_rows), columns)
         self.layout = object()
@@ -161,7 +160,7 @@ class RowCache(ColumnCache):
 
     def clear(self) -> None:
         """Free all memory, and know nothing of the model."""
-        self.__init__(self.column_step)  # type: ignore[misc]
+        self.__init__(self._column_step)  # type: ignore[misc]
 
     @property
     def positions(self) -> torch.Tensor:

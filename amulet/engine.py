@@ -113,9 +113,10 @@ class Engine:
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
         changed = self._graphs.refresh(self._compiles())
-        if self._kind != (self.model.dtype, self.device) and not self.running:  # cast, or moved
-            self._kind = self.model.dtype, self.device
-            self._cache = RowCache(self._cache.column_step)
+        kind = self.model.dtype, self.device
+        if kind != self._kind and not self.running:  # cast, or moved
+            self._kind = kind
+            self._cache.clear()
             self.prefixes.clear()
         # What an idle GPU kept may be on another one, or as long as somebody's long answer.
         wanted = longest + min(generation.max_new_tokens, GPU_COLUMN_STEP)

@@ -27,8 +27,8 @@ from amulet.attention import (
     steps_are_native,
 )
 from amulet.cache import RowCache, cache_argument
-from amulet.packed_layers import PackedLayer
-from amulet.products import BFLOAT16, FLOAT32
+from amulet.packed_layers import PackedLayer, PackedLinear
+from amulet.products import FLOAT32
 
 logger = logging.getLogger("amulet")
 
@@ -179,8 +179,7 @@ class NativeLayer:
         ]
         self._most = min(layer.native_rows for layer in self._linears)
         # C code goes through a long pass in parts; rounded weights are rather made dense for it.
-        blocks = [layer.blocks for layer in self._linears if layer.blocks is not None]
-        dense = all(weight.kind in (FLOAT32, BFLOAT16) for weight in blocks)
+        dense = all(isinstance(layer, PackedLinear) for layer in self._linears)
         self._most_in_parts = sys.maxsize if dense and self._most >= PART else self._most
         self._norms = _norms(module)
         self._plus_one = type(module).__name__.startswith("Gemma")
@@ -227,10 +226,9 @@ class NativeLayer:
             return None
         rows, width = hidden.shape[:2]
         part, most = 0, self._most
-        if width > FEW:  # of a product's tasks each thread is to have several
-            part, most = max(PART, 32 * torch.get_num_threads()), self._most_in_parts
-        if part and not prefills(width, self._dim, self._dtype, mask):
-            most = 0
+        if width > FEW:
+            part = max(PART, 32 * torch.get_num_threads())  # several tasks of a product for each
+            most = self._most_in_parts if prefills(width, self._dim, self._dtype, mask) else 0
         cosine, sine = position_embeddings
         given = hidden.contiguous(), mask, cosine.contiguous(), sine.contiguous(), cache
         if rows * width > most:

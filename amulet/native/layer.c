@@ -98,11 +98,10 @@ int amulet_layer(const struct layer *of, const struct pass *in, const char *hidd
         in->key_row, in->key_head, in->key_column, in->value_row, in->value_head, in->value_column,
         in->mask_row, in->mask_token};
     char *attended = in->part ? queries : first;
-    if (in->part)
-        short_of |= amulet_prefill(&at, half, queries, in->keys, in->values, of->scaling, queries);
-    else
-        short_of |= amulet_attend(&at, half, queries, in->keys, in->values, in->mask, of->scaling,
-                                  first);
+    short_of |= in->part ? amulet_prefill(&at, half, queries, in->keys, in->values, of->scaling,
+                                          attended)
+                         : amulet_attend(&at, half, queries, in->keys, in->values, in->mask,
+                                         of->scaling, attended);
     for (long begin = 0, now; begin < tokens; begin += now) {
         now = tokens - begin < most ? tokens - begin : most;
         char *whole = out + begin * wide * size;

@@ -146,12 +146,13 @@ struct many {
     char *out;
     uint32_t *keys, *values;
     long dim_words, sides, blocks; /* how many times SIDE columns, how many times TOKENS tokens */
+    long head_words;               /* of what is laid out of one key head's keys, or values */
     long begin, heads;             /* those key heads of all rows that are under way */
 };
 
 static struct laid_out laid_out_of(const struct many *of, long number)
 {
-    long words = number * of->sides * SIDE * of->dim_words;
+    long words = number * of->head_words;
     return (struct laid_out){of->keys + words, of->values + words, of->dim_words};
 }
 
@@ -205,7 +206,7 @@ int amulet_prefill(const struct attention *at, int half, const char *query, cons
     float *memory = malloc(most_workers() * TOKENS * at->dim * sizeof *memory);
     uint32_t *keys = malloc(2 * words * sizeof *keys);
     struct many whole = {at, half, query, key, value, scale, memory, out, keys, keys + words,
-                         dim_words, sides, blocks, 0, heads};
+                         dim_words, sides, blocks, head_words, 0, heads};
     int failed = !memory || !keys;
     for (; !failed && whole.begin < pairs; whole.begin += heads) {
         whole.heads = pairs - whole.begin < heads ? pairs - whole.begin : heads;

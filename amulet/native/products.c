@@ -3,8 +3,8 @@
    A decode step has few rows, so its time is the weights' way through memory. Each thread reads
    the weights of its own outputs once, in the order in which they lie, and multiplies each line by
    all rows (by ROWS of them at a time: as many sums as there are registers). Of a long pass's many
-   rows a task takes TASK_ROWS: the weights of a block stay in the processor's cache meanwhile. Sums are float32, and
-   a row's are made in one order, whatever the other rows and the number of threads. */
+   rows a task takes TASK_ROWS: the weights of a block stay in the processor's cache meanwhile. Sums
+   are float32, and a row's are made in one order, whatever the other rows and the number of threads. */
 
 #include <stdlib.h>
 
