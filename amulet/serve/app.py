@@ -138,11 +138,11 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
         fields = list(type(body).model_fields)
         stored = await _stored(store, body.user)
         try:
-            requests = body.requests(service.limits, stored)
+            requests = body.requests(service.limits, service.amulet.window, stored)
             job = await service.start(requests, http)
             writer = _writer(service, body, requests)
             if body.stream:
-                usage = body.stream_options is not None and body.stream_options.include_usage
+                usage = bool(body.stream_options and body.stream_options.include_usage)
                 return EventStream(_chunks(job, writer, usage, fields), job, service.limits.seconds)
             try:
                 return JSONResponse(writer.whole(await job.read(http)))

@@ -1,7 +1,8 @@
 """Bodies of requests as OpenAI's clients send them, and how they become `Request`s.
 
 An option that would change the answer and is not supported is refused unless it holds its neutral
-value; one that changes nothing here (`store`, `metadata`, ...) is accepted.
+value; one that changes nothing here (`store`, `metadata`, ...) is accepted. So is null, for any
+option: clients write it where nothing is asked for.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ from amulet.serve.limits import Limits
 SETTINGS = ("preference", "strength", "floor", "placement")
 DEPTH = 100
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
+SEEDS = 2**63  # any integer is a seed; the generators take this many
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MaxTokens: TypeAlias = Annotated[int, Field(ge=1)] | None
 Unused = Annotated[Any, Field(description="Accepted; it changes nothing here.")]
+
+
+# Options of OpenAI's that would change the answer, and what to do. 0, false and "" change nothing.
+REFUSED = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "logit_bias"), "leave it out"),
+    **dict.fromkeys(("audio", "web_search_options"), "leave it out"),
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+}
 
 
 class Wish(BaseModel):
@@ -63,7 +74,7 @@ class Settings(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class GrammarBody(BaseModel):
@@ -83,13 +94,13 @@ class Body(Settings):
     stream_options: StreamOptions | None = None
     max_tokens: MaxTokens = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, Field(ge=0.0, le=1.0, description="0 is greedy.")] | None = None
     stop: str | Annotated[list[str], Field(max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    seed: Annotated[int, Field(description="Any integer.")] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
+    user: str | None = None
     trace: bool = Field(default=False, description="Tell of each token why it was chosen.")
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 and -1 are off.")] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     grammar: GrammarBody | None = None
@@ -108,27 +119,40 @@ class Body(Settings):
 
     @model_validator(mode="after")
     def _only_what_is_done(self) -> Body:
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise ValueError(f"{name}: not supported here; leave it out")
+        for name, instead in REFUSED.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{name}: not supported here; {instead}")
+        if set(getattr(self, "modalities", None) or ()) - {"text"}:
+            raise ValueError('modalities: this server answers with text; expected ["text"]')
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: needs stream=true")
         return self
 
-    def _sampling(self, limits: Limits, max_tokens: int, stored: dict[str, Any]) -> dict[str, Any]:
-        if max_tokens > limits.max_tokens:
+    def _sampling(
+        self, limits: Limits, max_tokens: int, window: int | None, stored: dict[str, Any]
+    ) -> dict[str, Any]:
+        if max_tokens > max(limits.max_tokens, window or max_tokens):
             raise ApiError(
                 400,
-                f"max_tokens={max_tokens}: this server permits {limits.max_tokens}.",
+                f"max_tokens={max_tokens}: this server permits {limits.max_tokens}, and the "
+                f"model's context window is {window}.",
                 param="max_tokens",
             )
-        fields: dict[str, Any] = {"max_new_tokens": max_tokens, **stored, **self.settings()}
+        fields: dict[str, Any] = {
+            "max_new_tokens": min(max_tokens, limits.max_tokens),
+            **stored,
+            **self.settings(),
+        }
         wishes = fields.get("preference")
         if isinstance(wishes, list) and len(wishes) > limits.preferences:
             raise too_many_preferences(len(wishes), limits)
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop"):
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
+        if self.top_k == -1:  # vLLM's way to say that it is off
+            fields["top_k"] = 0
+        if self.top_p == 0:  # nothing but the likeliest token
+            fields |= {"top_p": 1.0, "temperature": 0.0}
         if self.grammar is not None:
             check_size("grammar", self.grammar.source, limits)
             fields["grammar"] = Grammar(self.grammar.kind, self.grammar.source)
@@ -145,7 +169,7 @@ class Body(Settings):
                 param="n",
             )
         # Choices differ by their seeds, and the first is what it would be alone.
-        seeds = [None if self.seed is None else self.seed + choice for choice in range(n)]
+        seeds = [None if self.seed is None else (self.seed + choice) % SEEDS for choice in range(n)]
         return [Request(**source, seed=seed) for source in sources for seed in seeds]
 
 
@@ -171,21 +195,31 @@ class ChatBody(Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
     reasoning_effort: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        default=None, description="For chat templates that know it."
+    )
+    modalities: list[str] | None = None
+    prediction: Unused = None
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    web_search_options: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools_prompt: Literal["template", "fallback"] = "fallback"
 
-    def requests(self, limits: Limits, stored: dict[str, Any]) -> list[Request]:
+    def requests(self, limits: Limits, window: int | None, stored: dict[str, Any]) -> list[Request]:
         """Return a request per choice.
 
         Args:
             limits: what the server permits.
+            window: the model's context window in tokens; None where none is known.
             stored: the user's stored settings; the body's own go first.
 
         Raises:
             ApiError, RequestError: an option can't be had.
         """
         asked = self.max_completion_tokens or self.max_tokens
-        fields = self._sampling(limits, asked or limits.max_tokens, stored)
+        fields = self._sampling(limits, asked or limits.max_tokens, window, stored)
         fields["messages"] = chat(self.messages)
         fields["tools_prompt"] = self.tools_prompt
         fields["template_options"] = self._template_options()
@@ -205,7 +239,9 @@ class ChatBody(Body):
             if self.grammar is not None:
                 raise ApiError(400, "Give either grammar or response_format.", param="grammar")
             check_size("response_format", grammar.source, limits)
-            fields["grammar"] = grammar
+            # Agent frameworks send both: a forced call leaves no text to give a form.
+            if fields.get("tool_choice", "none") in ("auto", "none"):
+                fields["grammar"] = grammar
         return self._choices([fields], limits)
 
     def _template_options(self) -> dict[str, Any]:
@@ -213,6 +249,8 @@ class ChatBody(Body):
         if self.reasoning_effort is not None:
             options.setdefault("enable_thinking", self.reasoning_effort not in ("none", "minimal"))
             options.setdefault("reasoning_effort", self.reasoning_effort)
+        if self.verbosity is not None:
+            options.setdefault("verbosity", self.verbosity)
         return options
 
 
@@ -226,9 +264,9 @@ class CompletionBody(Body):
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
-    def requests(self, limits: Limits, stored: dict[str, Any]) -> list[Request]:
+    def requests(self, limits: Limits, window: int | None, stored: dict[str, Any]) -> list[Request]:
         """Return a request per prompt and choice; see `ChatBody.requests`."""
-        fields = self._sampling(limits, self.max_tokens or COMPLETION_TOKENS, stored)
+        fields = self._sampling(limits, self.max_tokens or COMPLETION_TOKENS, window, stored)
         if self.logprobs is not None or self.trace:
             fields.update(trace=True, top_logprobs=self.logprobs or self.top_logprobs or 0)
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
@@ -261,7 +299,7 @@ class TokenizeBody(BaseModel):
 
 
 def readable(given: Any) -> Any:
-    """Return JSON as it is, if what comes after can read it.
+    """Return a body without what is null in it, if what comes after can read it.
 
     Raises:
         ValueError: a text holds a lone surrogate, which JSON can spell and no tokenizer takes; or
@@ -278,7 +316,9 @@ def readable(given: Any) -> Any:
             waiting += [(inner, depth + 1) for inner in value]
         elif isinstance(value, str) and _SURROGATE.search(value):
             raise ValueError("a text holds half of a surrogate pair; send valid Unicode")
-    return given
+    if not isinstance(given, dict):
+        return given
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_size(what: str, written: str, limits: Limits) -> None:
@@ -296,8 +336,12 @@ def check_size(what: str, written: str, limits: Limits) -> None:
 
 
 def chat(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages as the dicts that they were."""
-    return [message.model_dump(exclude_unset=True) for message in messages]
+    """Return messages as the dicts that they were, but for what is null beside their content."""
+    given = [message.model_dump(exclude_unset=True) for message in messages]
+    return [
+        {name: value for name, value in message.items() if value is not None or name == "content"}
+        for message in given
+    ]
 
 
 def check_settings(settings: Settings, limits: Limits) -> None:
@@ -348,20 +392,24 @@ def response_grammar(given: dict[str, Any] | None) -> Grammar | None:
     Raises:
         ApiError: it is none of OpenAI's forms.
     """
-    kind = (given or {"type": "text"}).get("type")
+    given = given or {"type": "text"}
+    kind = given.get("type")
     if kind == "text":
         return None
-    if kind == "json_object":
+    # Other servers have the schema beside the type, also that of a `json_object`.
+    wrapped = given.get("json_schema") or given
+    schema = wrapped.get("schema") if isinstance(wrapped, dict) else wrapped
+    if kind == "json_object" and not schema:
         return Grammar.json_object()
-    wrapped = (given or {}).get("json_schema")
-    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
-    if kind != "json_schema" or not isinstance(schema, dict):
+    if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
         raise ApiError(
             400,
             'response_format: expected {"type": "text"}, {"type": "json_object"} or '
             '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}.',
             param="response_format",
         )
+    if kind == "json_object":
+        schema = {"type": "object", **schema}
     try:
         return Grammar.json_schema(closed(schema))
     except (RequestError, RecursionError) as error:

@@ -292,7 +292,8 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
                 fields["parallel_tool_calls"] = call["parallel_tool_calls"]
         if "response_format" in call:
             schema = response_schema(call["response_format"])
-            if schema is not None:
+            # Agents send both: a forced call leaves no text to give a form.
+            if schema is not None and fields.get("tool_choice", "auto") in ("auto", "none"):
                 grammar = Grammar.json_schema(closed(schema)) if schema else Grammar.json_object()
                 fields["grammar"] = grammar
         if "steer_grammar" in call:

@@ -75,7 +75,7 @@ def response_schema(response_format: Any) -> dict[str, Any] | None:
         if kind == "text":
             return None
         if kind == "json_object":
-            return {}
+            return dict(response_format.get("schema") or {})
         if kind == "json_schema" and "json_schema" in response_format:
             inner = response_format["json_schema"]
             return dict(inner.get("schema", inner))

@@ -195,6 +195,28 @@ async def test_a_forced_call_is_one(choice: Any) -> None:
     assert found["choices"][0]["message"]["content"] is None
 
 
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+async def test_a_forced_call_goes_before_a_response_format(choice: Any) -> None:
+    wrapped = {"type": "json_schema", "json_schema": {"name": "m", "schema": {"type": "object"}}}
+    options: dict[str, Any] = {"messages": user("hi"), "tools": [WEATHER], "max_tokens": 90}
+    for form in (wrapped, {"type": "json_object"}):
+        forced = {**options, "tool_choice": choice, "response_format": form}
+        amulet = saying(family_tokenizer("qwen"), CALL)
+        found = (await post(amulet, **forced))["choices"][0]
+        assert found["finish_reason"] == "tool_calls"
+        assert found["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
+        deltas = [chunk["choices"][0]["delta"] for chunk in await chunks(amulet, **forced)]
+        parts = [part for delta in deltas for part in delta.get("tool_calls", [])]
+        said = "".join(part["function"]["arguments"] for part in parts)
+        assert said == '{"city": "Rome"}'
+    for kind in ("auto", "none"):
+        amulet = saying(family_tokenizer("qwen"), '{"a": 1}')
+        found = await post(amulet, **options, tool_choice=kind, response_format=wrapped)
+        assert found["choices"][0]["message"]["content"] == '{"a": 1}'
+
+
 async def test_the_history_of_calls_comes_as_openai_has_it() -> None:
     amulet = saying(family_tokenizer("qwen"), {'"city": "Rome"': "Sunny.", "": "lost"})
     called = {
@@ -230,6 +252,14 @@ async def test_response_formats_are_grammars(tiny: Amulet) -> None:
     )
     assert found["choices"][0]["message"]["content"] == ours.text
     assert json.loads(ours.text) in ({"mood": "good"}, {"mood": "bad"})
+    # As llama.cpp, Together and others have it: the schema beside the type.
+    for beside in (
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "schema": schema},
+        {"type": "json_object", "schema": {**schema, "type": "object"}, "json_schema": None},
+    ):
+        found = await post(tiny, messages=user("hi"), max_tokens=40, response_format=beside)
+        assert found["choices"][0]["message"]["content"] == ours.text
     text = await post(tiny, messages=user("hi"), max_tokens=4, response_format={"type": "text"})
     assert text["choices"][0]["finish_reason"] == "length"
 
@@ -260,9 +290,60 @@ async def test_what_changes_nothing_is_accepted(tokenizer: PreTrainedTokenizerFa
         frequency_penalty=0.0,
         logit_bias={},
         reasoning_effort="low",
-        user="u",
+        verbosity="low",
+        modalities=["text"],
+        prediction={"type": "content", "content": "x"},
+        functions=[],
+        user="u" * 300,
     )
     assert found["choices"][0]["message"]["content"] == "ok"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_null_is_not_asked_for(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """Clients send null for what they leave out, in names that no server need know."""
+    names = ["stream", "stream_options", "temperature", "top_p", "n", "stop", "seed", "logprobs"]
+    names += ["max_tokens", "trace", "return_details", "steer_grammar", "audio", "preference"]
+    names += ["tools", "tools_prompt", "parallel_tool_calls", "response_format", "what_is_to_come"]
+    source = {"messages": user("hi")} if "chat" in path else {"prompt": "hi\n"}
+    nulls = dict.fromkeys(names)
+    found = await post(saying(tokenizer, "ok"), path, **source, **nulls)
+    choice = found["choices"][0]
+    assert (choice["message"]["content"] if "chat" in path else choice["text"]) == "ok"
+
+
+async def test_a_message_that_came_from_a_client_goes_back_as_it_came(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    said = {"role": "assistant", "content": "yes", "refusal": None, "audio": None}
+    said |= {"function_call": None, "tool_calls": None, "annotations": []}
+    amulet = saying(tokenizer, "ok")
+    asked = [*user("hi"), said, *user("and?")]
+    found = await post(amulet, messages=asked)
+    assert found["choices"][0]["message"]["content"] == "ok"
+    plain = [*user("hi"), {"role": "assistant", "content": "yes"}, *user("and?")]
+    assert found["usage"]["prompt_tokens"] == len(amulet.encode_chat(plain))
+
+
+async def test_any_integer_is_a_seed(tiny: Amulet) -> None:
+    sampled = {"temperature": 1.0, "max_tokens": 8, "messages": user("hi")}
+    for asked, seed in ((-1, 2**63 - 1), (2**63 - 1, 2**63 - 1), (2**64 + 7, 7), (-(2**63), 0)):
+        found = await post(tiny, seed=asked, **sampled)
+        ours = tiny.chat(user("hi"), temperature=1.0, max_new_tokens=8, seed=seed)
+        assert found["choices"][0]["message"]["content"] == ours.text
+    both = await post(tiny, seed=2**63 - 1, n=2, **sampled)
+    first = tiny.chat(user("hi"), temperature=1.0, max_new_tokens=8, seed=0)
+    assert both["choices"][1]["message"]["content"] == first.text
+
+
+async def test_how_other_servers_say_off_and_greedy(tiny: Amulet) -> None:
+    sampled: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    off = await post(tiny, messages=user("hi"), max_tokens=8, top_k=-1, **sampled)
+    ours = tiny.chat(user("hi"), max_new_tokens=8, **sampled)
+    assert off["choices"][0]["message"]["content"] == ours.text
+    greedy = await post(tiny, messages=user("hi"), max_tokens=8, top_p=0, **sampled)
+    ours = tiny.chat(user("hi"), max_new_tokens=8)
+    assert greedy["choices"][0]["message"]["content"] == ours.text
 
 
 async def test_tokens_are_those_of_the_engine(tiny: Amulet) -> None:

@@ -33,7 +33,9 @@ class SlowModel(ScriptedModel):
     ("body", "param", "words"),
     [
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"seed": 1.5}, "seed", "integer"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 5000}, "max_tokens", "this server permits 4096"),
         ({"messages": []}, "messages", "at least 1 item"),
@@ -50,12 +52,21 @@ class SlowModel(ScriptedModel):
         ({"placement": "here"}, "placement", "'system', 'user' or 'both'"),
         ({"frequency_penalty": 1}, "frequency_penalty", "not supported"),
         ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities", "answers with text"),
+        ({"audio": {"voice": "alloy"}}, "audio", "not supported"),
+        ({"functions": [{"name": "f"}]}, "functions", "use tools"),
+        ({"function_call": {"name": "f"}}, "function_call", "use tool_choice"),
+        ({"web_search_options": {"a": 1}}, "web_search_options", "not supported"),
+        ({"verbosity": "huge"}, "verbosity", "'low', 'medium' or 'high'"),
+        ({"temperature": None, "messages": None}, "messages", "field required"),
         ({"stream_options": {}}, "stream_options", "needs stream"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"stop": [""]}, "stop", "non-empty"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tools": [{"a": 1}]}, "tools", "expected"),
         ({"response_format": {"type": "yaml"}}, "response_format", "json_schema"),
+        ({"response_format": {"type": "json_object", "schema": "x"}}, "response_format", "schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
         ({"grammar": {"kind": "regex", "source": "("}}, "response_format", "regex"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "itself"),
     ],
@@ -102,7 +113,7 @@ async def test_limits_are_options(tiny: Amulet) -> None:
     limits = Limits(body_bytes=400, prompt_tokens=40, max_tokens=8, preferences=1, choices=2)
     async with asking(create_app(tiny, name="m", limits=limits)) as client:
         for body, status, param in (
-            ({"max_tokens": 9}, 400, "max_tokens"),
+            ({"max_tokens": 513}, 400, "max_tokens"),  # more than the model's window, too
             ({"n": 3}, 400, "n"),
             ({"preference": ["a", "b"]}, 400, "preference"),
             ({"messages": user("x" * 50)}, 400, "messages"),
@@ -119,8 +130,10 @@ async def test_limits_are_options(tiny: Amulet) -> None:
             CHAT, content=pieces(), headers={"Content-Type": "application/json"}
         )
         assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")
-        found = await client.post(CHAT, json={"messages": user("hi")})
-        assert found.json()["usage"]["completion_tokens"] == 8
+        for asked in ({}, {"max_tokens": 9}, {"max_completion_tokens": 512}):
+            found = (await client.post(CHAT, json={"messages": user("hi"), **asked})).json()
+            assert found["usage"]["completion_tokens"] == 8
+            assert found["choices"][0]["finish_reason"] == "length"
     with pytest.raises(RequestError, match=r"seconds=0: expected 0\.001 or more"):
         Limits(seconds=0)
 
