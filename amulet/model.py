@@ -23,6 +23,7 @@ from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.request import Reply, Request
 from amulet.stream import ReplyStream
+from amulet.tokenizer import own_tokenizer
 
 
 class Amulet:
@@ -32,7 +33,8 @@ class Amulet:
 
     Args:
         model: a Transformers causal language model; it is used as it is, on its device.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer. Amulet reads a copy of its own, so other code may call it at the
+            same time; a new chat template and added tokens are seen at the next request.
         steering: strength, floor and placement for requests that don't give their own; or the
             file of them that `amulet tune` writes.
         max_rows: rows decoded at once; a steered request takes two or more. Further requests wait.
@@ -225,8 +227,9 @@ class Amulet:
         Raises:
             RequestError: the input is not valid.
         """
-        generation, answer, steering = self._preparer.prepare(request)
-        return ReplyStream(self._driver, self.tokenizer, generation, answer, steering)
+        preparer = self._preparer
+        generation, answer, steering = preparer.prepare(request)
+        return ReplyStream(self._driver, preparer.tokenizer, generation, answer, steering)
 
     def batch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
@@ -333,7 +336,17 @@ class Amulet:
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens the model's own tokenizer makes of a text."""
-        return len(self.tokenizer.encode(text, add_special_tokens=False))
+        return len(self.encode(text))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the ids that the model's own tokenizer makes of a text.
+
+        Args:
+            text: any text.
+            special: add the special tokens that the tokenizer adds, such as BOS.
+        """
+        ids = own_tokenizer(self.tokenizer).encode(text, add_special_tokens=special)
+        return list(ids)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a chat's prompt without preference; options as for `chat`."""
@@ -341,7 +354,8 @@ class Amulet:
 
     @property
     def _preparer(self) -> Preparer:
-        return Preparer(self.tokenizer, self.steering, self.window, self.end_ids)
+        tokenizer = own_tokenizer(self.tokenizer)
+        return Preparer(tokenizer, self.steering, self.window, self.end_ids)
 
     def _prepare_all(
         self, requests: Iterable[Request | dict[str, Any]], return_exceptions: bool

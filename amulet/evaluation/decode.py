@@ -29,6 +29,7 @@ from amulet.evaluation.paper import opposite_of
 from amulet.evaluation.questions import QuestionSet
 from amulet.evaluation.run import Answer, Meta, MethodMeta, PreferenceMeta, Run, SetMeta
 from amulet.request import Request, changed_share, mean_base
+from amulet.tokenizer import own_tokenizer
 
 if TYPE_CHECKING:
     import os
@@ -239,12 +240,13 @@ def _batched_answers(
     amulet: Amulet, job: Job, decoded: Decoded, seconds: float, settings: Settings
 ) -> list[Answer]:
     changed, steered_tokens = None, None
+    tokenizer = own_tokenizer(amulet.tokenizer)
     if decoded.changed:
         changed = sum(decoded.changed) / len(decoded.changed)
         if settings.trace:
-            pieces = [amulet.tokenizer.decode([token_id]) for token_id in decoded.token_ids]
+            pieces = [tokenizer.decode([token_id]) for token_id in decoded.token_ids]
             steered_tokens = list(zip(pieces, decoded.gains, strict=True))
-    text = amulet.tokenizer.decode(decoded.token_ids, skip_special_tokens=True)
+    text = tokenizer.decode(decoded.token_ids, skip_special_tokens=True)
     return _answers_of(
         job,
         seed=seed_of(job, settings),

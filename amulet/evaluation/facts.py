@@ -182,7 +182,7 @@ def _options(
     )
     # As an answer would begin; what ends it is left out, as a sentence may go on.
     texts = [option[:1].upper() + option[1:] for option in fact.options]
-    answers = [amulet.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    answers = [amulet.encode(text) for text in texts]
     prompts, weights = rows_of(amulet, request)
     for prompt in map(tuple, prompts):
         if prompt not in known:

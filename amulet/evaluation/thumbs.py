@@ -30,6 +30,8 @@ from amulet.evaluation.run import read_lines
 from amulet.gain import game_gain
 from amulet.preference import Placement, Preference, Steering, describe
 from amulet.request import Request
+from amulet.template import break_all, encode, token_pattern
+from amulet.tokenizer import own_tokenizer
 
 if TYPE_CHECKING:
     from amulet import Amulet
@@ -235,8 +237,9 @@ def features(amulet: Amulet, thumb: Thumb, answer: str, placement: Placement) ->
     """Return `mean_t (log p_i − log r)` of an answer for each of a thumb's preferences."""
     from amulet.evaluation.scoring import answer_log_probabilities
 
-    ids = amulet.tokenizer.encode(answer, add_special_tokens=False, split_special_tokens=True)
-    end = amulet.tokenizer.eos_token_id
+    tokenizer = own_tokenizer(amulet.tokenizer)
+    ids = encode(tokenizer, break_all(answer, token_pattern(tokenizer.all_special_tokens)))
+    end = tokenizer.eos_token_id
     if end is not None and end in amulet.end_ids:
         ids = [*ids, end]  # where an answer stops is part of it: brevity shows there
     if not ids:

@@ -197,7 +197,11 @@ class RemoteAmulet(Amulet):
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens the model's own tokenizer makes of a text."""
-        return len(self._tokenize({"prompt": text, "add_special_tokens": False}))
+        return len(self.encode(text))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the ids that the model's own tokenizer makes of a text."""
+        return self._tokenize({"prompt": text, "add_special_tokens": special})
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a chat's prompt without preference; options as for `chat`."""

@@ -336,8 +336,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 def _tokens(amulet: Amulet, body: TokenizeBody) -> list[int]:
     if body.prompt is not None:
-        encode = amulet.tokenizer.encode
-        return list(encode(body.prompt, add_special_tokens=body.add_special_tokens))
+        return amulet.encode(body.prompt, special=body.add_special_tokens)
     return amulet.encode_chat(
         chat(body.messages or []),
         tools=body.tools or None,

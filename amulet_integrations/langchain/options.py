@@ -275,7 +275,7 @@ class AmuletOptions(BaseModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the ids that the model's own tokenizer makes of a text, without special ones."""
-        ids: list[int] = self.engine.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.engine.encode(text)
         return ids
 
 
