@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from amulet.errors import DecodeError
 from amulet.generation import Generation
 from amulet.mixture import Mixture, take_rows
-from amulet.sampling import choose, penalise
+from amulet.sampling import NEVER, choose, penalise
+
+MOST = 1e30  # the highest score: it stays finite when a temperature divides it
 
 
 def choose_tokens(
@@ -31,23 +34,55 @@ def choose_tokens(
         [len(generation.prompts) for generation in generations],
         [bool(g.processors) or g.seen is not None for g in generations],
     )
-    mix.cut(
-        [generation.floor for generation in generations],
-        [_permitted(generation, logits) for generation in generations],
-    )
-    scores = mix.scores
-    if any(generation.trace for generation in generations):
-        scores = scores.clone()  # the trace shows them as they are before the penalties
-    for i, generation in enumerate(generations):
-        if generation.error is None:
-            _process(generation, scores[i])
+    mix.permit([_permitted(generation, logits) for generation in generations])
+    changed = [i for i, g in enumerate(generations) if g.processors or g.seen is not None]
+    # The trace shows the scores as they are before the penalties.
+    scores = mix.scores.clone() if changed else mix.scores
+    moved: torch.Tensor | None = None
+    for i in changed:
+        if generations[i].error is None:
+            by = _process(generations[i], scores[i])
+            if by is not None:
+                moved = torch.zeros_like(scores) if moved is None else moved
+                moved[i] = by
+    excluded = mix.cut([generation.floor for generation in generations], moved=moved)
+    if scores is not mix.scores and excluded is not None:
+        scores = scores.masked_fill(excluded, NEVER)
     chosen = choose(
         scores,
         [generation.sampling for generation in generations],
         [generation.generator for generation in generations],
     )
-    token_ids: list[int] = chosen.tolist()  # the step's one transfer to the host
-    return token_ids, mix
+    # A row's likeliest token says whether its logits are numbers; the same goes for the scores.
+    sound = [rows.amax(dim=-1).isfinite() for rows in (scores, logits)]
+    told: list[int] = torch.cat([chosen, *sound]).tolist()  # the step's one transfer to the host
+    count, first = len(generations), 2 * len(generations)
+    for i, generation in enumerate(generations):
+        last = first + len(generation.prompts)
+        if generation.error is None and not (told[count + i] and all(told[first:last])):
+            generation.error = _no_token(generation, scores[i], all(told[first:last]))
+        first = last
+    return told[:count], mix
+
+
+def _no_token(generation: Generation, scores: torch.Tensor, model_is_sound: bool) -> DecodeError:
+    """Return why no token can be chosen."""
+    number = len(generation.token_ids) + 1
+    if not model_is_sound:
+        return DecodeError(
+            f"The model's logits for token {number} of the answer are not finite numbers (NaN or "
+            "infinity). In float16 large activations overflow: load the model with "
+            'dtype="bfloat16" or "float32". Otherwise its weights are damaged.'
+        )
+    if bool((scores == NEVER).all()):
+        return DecodeError(
+            f"No token is left for token {number} of the answer: grammar and logits processors "
+            "together forbid every one. Let at least one pass that the grammar permits."
+        )
+    return DecodeError(
+        f"The scores for token {number} of the answer are not finite numbers: expected of each "
+        "logits processor numbers, or -inf for what it forbids."
+    )
 
 
 def _permitted(generation: Generation, logits: torch.Tensor) -> torch.Tensor | None:
@@ -62,18 +97,29 @@ def _permitted(generation: Generation, logits: torch.Tensor) -> torch.Tensor | N
     return None if mask is None else mask.to(logits.device)
 
 
-def _process(generation: Generation, scores: torch.Tensor) -> None:
-    """Apply a generation's own processors and repetition penalty to its scores, in place."""
+def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | None:
+    """Apply a generation's repetition penalty and own processors to its scores, in place.
+
+    Returns:
+        What the processors added to each score, `[vocab]`; None without any.
+    """
     try:
         if generation.seen is not None:
             penalty = generation.sampling.repetition_penalty
             scores.copy_(penalise(scores, generation.seen, penalty))
-        if generation.processors:
-            ids = torch.tensor([generation.prompts[0] + generation.token_ids], device=scores.device)
-            for processor in generation.processors:
-                scores.copy_(processor(ids, scores[None].clone())[0])
+        if not generation.processors:
+            return None
+        before, forbidden = scores.clone(), scores == NEVER
+        prompt = generation.prompts[0] if generation.plain is None else generation.plain
+        ids = torch.tensor([[*prompt, *generation.token_ids]], device=scores.device)
+        for processor in generation.processors:
+            scores.copy_(processor(ids, scores[None].clone())[0])
+        # Infinity forces a token; as the largest number it can be reckoned with.
+        scores.clamp_(max=MOST).masked_fill_(forbidden, NEVER)
+        return (scores - before).masked_fill_(forbidden, NEVER)
     except Exception as error:
         generation.error = error
+        return None
 
 
 def append_token(generation: Generation, token_id: int) -> None:

@@ -258,7 +258,7 @@ class Engine:
         self._cache.clear()
 
     def _prepare(self, generation: Generation, logits: torch.Tensor) -> None:
-        if generation.sampling.temperature > 0:
+        if not generation.sampling.is_greedy:
             generation.generator = torch.Generator(device=logits.device)
             if generation.seed is None:
                 generation.generator.seed()
@@ -266,7 +266,8 @@ class Engine:
                 generation.generator.manual_seed(generation.seed)
         if generation.sampling.repetition_penalty != 1.0:
             seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            seen[torch.tensor(generation.prompts[0], device=logits.device)] = True
+            plain = generation.prompts[-1] if generation.plain is None else generation.plain
+            seen[torch.tensor(plain, device=logits.device)] = True
             generation.seen = seen
 
     def _prefill(self, generation: Generation, first: int) -> torch.Tensor | None:

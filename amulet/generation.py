@@ -23,6 +23,8 @@ class Generation:
     Args:
         prompts: ids of each of its rows: the preferred prompts, then the base prompt; one alone
             is decoded as it is.
+        plain: ids of the prompt without preferences, where no row has them: what repetition penalty
+            and processors take for the prompt. None for the first of `prompts`; the penalty: last.
         weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row. May be changed between
             steps: all zero decodes the base row, that is plainly.
         floor: plausibility floor in [0, 1]: tokens below this share of the likeliest preferred
@@ -49,6 +51,7 @@ class Generation:
     processors: Sequence[LogitsProcessor] = ()
     trace: bool = False
     top_logprobs: int = 0
+    plain: list[int] | None = None
 
     token_ids: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScores] = field(default_factory=list, init=False)

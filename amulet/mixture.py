@@ -14,6 +14,8 @@ import torch
 from amulet.gain import steer, steer_many
 from amulet.sampling import NEVER, on_device
 
+FORCED = 50.0  # nats: what a processor adds to force a token, at least, or takes to forbid it
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -66,6 +68,7 @@ class Mixture:
                 shares += positive_shares(own)
         self._logits = take_rows(logits, base)
         self.scores = self._logits
+        self._permitted: torch.Tensor | None = None
         self._wanted: torch.Tensor | None = None  # the rows of positive weight, and whose they are
         self._wanted_by: list[int] = []
         self._shares = [share for share in shares if share]  # theirs in the sum of each owner's
@@ -86,8 +89,14 @@ class Mixture:
         w = _constant(tuple(flat), logits.device, logits.dtype)
         if owner == list(range(len(base))) and all(shares):  # one preference each: no scatter
             steered = steer(preferred_log, base_log, w[:, None] - 1.0)
+            least = torch.minimum(preferred_log, base_log)
         else:
-            steered = steer_many(preferred_log, base_log, w, on_device(owner, logits.device))
+            by_owner = on_device(owner, logits.device)
+            steered = steer_many(preferred_log, base_log, w, by_owner)
+            places = by_owner[:, None].expand_as(preferred_log)
+            least = base_log.scatter_reduce(0, places, preferred_log, "amin")
+        # What the model itself excludes is no number in a difference.
+        steered = steered.masked_fill(least == NEVER, NEVER)
         if len(set(owner)) == len(base):
             self.scores = steered
         else:
@@ -107,6 +116,63 @@ class Mixture:
                 found = part if found is None else found + part
         return found
 
+    def permit(self, allowed: Sequence[torch.Tensor | None]) -> None:
+        """Exclude from `scores` what a grammar forbids.
+
+        Args:
+            allowed: for each generation a bool mask `[vocab]` of permitted ids, or None.
+        """
+        for i, mask in enumerate(allowed):
+            if mask is not None:
+                if self._permitted is None:
+                    self._permitted = torch.ones_like(self.scores, dtype=torch.bool)
+                self._permitted[i] = False  # ids behind the tokenizer's last are not permitted
+                size = min(mask.shape[0], self._permitted.shape[1])
+                self._permitted[i, :size] = mask[:size]
+        if self._permitted is not None:
+            self.scores = self.scores.masked_fill(~self._permitted, NEVER)
+
+    def cut(
+        self,
+        floors: Sequence[float],
+        allowed: Sequence[torch.Tensor | None] = (),
+        moved: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Exclude from `scores` what is below the plausibility floor.
+
+        The floor (Contrastive Decoding, arXiv 2210.15097, equation 2) is relative to the
+        likeliest permitted token of a preferred row, so that one always survives. The caller's
+        logits processors have the last word: a token that they forbid is not permitted, and one
+        that they force is not cut.
+
+        Args:
+            floors: for each generation a share in [0, 1] of the likeliest token's probability;
+                0 is off.
+            allowed: what is still to be permitted; see `permit`.
+            moved: what logits processors added to each score, `[generations, vocab]`; None where
+                there are none.
+
+        Returns:
+            Which tokens the floor excludes, bool `[generations, vocab]`; None if it is off.
+        """
+        self.permit(allowed)
+        if not any(floors):
+            return None
+        permitted = self._permitted
+        if moved is not None:
+            possible = moved > NEVER
+            likely = moved > -FORCED  # not all processors write -inf for what they forbid
+            permitted = possible if permitted is None else possible & permitted
+            likely &= permitted
+            permitted = torch.where(likely.any(dim=-1, keepdim=True), likely, permitted)
+        plausibility = self._plausibility(permitted)
+        shares = on_device(floors, plausibility.device, plausibility.dtype)
+        excluded = plausibility < shares.log()[:, None]
+        if moved is not None:
+            excluded &= moved < FORCED
+        self.scores = self.scores.masked_fill(excluded, NEVER)
+        return excluded
+
     def _plausibility(self, permitted: torch.Tensor | None) -> torch.Tensor:
         """Log-share of each token in its row's likeliest permitted one, `[generations, vocab]`.
 
@@ -124,31 +190,6 @@ class Mixture:
         relative[wanted_by] = NEVER
         return relative.scatter_reduce(0, wanted_by[:, None].expand_as(wanted), wanted, "amax")
 
-    def cut(self, floors: Sequence[float], allowed: Sequence[torch.Tensor | None]) -> None:
-        """Exclude from `scores` what a grammar forbids and what is below the plausibility floor.
-
-        The floor (Contrastive Decoding, arXiv 2210.15097, equation 2) is relative to the
-        likeliest permitted token of a preferred row, so that one always survives both.
-
-        Args:
-            floors: for each generation a share in [0, 1] of the likeliest token's probability;
-                0 is off.
-            allowed: for each generation a bool mask `[vocab]` of permitted ids, or None.
-        """
-        permitted = None
-        if any(mask is not None for mask in allowed):
-            permitted = torch.ones_like(self.scores, dtype=torch.bool)
-            for i, mask in enumerate(allowed):
-                if mask is not None:
-                    permitted[i] = False  # ids behind the tokenizer's last are not permitted
-                    size = min(mask.shape[0], permitted.shape[1])
-                    permitted[i, :size] = mask[:size]
-            self.scores = self.scores.masked_fill(~permitted, NEVER)
-        if any(floors):
-            plausibility = self._plausibility(permitted)
-            shares = on_device(floors, plausibility.device, plausibility.dtype)
-            self.scores = self.scores.masked_fill(plausibility < shares.log()[:, None], NEVER)
-
     def trace(self, i: int, token_id: int, top: int) -> TokenScores:
         """Return what each row thought of the token that generation `i` emitted."""
         base = self._logits[i].log_softmax(dim=-1)
@@ -165,9 +206,8 @@ class Mixture:
 
 
 def _relative(logs: torch.Tensor, permitted: torch.Tensor | None) -> torch.Tensor:
-    if permitted is not None:
-        logs = logs.masked_fill(~permitted, NEVER)
-    return logs - logs.amax(dim=-1, keepdim=True)
+    likely = logs if permitted is None else logs.masked_fill(~permitted, NEVER)
+    return logs - likely.amax(dim=-1, keepdim=True)
 
 
 @lru_cache(maxsize=16)

@@ -95,6 +95,7 @@ class Preparer:
         answer = Answer(self.tokenizer, request.stop, scanner, matcher, request.parallel_tool_calls)
         generation = Generation(
             prompts=rows,
+            plain=prompts.base,
             weights=weights,
             floor=steering.floor if steering is not None else 0.0,
             max_new_tokens=self._limit(request, max(map(len, rows))),

@@ -44,12 +44,14 @@ class Request(BaseModel):
         top_k: keep the k likeliest tokens; 0 is off.
         top_p: keep the smallest set with this probability, in (0, 1]; 1 is off.
         min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
-        repetition_penalty: above 1 lowers tokens that the prompt or answer already has; 1 is off.
+        repetition_penalty: above 1 lowers tokens that the prompt (without preferences) or answer
+            already has; 1 is off.
         stop: strings that end the answer; they are cut off.
         seed: for sampling; the same one gives the same answer, alone or in a batch. None draws one.
         trace: give a `TokenTrace` for every token.
         top_logprobs: with `trace`, how many likely alternatives each token lists.
-        logits_processor: Transformers logits processors, applied after steering.
+        logits_processor: Transformers logits processors, applied after steering and before the
+            floor; they get the ids of the prompt without preferences and of the answer.
         grammar: what the answer must look like; see `Grammar`. After the thinking span, if any.
         steer_grammar: steer under a grammar too, where it leaves the text free.
         tools: tools that may be called: OpenAI's schemas or documented Python functions.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 NEVER = float("-inf")
+COLDEST = 1e-6  # scores are float32: their last bit is more than this
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken: a lower temperature leaves nothing to a draw."""
+        return self.temperature < COLDEST
 
 
 def penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -39,7 +45,7 @@ def penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
 def warp(scores: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Return scores `[requests, vocab]` after temperature, top-k, top-p and min-p.
 
-    Every temperature must be above 0. A stage that no request wants is skipped.
+    Every temperature must be at least `COLDEST`. A stage that no request wants is skipped.
     """
 
     def column(values: list[float]) -> torch.Tensor:
@@ -89,9 +95,9 @@ def choose(
     samplings: Sequence[Sampling],
     generators: Sequence[torch.Generator | None],
 ) -> torch.Tensor:
-    """Return the next token of each request, `[requests]`: argmax at temperature 0, else a draw."""
+    """Return the next token of each request, `[requests]`: argmax or a draw."""
     chosen = scores.argmax(dim=-1)
-    drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
+    drawn = [i for i, sampling in enumerate(samplings) if not sampling.is_greedy]
     if drawn:
         own = [generator for i in drawn if (generator := generators[i]) is not None]
         index = on_device(drawn, scores.device)

@@ -72,6 +72,9 @@ class SteeringPlugin:
             window=config.model_config.max_model_len,
             rows=config.scheduler_config.max_num_seqs,
             step=one_step(config.scheduler_config),
+            repetition_penalty=config.model_config.get_diff_sampling_param().get(
+                "repetition_penalty", 1.0
+            ),
         )
         renderer = SteeringRenderer(state.online_renderer, encoder)
         for handler in vars(state)["_state"].values():
@@ -97,6 +100,7 @@ class Encoder:
         window: the context window in tokens.
         rows: rows that the engine decodes at once.
         step: tokens that the engine reads of one request in one step.
+        repetition_penalty: of requests that name none.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Encoder:
         window: int,
         rows: int,
         step: int,
+        repetition_penalty: float = 1.0,
     ) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         if chat_template is not None:
@@ -116,6 +121,7 @@ class Encoder:
         self._window = window
         self._rows = rows
         self._step = step
+        self._repetition_penalty = repetition_penalty
 
     def chat(
         self,
@@ -123,8 +129,11 @@ class Encoder:
         settings: Mapping[str, Any],
         tools: Sequence[dict[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        repetition_penalty: float | None = None,
     ) -> Steered | None:
         """Return what to decode for a chat; None where it is to be decoded plainly.
+
+        With a repetition penalty there is always a base row: its prompt is what the penalty counts.
 
         Raises:
             RequestError: a setting or message is not valid, or the prompts are too long.
@@ -142,18 +151,28 @@ class Encoder:
                 template_options=merged,
             )
 
-        return self._steered(request, encode, lambda: self._spans(tools, merged))
+        return self._steered(
+            request, encode, lambda: self._spans(tools, merged), repetition_penalty
+        )
 
-    def text(self, prompt: str, settings: Mapping[str, Any]) -> Steered | None:
+    def text(
+        self,
+        prompt: str,
+        settings: Mapping[str, Any],
+        repetition_penalty: float | None = None,
+    ) -> Steered | None:
         """Return what to decode for a raw prompt; see `chat`."""
         request = Request(prompt=prompt, **settings)
         return self._steered(
             request,
             lambda placement: encode_text(self._tokenizer, prompt, request.preference),
             lambda: ([], ""),
+            repetition_penalty,
         )
 
-    def _steered(self, request: Request, encode: Any, spans: Any) -> Steered | None:
+    def _steered(
+        self, request: Request, encode: Any, spans: Any, repetition_penalty: float | None
+    ) -> Steered | None:
         preferences = request.preference
         steering = request.steering(DEFAULT_STEERING)
         weights = row_weights(preferences, steering.strength)
@@ -174,7 +193,10 @@ class Encoder:
             )
         room_for_answer(longest, self._window)
         marked, opening = spans()
-        if weights == [1.0] and not marked:  # the preference in the prompt, and nothing else
+        if repetition_penalty is None:
+            repetition_penalty = self._repetition_penalty
+        # The preference in the prompt, and nothing else.
+        if weights == [1.0] and not marked and repetition_penalty == 1.0:
             return Steered(prompts.preferred[0], None)
         pair = Pair(
             [*prompts.preferred[1:], prompts.base],
@@ -253,7 +275,11 @@ class SteeringRenderer:
             if request.chat_template is not None:
                 raise RequestError("chat_template: not together with a preference.")
             return self._encoder.chat(
-                asked["messages"], settings, tools, asked.get("chat_template_kwargs")
+                asked["messages"],
+                settings,
+                tools,
+                asked.get("chat_template_kwargs"),
+                request.repetition_penalty,
             )
 
         return await self._steer(request, inputs, encode, lambda steered: (conversation, steered))
@@ -279,7 +305,7 @@ class SteeringRenderer:
                     "prompt: expected one text, not a list or token ids, together with a "
                     "preference; send a request for each."
                 )
-            return self._encoder.text(given, settings)
+            return self._encoder.text(given, settings, request.repetition_penalty)
 
         return await self._steer(request, rendered, encode, lambda steered: steered)
 

@@ -47,7 +47,8 @@ class _Steered:
     Attributes:
         row: its first row.
         indices: where its rows are in the batch, the base row last.
-        prompt, output: token ids of its first row; `output` is vLLM's own list and grows.
+        prompt: token ids of its base row.
+        output: of its first row: vLLM's own list, which grows.
         generator: of its draws; has drawn for `drawn` tokens.
         read: how many output tokens were looked at for spans; `inside` one after those.
     """
@@ -126,7 +127,7 @@ class PairProcessor(LogitsProcessor):
         complete = []
         for request, places in found.items():
             indices = [places[number] for number in sorted(places)]
-            first = self._entries[indices[0]]
+            first, base = self._entries[indices[0]], self._entries[indices[-1]]
             if len(indices) < first.row.count:
                 continue  # its prompts are still read in parts: there is no token to choose yet
             before = known.get(request)
@@ -139,7 +140,7 @@ class PairProcessor(LogitsProcessor):
                 _Steered(
                     row,
                     indices,
-                    first.prompt,
+                    base.prompt,
                     first.output,
                     inside=row.pair.inside,
                     sampling=Sampling(row.temperature, row.top_k, row.top_p, row.min_p),
@@ -157,12 +158,10 @@ class PairProcessor(LogitsProcessor):
             [one.weights() for one in steered],
             [len(one.indices) for one in steered],
         )
-        if any(one.row.is_masked for one in steered):
-            # What vLLM excluded is -inf in all rows, and so NaN in their difference.
-            mix.scores = mix.scores.masked_fill(mix.scores.isnan(), NEVER)
-        mix.cut([one.row.pair.floor for one in steered], [None] * len(steered))
+        # What vLLM excluded is -inf in all rows, so the floor is taken among what is left.
+        mix.cut([one.row.pair.floor for one in steered])
         scores = _penalised(mix.scores, steered)
-        drawn = [i for i, one in enumerate(steered) if one.row.temperature > 0]
+        drawn = [i for i, one in enumerate(steered) if not one.sampling.is_greedy]
         if drawn:
             tokens = _drawn(take_rows(scores, drawn), [steered[i] for i in drawn])
             only = torch.full((len(drawn), scores.shape[-1]), NEVER, device=scores.device)
@@ -205,9 +204,9 @@ def _drawn(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
 
 
 def _penalised(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
-    """Apply vLLM's penalties where asked for, with the first preferred prompt as the prompt.
+    """Apply vLLM's penalties where asked for, with the base row's prompt as the prompt.
 
-    vLLM's own come later and would see another prompt in every row.
+    vLLM's own come later and would see another prompt in every row, preferences included.
     """
     asked = [i for i, one in enumerate(steered) if tuple(one.row.penalties) != (1.0, 0.0, 0.0)]
     if not asked:

@@ -467,7 +467,6 @@ def _rows(request: Request, pair: Pair) -> list[Request]:
         # Every worker of a tensor-parallel group must draw the same.
         seed=random.getrandbits(63) if given.seed is None else given.seed,
         is_seeded=given.seed is not None,
-        is_masked=bool(given.min_tokens or given.allowed_token_ids or given.bad_words),
     )
     rows = [request]
     request.sampling_params = _row_params(given, row)

@@ -86,7 +86,6 @@ class Row:
         penalties: repetition, presence and frequency penalty.
         seed: of the draws.
         is_seeded: the request names it; else any draw will do.
-        is_masked: vLLM may have excluded tokens before (-inf).
     """
 
     request: str
@@ -100,7 +99,6 @@ class Row:
     penalties: tuple[float, float, float]
     seed: int
     is_seeded: bool
-    is_masked: bool
 
     def args(self) -> dict[str, Any]:
         """Return what belongs into `extra_args`."""

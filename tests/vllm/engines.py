@@ -45,14 +45,14 @@ def encoder(engine: LLM) -> Encoder:
 def translate(engine: LLM, request: dict[str, Any]) -> tuple[dict[str, Any], SamplingParams]:
     """Return vLLM's prompt and parameters for the fields of a `Request`, as the server does."""
     settings = {name: request[name] for name in SETTINGS if request.get(name) is not None}
-    own = encoder(engine)
+    own, penalty = encoder(engine), request.get("repetition_penalty", 1.0)
     if "messages" in request:
-        steered = own.chat(request["messages"], settings)
+        steered = own.chat(request["messages"], settings, repetition_penalty=penalty)
         plain = engine.get_tokenizer().apply_chat_template(
             request["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
         )
     else:
-        steered = own.text(request["prompt"], settings)
+        steered = own.text(request["prompt"], settings, penalty)
         plain = engine.get_tokenizer().encode(request["prompt"])
     extra = steered.pair.args() if steered is not None and steered.pair is not None else None
     params = SamplingParams(
@@ -61,7 +61,7 @@ def translate(engine: LLM, request: dict[str, Any]) -> tuple[dict[str, Any], Sam
         top_p=request.get("top_p", 1.0),
         top_k=request.get("top_k", 0),
         min_p=request.get("min_p", 0.0),
-        repetition_penalty=request.get("repetition_penalty", 1.0),
+        repetition_penalty=penalty,
         seed=request.get("seed"),
         extra_args=extra,
     )

@@ -99,9 +99,12 @@ def test_drawn_tokens_are_the_same_too(both: tuple[LLM, Amulet]) -> None:
     assert answers(engine, requests) == expected(amulet, requests)
 
 
-def test_penalties_see_the_preferred_prompt(both: tuple[LLM, Amulet]) -> None:
+def test_penalties_see_the_base_prompt(both: tuple[LLM, Amulet]) -> None:
     engine, amulet = both
-    requests = [chat(f"Number {i}", preference=WISHES[i], repetition_penalty=1.5) for i in range(4)]
+    requests = [
+        chat(f"Number {i}", preference=WISHES[i], repetition_penalty=1.5, strength=strength)
+        for i, strength in enumerate((2.0, 0.0, 0.5, 0.0))
+    ]
     assert answers(engine, requests) == expected(amulet, requests)
 
 

@@ -25,7 +25,6 @@ ROW = Row(
     penalties=(1.0, 0.0, 0.0),
     seed=0,
     is_seeded=True,
-    is_masked=False,
 )
 
 
@@ -92,7 +91,7 @@ def test_inside_a_span_the_base_row_decides() -> None:
 
 
 def test_what_vllm_excluded_stays_excluded() -> None:
-    row = replace(ROW, is_masked=True, pair=Pair([], [3.0], floor=0.1))
+    row = replace(ROW, pair=Pair([], [3.0], floor=0.1))
     processor = make(row, replace(row, number=1))
     given = logits(2)
     given[:, 3] = float("-inf")
