@@ -277,6 +277,7 @@ class Engine:
         """
         prompts = generation.prompts
         filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
+        generation.cached_tokens = filled[0]
         shared = common_prefix(prompts)
         lead = filled.index(max(filled))
         # A pass of its own for the shared beginning must be worth it: what follows then starts

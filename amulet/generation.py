@@ -57,6 +57,7 @@ class Generation:
     scores: list[TokenScores] = field(default_factory=list, init=False)
     finish_reason: str | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
+    cached_tokens: int = field(default=0, init=False)  # of `prompts[0]`: copied, not computed
     rows: list[int] = field(default_factory=list, init=False, repr=False)
     generator: torch.Generator | None = field(default=None, init=False, repr=False)
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant", "tool")
+# Types of content parts, by what OpenAI's chat and Responses APIs and others call them.
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING_PARTS = ("reasoning", "reasoning_text", "thinking", "redacted_thinking")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def encode_chat(
     Args:
         tokenizer: a tokenizer with a chat template.
         messages: dicts with `role` (system, developer, user, assistant, tool) and `content` (text,
-            or a list of text parts); other keys reach the template.
+            or a list of parts: text, a refusal, and reasoning, which becomes the message's
+            `reasoning_content`); other keys reach the template.
         preferences: normal form; each preferred prompt has exactly one of them in it.
         placement: "system" appends to the leading system message, after the template's own default
             where the chat has none; "user" appends to the last user turn, and to the system
@@ -174,10 +178,17 @@ def _normal_message(index: int, message: object) -> Message:
     if isinstance(content, str):
         pass
     elif isinstance(content, list | tuple):
-        normal["content"] = "".join(_part_text(index, part) for part in content)
+        thought = "".join(_reasoning(part) for part in content)
+        normal["content"] = "".join(_part_text(index, p) for p in content if not _is_reasoning(p))
+        if thought:
+            normal.setdefault("reasoning_content", thought)
     elif content is not None:
         kind = type(content).__name__
         raise RequestError(f"messages[{index}] has content of type {kind}: expected text.")
+    elif role == "assistant" and isinstance(message.get("refusal"), str):
+        normal["content"] = message["refusal"]
+    elif role == "assistant" and message.get("reasoning_content"):  # it was cut while it thought
+        normal["content"] = normal["content"] if message.get("tool_calls") else ""
     elif role != "assistant" or not message.get("tool_calls"):
         raise RequestError(f"messages[{index}] ({role}) has no content: expected text.")
     if message.get("tool_calls"):
@@ -189,13 +200,27 @@ def _part_text(index: int, part: object) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    text = part.get("text") if isinstance(part, Mapping) and kind == "text" else None
+    key = "text" if kind in TEXT_PARTS else "refusal" if kind == "refusal" else None
+    text = part.get(key) if isinstance(part, Mapping) else None
     if not isinstance(text, str):
         raise RequestError(
             f"messages[{index}] has a content part of type {kind!r}: only text is read; "
             "leave it out or describe it in words."
         )
     return text
+
+
+def _is_reasoning(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in REASONING_PARTS
+
+
+def _reasoning(part: Any) -> str:
+    """Return the text of a reasoning part, of whichever form; "" for other parts."""
+    if not _is_reasoning(part):
+        return ""
+    texts = [part.get("text") or part.get(part["type"])]
+    texts += [entry.get("text") for entry in part.get("summary") or () if isinstance(entry, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _parsed_call(index: int, call: object) -> Message:

@@ -171,11 +171,14 @@ class Usage:
         prompt_tokens: tokens of the preferred prompt (the prompt that the user sees answered).
         completion_tokens: tokens decoded, the end-of-turn token included.
         base_prompt_tokens: prompt tokens of the further rows; 0 for a plain request.
+        cached_tokens: how many of `prompt_tokens` were not computed, because an earlier or running
+            request began alike. It depends on what else was asked, so it doesn't count in `==`.
     """
 
     prompt_tokens: int
     completion_tokens: int
     base_prompt_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def total_tokens(self) -> int:

@@ -143,7 +143,9 @@ class ReplyStream(Iterator[str]):
     def usage(self) -> Usage:
         """Token counts so far."""
         lengths = [len(prompt) for prompt in self.generation.prompts]
-        return Usage(lengths[0], len(self.generation.token_ids), sum(lengths[1:]))
+        generation = self.generation
+        tokens = len(generation.token_ids)
+        return Usage(lengths[0], tokens, sum(lengths[1:]), generation.cached_tokens)
 
     @property
     def trace(self) -> tuple[TokenTrace, ...] | None:

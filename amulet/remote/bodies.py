@@ -91,6 +91,7 @@ class Collector:
                 usage["prompt_tokens"],
                 usage["completion_tokens"],
                 usage.get("base_prompt_tokens", 0),
+                (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
             )
         for choice in chunk.get("choices") or ():
             tokens = tuple(_token(token) for token in choice.get("trace") or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from amulet.errors import AmuletError, RequestError
 from amulet.model import Amulet
 from amulet.request import Request
 from amulet.serve.errors import ApiError, from_amulet, from_validation
-from amulet.serve.guard import Guard, answer, not_ready
+from amulet.serve.guard import Guard, answer, check_origins, not_ready
 from amulet.serve.limits import Limits
 from amulet.serve.metrics import CONTENT_TYPE
 from amulet.serve.replies import Writer
@@ -36,21 +37,25 @@ from amulet.serve.schema import (
     chat,
     check_settings,
 )
-from amulet.serve.service import ClientGone, Job, Service
+from amulet.serve.service import GRACE, ClientGone, Job, Service
 from amulet.serve.store import PreferenceStore
 
+_JSON = re.compile(r"application/([\w.-]+\+)?json", re.IGNORECASE)
 User = Annotated[str, InPath(min_length=1, max_length=256)]
 SLOW_READER = 60.0  # seconds to take what is decoded, beyond a request's own time
+PING = 10.0  # seconds of silence after which a stream says that it is still there
+PATHS = ("/chat/completions", "/completions", "/models")  # below /v1
 
 
 def create_app(
     amulet: Amulet | Callable[[], Amulet],
     *,
-    name: str | None = None,
+    name: str | Sequence[str] | None = None,
     api_keys: Sequence[str] = (),
     limits: Limits | None = None,
     preferences: Path | None = None,
     allowed_hosts: Sequence[str] | None = None,
+    allowed_origins: Sequence[str] = (),
     log_content: bool = False,
     on_failure: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
@@ -58,19 +63,25 @@ def create_app(
 
     Args:
         amulet: the model, or what loads it once the server runs; until then it answers 503.
-        name: what clients call the model; None is the last part of its own name.
+        name: what clients call the model, one name or several; None is the last part of its own.
         api_keys: keys of which a client must send one; none lets everybody in.
         limits: what requests may ask for.
         preferences: an SQLite file of stored preferences; needs an API key.
         allowed_hosts: names in the `Host` header that are answered; None answers all.
+        allowed_origins: origins of pages that may use the server from a browser (CORS), such as
+            "https://app.example.com"; "*" is every page.
         log_content: write prompts, preferences and answers to the log.
         on_failure: called where the model can't be loaded.
 
     Raises:
-        RequestError: preferences without an API key, or an empty key.
+        RequestError: preferences without an API key, an empty key or name, or what is no origin.
     """
+    names = [name] if isinstance(name, str) else list(name or ())
+    if any(not one.strip() for one in names):
+        raise RequestError("name: expected what clients call the model, got an empty text.")
     if any(not key.strip() for key in api_keys):
         raise RequestError("api_key: expected a key, got an empty text.")
+    check_origins(allowed_origins)
     if preferences is not None and not api_keys:
         raise RequestError(
             "Stored preferences need an API key: anybody could read and change them otherwise."
@@ -80,7 +91,7 @@ def create_app(
 
     def load(given: Amulet | Callable[[], Amulet]) -> None:
         loaded = given if isinstance(given, Amulet) else given()
-        service.ready(loaded, name or served_name(loaded))
+        service.ready(loaded, names or [served_name(loaded)])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -109,7 +120,13 @@ def create_app(
     if store is not None:
         _add_store(app, service.limits, store)
     _add_errors(app)
-    app.add_middleware(Guard, service=service, api_keys=api_keys, hosts=allowed_hosts)
+    app.add_middleware(
+        Guard,
+        service=service,
+        api_keys=api_keys,
+        hosts=allowed_hosts,
+        origins=allowed_origins,
+    )
     return app
 
 
@@ -139,7 +156,7 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
         stored = await _stored(store, body.user)
         try:
             requests = body.requests(service.limits, service.amulet.window, stored)
-            job = await service.start(requests, http)
+            job = await service.start(requests, http, GRACE if body.stream else None)
             writer = _writer(service, body, requests)
             if body.stream:
                 usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -165,8 +182,9 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
 
     @app.get("/v1/models", responses=_ERRORS)
     async def models() -> dict[str, Any]:
-        """List the one model."""
-        return {"object": "list", "data": [_model(service)]}
+        """List the one model, by each of its names."""
+        service.amulet  # noqa: B018  (503 while it is loaded)
+        return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def model(model: str) -> dict[str, Any]:
@@ -175,7 +193,7 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
         amulet = service.amulet
         template = getattr(amulet.tokenizer, "chat_template", None)
         return {
-            **_model(service),
+            **_model(service, model),
             "version": __version__,
             "system_fingerprint": service.fingerprint,
             "steering": amulet.steering.model_dump(),
@@ -241,14 +259,38 @@ def _add_errors(app: FastAPI) -> None:
         return answer(error)
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: HttpRequest, error: RequestValidationError) -> Response:
+    async def validation_error(http: HttpRequest, error: RequestValidationError) -> Response:
+        kind = http.headers.get("content-type", "").partition(";")[0].strip()
+        if http.method != "GET" and not _JSON.fullmatch(kind):
+            found = f"The Content-Type is {kind!r}" if kind else "There is no Content-Type"
+            wrong = ApiError(400, f"{found}: send JSON with Content-Type: application/json.")
+            return answer(wrong)
         return answer(from_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: HttpRequest, error: HTTPException) -> Response:
+    async def http_error(http: HttpRequest, error: HTTPException) -> Response:
         codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-        told = ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code))
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = _no_route(http)
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{http.method} {http.url.path!r:.200}: this route takes {allowed}."
+        told = ApiError(error.status_code, message, code=codes.get(error.status_code))
         return JSONResponse(told.body, told.status, error.headers)
+
+
+def _no_route(http: HttpRequest) -> str:
+    """Say what is wrong with a path; mostly it is the base URL that a client was given."""
+    path = http.url.path
+    found = next((known for known in PATHS if path.rstrip("/").endswith(known)), None)
+    hint = "/openapi.json lists the routes."
+    if found is not None:
+        wrong = {0: "lacks /v1", 1: "has another path"}.get(path.count("/v1"), "has /v1 twice")
+        hint = f"The client's base URL {wrong}: set it to {http.base_url}v1."
+    elif path.endswith("/responses"):
+        hint = "There is no Responses API here: have the client use /v1/chat/completions."
+    return f"There is no route {path!r:.200}. {hint}"
 
 
 class EventStream(StreamingResponse):
@@ -271,7 +313,11 @@ class EventStream(StreamingResponse):
 async def _chunks(job: Job, writer: Writer, usage: bool, fields: list[str]) -> AsyncIterator[str]:
     begun: set[int] = set()
     try:
-        async for index, event in job.events():
+        async for item in job.events(PING):
+            if item is None:
+                yield ": the answer is on its way\n\n"  # a comment, which clients skip
+                continue
+            index, event = item
             if index not in begun and writer.kind == "chat":
                 begun.add(index)
                 yield _sse(writer.first(index))
@@ -298,7 +344,7 @@ def _writer(
     is_chat = isinstance(body, ChatBody)
     return Writer(
         kind="chat" if is_chat else "completion",
-        model=service.name,
+        model=body.model or service.names[0],
         prompts=len(requests) // (body.n or 1),
         logprobs=bool(body.logprobs) if is_chat else body.logprobs is not None,
         trace=body.trace,
@@ -315,18 +361,19 @@ async def _stored(store: PreferenceStore | None, user: str | None) -> dict[str, 
 
 
 def _check_model(service: Service, model: str | None) -> None:
-    if model is not None and model != service.name:
+    if model is not None and model not in service.names:
+        known = ", ".join(map(repr, service.names))
         raise ApiError(
             404,
-            f"model={model!r}: this server has {service.name!r}.",
+            f"model={model!r}: this server has {known}.",
             param="model",
             code="model_not_found",
         )
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "amulet",

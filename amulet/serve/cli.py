@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOOPBACK = ["localhost", "127.0.0.1", "::1"]
 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets the network in.")]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 Keys = Annotated[
     list[str] | None,
     typer.Option(
@@ -34,7 +34,11 @@ Keys = Annotated[
     ),
 ]
 Served = Annotated[
-    str | None, typer.Option("--served-model-name", help="What clients call the model.")
+    list[str] | None,
+    typer.Option(
+        "--served-model-name",
+        help="What clients call the model; give it again for further names.",
+    ),
 ]
 Stored = Annotated[
     Path | None,
@@ -45,6 +49,14 @@ Stored = Annotated[
 Hosts = Annotated[
     list[str] | None,
     typer.Option("--allowed-host", help="Host header to answer; loopback answers its own names."),
+]
+Origins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        metavar="URL",
+        help="Page that may use the server from a browser (CORS), or *; give it again for more.",
+    ),
 ]
 
 
@@ -64,6 +76,7 @@ def serve(
     served_model_name: Served = None,
     preferences: Stored = None,
     allowed_host: Hosts = None,
+    allow_origin: Origins = None,
     max_rows: Annotated[
         int, typer.Option(help="Rows decoded at once; a steered request takes two or more.")
     ] = 64,
@@ -111,6 +124,7 @@ def serve(
             name=served_model_name,
             preferences=preferences,
             allowed_hosts=allowed_host,
+            allowed_origins=allow_origin or (),
             limits={
                 "queue": queue,
                 "body_bytes": max_body_bytes,
@@ -133,9 +147,10 @@ def start(
     port: int,
     api_keys: Sequence[str],
     limits: dict[str, Any],
-    name: str | None = None,
+    name: Sequence[str] | None = None,
     preferences: Path | None = None,
     allowed_hosts: list[str] | None = None,
+    allowed_origins: Sequence[str] = (),
     drain_seconds: float = 30.0,
     log_content: bool = False,
     around: Callable[[ASGIApp], ASGIApp] | None = None,
@@ -146,7 +161,7 @@ def start(
     Args:
         loading: arguments of `load`.
         host, port: where it listens.
-        api_keys, name, preferences, allowed_hosts, log_content: see `create_app`.
+        api_keys, name, preferences, allowed_hosts, allowed_origins, log_content: see `create_app`.
         limits: fields of `Limits`.
         drain_seconds: time for running requests to end after the signal.
         around: puts another application before the server's, which it is given.
@@ -176,6 +191,7 @@ def start(
         limits=Limits(**limits),
         preferences=preferences,
         allowed_hosts=allowed_hosts or (LOOPBACK if loopback else None),
+        allowed_origins=allowed_origins,
         log_content=log_content,
         on_failure=lambda error: servers[0].fail(error),
     )

@@ -99,6 +99,7 @@ class Writer:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in once)},
             "base_prompt_tokens": sum(usage.base_prompt_tokens for usage in once),
         }
 

@@ -6,6 +6,7 @@ All that is answered at once shares the engine's batch: there is no loop here, o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -28,6 +29,7 @@ from amulet.stream import ReplyStream
 logger = logging.getLogger("amulet.serve")
 T = TypeVar("T")
 STACK = 256 * 2**20  # bytes of address space; memory only where it is used
+GRACE = 0.25  # seconds in which what fails before the first token still gets its own status
 
 
 class ClientGone(Exception):
@@ -42,7 +44,8 @@ class Service:
         log_content: write prompts, preferences and answers to the log.
 
     Attributes:
-        name, fingerprint: the served model's, once it is loaded.
+        names: what clients may call the model, once it is loaded; the first is its usual one.
+        fingerprint: the served model's.
     """
 
     def __init__(self, limits: Limits, log_content: bool = False) -> None:
@@ -55,16 +58,16 @@ class Service:
             rows=lambda: 0 if self._amulet is None else self._amulet.rows,
             cache_bytes=lambda: 0 if self._amulet is None else self._amulet.cache_bytes,
         )
-        self.name = ""
+        self.names: tuple[str, ...] = ()
         self.fingerprint = ""
         self.created = 0
         self.preparing = deep_threads()
         self._amulet: Amulet | None = None
 
-    def ready(self, amulet: Amulet, name: str) -> None:
+    def ready(self, amulet: Amulet, names: Sequence[str]) -> None:
         """Begin to answer with a loaded model."""
         self._amulet = amulet
-        self.name = name
+        self.names = tuple(dict.fromkeys(names))
         self.fingerprint = f"fp_{fingerprint(amulet)}"
         self.created = int(time.time())
         self.traffic.rows = amulet.max_rows
@@ -82,8 +85,15 @@ class Service:
             raise ApiError(503, "The model is still being loaded.", code="loading", retry_after=5)
         return self._amulet
 
-    async def start(self, requests: Sequence[Request], http: HttpRequest) -> Job:
+    async def start(
+        self, requests: Sequence[Request], http: HttpRequest, seconds: float | None = None
+    ) -> Job:
         """Queue requests for the engine; return their answers once there is a first event.
+
+        Args:
+            requests: what is asked.
+            http: who asks.
+            seconds: wait no longer than that for the event; None waits.
 
         Raises:
             ApiError: the queue is full, or a limit is passed.
@@ -92,7 +102,7 @@ class Service:
         """
         job = Job(self, requests)
         try:
-            await job.start(http)
+            await job.start(http, seconds)
         except BaseException:
             job.close()
             raise
@@ -112,10 +122,15 @@ class Job:
         self._queue: asyncio.Queue[tuple[int, Event | None] | Exception] = asyncio.Queue()
         self._first: tuple[int, Event | None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._has_begun = False
         self._closed = False
 
-    async def start(self, http: HttpRequest) -> None:
-        """Prepare, submit, and wait for the first event, as long as the client does."""
+    async def start(self, http: HttpRequest, seconds: float | None) -> None:
+        """Prepare, submit, and wait for the first event, as long as the client does.
+
+        A stream's headers don't wait longer than `seconds`: a long prompt may take minutes, and
+        proxies and clients give up on a server that is silent.
+        """
         loop = asyncio.get_running_loop()
         amulet = self._service.amulet
         streams = await loop.run_in_executor(self._service.preparing, self._prepare)
@@ -125,8 +140,8 @@ class Job:
         for index, stream in enumerate(streams):
             reader = amulet.astart(stream)
             self._readers.append(loop.create_task(self._read(index, reader)))
-        self._first = await while_there(http, self._next())
-        self._service.metrics.first.observe(time.perf_counter() - self._began)
+        with contextlib.suppress(asyncio.TimeoutError):
+            self._first = await while_there(http, asyncio.wait_for(self._next(), seconds))
 
     def _prepare(self) -> list[ReplyStream]:
         amulet, most = self._service.amulet, self._service.limits.prompt_tokens
@@ -152,13 +167,24 @@ class Job:
             self._queue.put_nowait(error)
 
     async def _next(self) -> tuple[int, Event | None]:
+        if (first := self._first) is not None:
+            self._first = None
+            return first
         item = await self._queue.get()
         if isinstance(item, Exception):
             raise item
+        if not self._has_begun:
+            self._has_begun = True
+            self._service.metrics.first.observe(time.perf_counter() - self._began)
         return item
 
-    async def events(self) -> AsyncIterator[tuple[int, Event | None]]:
-        """Yield events with their choice's index; None ends a choice.
+    async def events(
+        self, patience: float | None = None
+    ) -> AsyncIterator[tuple[int, Event | None] | None]:
+        """Yield events with their choice's index, `(index, None)` where a choice ends.
+
+        Args:
+            patience: yield None whenever nothing has come for so many seconds.
 
         Raises:
             AmuletError: decoding failed.
@@ -166,10 +192,14 @@ class Job:
         """
         left = len(self._streams)
         while left:
-            item, self._first = self._first or await self._next(), None
-            if item[1] is None:
+            try:
+                index, event = await asyncio.wait_for(self._next(), patience)
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            if event is None:
                 left -= 1
-                if not self._streams[item[0]].reply.token_ids:
+                if not self._streams[index].reply.token_ids:
                     raise ApiError(
                         503,
                         f"No token within {self._service.limits.seconds:g} seconds: the server is "
@@ -177,7 +207,7 @@ class Job:
                         code="timeout",
                         retry_after=10,
                     )
-            yield item
+            yield index, event
 
     async def read(self, http: HttpRequest) -> list[Reply]:
         """Decode to the end, as long as the client waits."""

@@ -43,6 +43,8 @@ def serve(arguments: Sequence[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog="amulet serve --backend vllm"))
     # Otherwise the page /docs loads its scripts from another host.
     parser.set_defaults(host="127.0.0.1", model=None, enable_offline_docs=True)
+    # As `amulet serve` does: `cached_tokens` in the usage, `x-request-id` on responses.
+    parser.set_defaults(enable_prompt_tokens_details=True, enable_request_id_headers=True)
     args = parser.parse_args(list(arguments))
     if args.model is None and args.model_tag is None:
         from amulet.embedded import HUB_NAME, embedded_folder

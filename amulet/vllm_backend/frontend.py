@@ -262,6 +262,7 @@ class SteeringRenderer:
         """Return the conversation and its prompt, or vLLM's error response."""
         if refused := self._refuse_own_engine(request):
             return refused
+        as_meant(request)
         rendered = await self._inner.render_chat(request, **options)
         settings = _settings(request)
         if not settings or not isinstance(rendered, tuple) or _is_machine_read(request):
@@ -288,6 +289,7 @@ class SteeringRenderer:
         """Return the prompts, or vLLM's error response."""
         if refused := self._refuse_own_engine(request):
             return refused
+        as_meant(request)
         rendered = await self._inner.render_completion(request, **options)
         settings = _settings(request)
         if not settings or not isinstance(rendered, list) or _is_machine_read(request):
@@ -345,6 +347,18 @@ class SteeringRenderer:
             request.vllm_xargs = {**(request.vllm_xargs or {}), **steered.pair.args()}
         given = {key: value for key, value in inputs[0].items() if key != "prompt"}
         return result([{**given, "prompt_token_ids": steered.prompt}])
+
+
+def as_meant(request: Any) -> None:
+    """Write what OpenAI's clients send, and vLLM refuses or drops, in the form that vLLM knows."""
+    if request.top_p == 0:  # nothing but the likeliest token
+        request.top_p, request.temperature = 1.0, 0.0
+    form = getattr(request, "response_format", None)
+    if form is not None and form.type == "json_object":
+        schema = (form.model_extra or {}).get("schema")
+        if schema:
+            wrapped = {"name": "answer", "schema": schema}
+            request.response_format = type(form)(type="json_schema", json_schema=wrapped)
 
 
 def _settings(request: Any) -> dict[str, Any]:

@@ -61,8 +61,34 @@ async def test_a_plain_answer(tokenizer: PreTrainedTokenizerFast) -> None:
         "prompt_tokens": 21,
         "completion_tokens": 6,
         "total_tokens": 27,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "base_prompt_tokens": 0,
     }
+
+
+async def test_prompt_tokens_that_were_reused_are_counted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    amulet = saying(tokenizer, "hello")
+    first = user("a question of some length")
+    again = [*first, {"role": "assistant", "content": "hello"}, *user("and?")]
+    for options in ({}, {"preference": "Be brief.", "placement": "user"}):
+        details = []
+        for messages in (first, again):
+            found = await post(amulet, messages=messages, **options)
+            details.append(found["usage"]["prompt_tokens_details"])
+        shared = len(amulet.encode_chat(first)) + len("hello")
+        if options:  # the next turn has the preference elsewhere, but the base row's chat is kept
+            shared = details[1]["cached_tokens"]
+            assert 0 < shared < found["usage"]["prompt_tokens"]
+        else:
+            assert details[0] == {"cached_tokens": 0}
+        assert details[1] == {"cached_tokens": shared}
+    usage = (await chunks(amulet, messages=again, stream_options={"include_usage": True}))[-1]
+    whole = usage["usage"]["prompt_tokens"]
+    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": whole - 1}
+    reply = amulet.chat(again)
+    assert reply.usage.cached_tokens == whole - 1
 
 
 async def test_a_stream_says_the_same_in_pieces(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -235,6 +261,52 @@ async def test_the_history_of_calls_comes_as_openai_has_it() -> None:
         amulet, messages=[*user("Weather?"), called, result], tools=[WEATHER], max_tokens=20
     )
     assert found["choices"][0]["message"]["content"] == "Sunny."
+
+
+async def test_parts_that_clients_send_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet = saying(tokenizer, "ok")
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
+    asked = [
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"role": "assistant", "content": [thought, {"type": "output_text", "text": "yes"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "an"}, {"type": "text", "text": "d?"}],
+        },
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "I won't."}]},
+        *user("why?"),
+        {"role": "assistant", "content": None, "refusal": "No."},
+        *user("oh"),
+        {"role": "assistant", "content": None, "reasoning_content": "hm"},
+        *user("so?"),
+    ]
+    said = ["hi", "yes", "and?", "I won't.", "why?", "No.", "oh", "", "so?"]
+    roles = ["user", "assistant"] * 5
+    plain = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    for tools in (None, [WEATHER]):
+        async with asking(create_app(amulet, name="m")) as client:
+            options = {"tools": tools}
+            one = await client.post("/tokenize", json={"messages": asked, **options})
+            other = await client.post("/tokenize", json={"messages": plain, **options})
+        assert one.json() == other.json()
+    found = await post(amulet, messages=asked)
+    assert found["choices"][0]["message"]["content"] == "ok"
+
+
+async def test_reasoning_parts_are_the_templates_reasoning() -> None:
+    tokenizer = family_tokenizer("qwen")
+    shown = "{%- for m in messages %}{{ m.role }}: {{ m.reasoning_content }} {{ m.content }}|"
+    tokenizer.chat_template = shown + "{%- endfor %}{%- if add_generation_prompt %}>{%- endif %}"
+    amulet = saying(tokenizer, "ok")
+    for part in (
+        {"type": "reasoning", "text": "hm"},
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "reasoning", "reasoning": "hm"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+    ):
+        one = {"role": "assistant", "content": [part, {"type": "text", "text": "Wait."}]}
+        ids = amulet.encode_chat([*user("hi"), one, *user("and?")])
+        assert "assistant: hm Wait.|" in amulet.tokenizer.decode(ids)
 
 
 async def test_response_formats_are_grammars(tiny: Amulet) -> None:

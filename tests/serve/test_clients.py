@@ -22,7 +22,7 @@ from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from amulet import Amulet
+from amulet import Amulet, OutOfMemoryError
 from amulet.serve.app import create_app
 from tests.models import ScriptedModel
 from tests.serve.conftest import listening, saying, user
@@ -196,6 +196,69 @@ def test_a_client_that_goes_stops_the_decode(tokenizer: PreTrainedTokenizerFast)
             assert len(model.calls) <= steps + 1
         metrics = httpx.get(f"{url}/metrics").text
     assert 'amulet_answers_total{finish_reason="cancelled",steered="no"} 2.0' in metrics
+
+
+class HeldModel(ScriptedModel):
+    """Computes nothing until it is let go."""
+
+    go = threading.Event()
+
+    def forward(self, input_ids: Any, past_key_values: Any = None, **options: Any) -> Any:
+        self.go.wait(10)
+        return super().forward(input_ids, past_key_values=past_key_values, **options)
+
+
+def test_a_stream_begins_before_the_prompt_is_read(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers at once, then comments that keep proxies from giving up, which clients skip."""
+    monkeypatch.setattr("amulet.serve.app.PING", 0.05)
+    model = HeldModel(tokenizer, "hello")
+    app = create_app(Amulet(model, tokenizer), name="m")
+    body = {"messages": user("hi"), "stream": True}
+    with listening(app) as (url, _):
+        model.go.clear()
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=5) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = response.iter_lines()
+            assert [next(lines) for _ in range(4)] == [": the answer is on its way", ""] * 2
+            model.go.set()
+            said = [line for line in lines if line.startswith("data: {")]
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in said]
+        assert "".join(delta.get("content", "") for delta in deltas) == "hello"
+        model.go.clear()
+        with sync_client(url) as client:
+            chat: Any = client.chat.completions
+            stream = chat.create(model="m", messages=user("ho"), stream=True)  # headers are here
+            threading.Timer(0.3, model.go.set).start()
+            pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == "hello"
+        model.go.clear()  # whoever goes meanwhile leaves nothing behind
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=5) as response:
+            assert response.status_code == 200
+        wait_for(lambda: len(app.state.service.traffic) == 0)
+        model.go.set()
+        metrics = httpx.get(f"{url}/metrics").text
+    assert "amulet_first_token_seconds_count 2.0" in metrics
+
+
+def test_what_fails_late_in_a_prompt_is_an_event(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = HeldModel(tokenizer, "hello")
+    with listening(create_app(Amulet(model, tokenizer), name="m")) as (url, _):
+        for held in (False, True):
+            model.go.set()
+            model.fail_with = OutOfMemoryError("no room")
+            if held:
+                model.go.clear()
+                threading.Timer(0.5, model.go.set).start()
+            with sync_client(url) as client:
+                chat: Any = client.chat.completions
+                with pytest.raises(openai.APIError, match="no room") as caught:
+                    list(chat.create(model="m", messages=user("ho"), stream=True))
+            assert caught.value.code == "out_of_memory"
+            # Once the headers are out there is no other status.
+            assert getattr(caught.value, "status_code", 200) == (200 if held else 503)
 
 
 def test_a_signal_drains(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -109,6 +109,137 @@ async def test_codes_that_programs_read(tiny: Amulet) -> None:
         assert form.status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/chat/completions", "base URL lacks /v1: set it to http://test/v1."),
+        ("GET", "/models", "base URL lacks /v1: set it to http://test/v1."),
+        ("POST", "/v1/v1/chat/completions", "base URL has /v1 twice: set it to http://test/v1."),
+        ("POST", "/v1/v1/completions/", "base URL has /v1 twice"),
+        (
+            "POST",
+            "/v1/chat/completions/chat/completions",
+            "another path: set it to http://test/v1.",
+        ),
+        ("POST", "//v1/chat/completions", "another path: set it to http://test/v1."),
+        ("POST", "/v1/responses", "have the client use /v1/chat/completions"),
+        ("GET", "/nothing", "There is no route '/nothing'. /openapi.json lists the routes."),
+    ],
+)
+async def test_a_wrong_base_url_is_told(tiny: Amulet, method: str, path: str, words: str) -> None:
+    async with asking(create_app(tiny, name="m")) as client:
+        sent = {"json": {"messages": user("hi")}} if method == "POST" else {}
+        response = await client.request(method, f"http://test{path}", **sent)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    assert words in response.json()["error"]["message"]
+
+
+async def test_a_wrong_method_or_content_type_is_told(tiny: Amulet) -> None:
+    body = json.dumps({"messages": user("hi"), "max_tokens": 2}).encode()
+    async with asking(create_app(tiny, name="m")) as client:
+        wrong = await client.get(CHAT)
+        assert wrong.status_code == 405
+        assert wrong.json()["error"]["message"].endswith("this route takes POST.")
+        for kind, words in (
+            (None, "There is no Content-Type"),
+            ("text/plain", "The Content-Type is 'text/plain'"),
+            ("application/x-www-form-urlencoded", "The Content-Type is 'application/x-www-form"),
+        ):
+            headers = {} if kind is None else {"Content-Type": kind}
+            found = await client.post(CHAT, content=body, headers=headers)
+            message = found.json()["error"]["message"]
+            assert found.status_code == 400
+            assert message.startswith(words)
+            assert message.endswith("send JSON with Content-Type: application/json.")
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        assert (await client.post(CHAT, content=body, headers=headers)).status_code == 200
+
+
+async def test_every_response_has_a_request_id(tiny: Amulet) -> None:
+    app = create_app(tiny, name="m", api_keys=["k"], allowed_hosts=["test"])
+    asked: list[tuple[str, str, dict[str, Any], int]] = [
+        ("GET", "/health", {}, 200),
+        ("GET", "/nothing", {}, 404),
+        ("PUT", CHAT, {}, 405),
+        ("POST", CHAT, {"json": {}}, 400),
+        ("POST", CHAT, {"json": {"messages": user("hi"), "max_tokens": 2}}, 200),
+        ("POST", CHAT, {"json": {"messages": user("x" * 600), "stream": True}}, 400),
+        ("POST", CHAT, {"json": {"messages": user("hi"), "max_tokens": 2, "stream": True}}, 200),
+        ("POST", CHAT, {"headers": {"Authorization": "Bearer x"}}, 401),
+        ("GET", "/health", {"headers": {"Host": "evil.example"}}, 403),
+    ]
+    async with asking(app, "k") as client:
+        own = []
+        for method, path, sent, status in asked:
+            response = await client.request(method, path, **sent)
+            assert response.status_code == status
+            own.append(response.headers["x-request-id"])
+            headers = {**sent.get("headers", {}), "X-Request-ID": "mine-1"}
+            response = await client.request(method, path, **{**sent, "headers": headers})
+            assert response.headers["x-request-id"] == "mine-1"
+        assert len(set(own)) == len(asked)
+        for bad in ("x" * 201, "two words", ""):
+            response = await client.get("/health", headers={"x-request-id": bad})
+            assert response.headers["x-request-id"].startswith("req_")
+
+
+async def test_head_is_get_without_the_body(tiny: Amulet) -> None:
+    async with asking(create_app(tiny, name="m", api_keys=["k"])) as client:
+        for path, status in (("/health", 200), ("/v1/models", 401), ("/metrics", 401)):
+            response = await client.head(path)
+            assert (response.status_code, response.content) == (status, b"")
+        assert (await client.head(CHAT, headers={"Authorization": "Bearer k"})).status_code == 405
+
+
+async def test_pages_of_other_origins_may_ask_where_it_is_permitted(tiny: Amulet) -> None:
+    origin = "https://app.example.com"
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+    async with asking(create_app(tiny, name="m", api_keys=["k"])) as client:
+        assert (await client.options(CHAT, headers=asked)).status_code == 401
+        found = await client.get("/health", headers={"Origin": origin})
+        assert "access-control-allow-origin" not in found.headers
+    app = create_app(tiny, name="m", api_keys=["k"], allowed_origins=[origin])
+    async with asking(app) as client:
+        found = await client.options(CHAT, headers=asked)
+        assert found.status_code == 200
+        assert found.headers["access-control-allow-origin"] == origin
+        assert "x-stainless-lang" in found.headers["access-control-allow-headers"]
+        assert "POST" in found.headers["access-control-allow-methods"]
+        assert found.headers["x-request-id"]
+        refused = await client.post(CHAT, json={}, headers={"Origin": origin})
+        assert refused.status_code == 401  # and the page can read why
+        assert refused.headers["access-control-allow-origin"] == origin
+        assert "x-request-id" in refused.headers["access-control-expose-headers"]
+        other = await client.get("/health", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+    async with asking(create_app(tiny, name="m", allowed_origins=["*"])) as client:
+        found = await client.get("/health", headers={"Origin": "https://any.example"})
+        assert found.headers["access-control-allow-origin"] == "*"
+    for wrong in ("app.example.com", "https://a.example/", "https://a.example/page", ""):
+        with pytest.raises(RequestError, match=r"allow_origin='.*': expected a scheme and a host"):
+            create_app(tiny, name="m", allowed_origins=[wrong])
+
+
+async def test_a_model_has_several_names(tiny: Amulet) -> None:
+    async with asking(create_app(tiny, name=["one", "two", "one"])) as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in listed] == ["one", "two"]
+        for name in ("one", "two"):
+            assert (await client.get(f"/v1/models/{name}")).json()["id"] == name
+            body = {"model": name, "messages": user("hi"), "max_tokens": 2}
+            assert (await client.post(CHAT, json=body)).json()["model"] == name
+        body.pop("model")
+        assert (await client.post(CHAT, json=body)).json()["model"] == "one"
+        other = await client.post(CHAT, json={**body, "model": "three"})
+        assert other.json()["error"]["message"] == "model='three': this server has 'one', 'two'."
+    with pytest.raises(RequestError, match="name: expected"):
+        create_app(tiny, name=["one", " "])
+
+
 async def test_limits_are_options(tiny: Amulet) -> None:
     limits = Limits(body_bytes=400, prompt_tokens=40, max_tokens=8, preferences=1, choices=2)
     async with asking(create_app(tiny, name="m", limits=limits)) as client:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from amulet.errors import ModelError, PromptTooLongError, RequestError
 from amulet.serve.backend import vllm_arguments
 from amulet.vllm_backend import cli
-from amulet.vllm_backend.frontend import Encoder
+from amulet.vllm_backend.frontend import Encoder, as_meant
 from amulet.vllm_backend.version import check_version
 from amulet.vllm_backend.wire import PAIR, Pair
 from tests.models import CHATML, IM_END, byte_tokenizer
@@ -53,6 +55,40 @@ def test_strengths_share_the_push() -> None:
 def test_wrong_settings(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(RequestError, match=error):
         make_encoder().chat(CHAT, settings)
+
+
+def test_content_parts_of_other_apis() -> None:
+    parts = [{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "Yes."}]
+    asked = [*CHAT, {"role": "assistant", "content": parts}]
+    asked += [{"role": "user", "content": [{"type": "input_text", "text": "And?"}]}]
+    said = [*CHAT, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And?"}]
+    settings = {"preference": "Be brief."}
+    assert make_encoder().chat(asked, settings) == make_encoder().chat(said, settings)
+
+
+class Form(BaseModel):
+    """As vLLM has it: what it doesn't know is kept beside its fields."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+    json_schema: dict[str, Any] | None = None
+
+
+def test_what_clients_mean_is_written_as_vllm_knows_it() -> None:
+    schema = {"type": "object", "properties": {}}
+    beside = Form(type="json_object", schema=schema)
+    request = SimpleNamespace(top_p=0.0, temperature=0.7, response_format=beside)
+    as_meant(request)
+    assert (request.top_p, request.temperature) == (1.0, 0.0)
+    wrapped = {"name": "answer", "schema": schema}
+    assert request.response_format == Form(type="json_schema", json_schema=wrapped)
+    for form in (None, Form(type="json_object"), Form(type="text")):
+        request = SimpleNamespace(top_p=0.5, temperature=0.7, response_format=form)
+        as_meant(request)
+        assert vars(request) == {"top_p": 0.5, "temperature": 0.7, "response_format": form}
+    completion = SimpleNamespace(top_p=None, temperature=None)
+    as_meant(completion)
+    assert vars(completion) == {"top_p": None, "temperature": None}
 
 
 def test_prompts_that_do_not_fit() -> None:
