@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amulet import __version__
+from amulet.comparison import wished
 from amulet.console import Device, DType, Model, load, readable_errors, where_to_read
 from amulet.errors import AmuletError, one_line
 from amulet.evaluation.cli import register as register_eval
@@ -24,6 +25,7 @@ from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune
 from amulet.plan.cli import register as register_plan
 from amulet.playground.cli import register as register_playground
+from amulet.preference import DEFAULT_STEERING
 from amulet.rendering.pieces import harmless
 from amulet.rendering.terminal import answer_text, legend_text
 from amulet.request import Reply, Request
@@ -47,11 +49,17 @@ _PREFERENCE = typer.Option(
     help="What you want of the answer; give it again for more than one.",
 )
 Strength = Annotated[
-    float | None, typer.Option(help="How hard to steer: 0 is the prompt alone, default 2.")
+    float | None,
+    typer.Option(
+        help=f"How hard to steer: 0 is the prompt alone; default {DEFAULT_STEERING.strength:g}."
+    ),
 ]
 Floor = Annotated[
     float | None,
-    typer.Option(help="Plausibility floor, 0 (off) to 1: keeps the text readable; default 0.1."),
+    typer.Option(
+        help="Plausibility floor, 0 (off) to 1: keeps the text readable; default "
+        f"{DEFAULT_STEERING.floor:g}."
+    ),
 ]
 Placement = Annotated[
     str | None, typer.Option(help="Where the preference stands: user (default), system or both.")
@@ -127,6 +135,7 @@ def compare(
     steered = {**prompted, "strength": strength, "trace": True}  # for its colours
     with readable_errors():
         _check(steered)
+        wished(preference)
         amulet = load(model, device, dtype)
         gain = amulet.steering.strength if strength is None else strength
         answers = [

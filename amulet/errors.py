@@ -19,22 +19,22 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-# In the repository and its source archive. A class's section has the class's name.
-HELP = "docs/troubleshooting.md"
+# A page by its title: where the documentation is kept differs. A class's section has its name.
+HELP = "Amulet's documentation, Troubleshooting"
 
 
 class AmuletError(Exception):
     """The root of the tree: `except AmuletError` catches whatever Amulet raises on purpose.
 
     Attributes:
-        help_page: the page and section that list this error's messages, with what to do.
+        help_page: titles of the page and section that list this error's messages, with what to do.
     """
 
     help_page: ClassVar[str] = HELP
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.help_page = f"{HELP}#{cls.__name__.lower()}"
+        cls.help_page = f"{HELP}, {cls.__name__}"
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)

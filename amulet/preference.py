@@ -106,6 +106,14 @@ class Steering(BaseModel):
 
 DEFAULT_STEERING = Steering()
 
+# Other libraries' names of options.
+_CALLED_HERE = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
+    **dict.fromkeys(("stop_sequences", "stop_strings"), "stop"),
+    "response_format": "grammar",
+    "preferences": "preference",
+}
+
 
 def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
     """Return the one normal form of every way to state preferences; `()` decodes plainly.
@@ -159,7 +167,9 @@ def describe(error: ValidationError) -> str:
     for finding in error.errors(include_url=False):
         name = ".".join(str(part) for part in finding["loc"]) or "request"
         if finding["type"] == "extra_forbidden":
-            findings.append(f"{name}: unknown option; check its spelling")
+            known = _CALLED_HERE.get(name)
+            advice = f"it is called {known} here" if known else "check its spelling"
+            findings.append(f"{name}: unknown option; {advice}")
         else:
             message = finding["msg"].removeprefix("Value error, ").removesuffix(".")
             given = f"={finding['input']!r}" if finding["loc"] else ""  # not the whole chat

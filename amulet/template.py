@@ -86,8 +86,9 @@ class ChatTemplate:
             source = self.tokenizer.get_chat_template(None, self.tools)
         except (ValueError, AttributeError):
             raise TemplateError(
-                "The tokenizer has no chat template: use complete() for raw text, or set "
-                "tokenizer.chat_template to the model's template."
+                "The tokenizer has no chat template: set tokenizer.chat_template to the model's "
+                "template. For raw text use Amulet.complete(), AmuletLLM in LangChain and "
+                "LlamaIndex, or /v1/completions."
             ) from None
         object.__setattr__(self, "source", source)
 

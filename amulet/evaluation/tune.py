@@ -22,7 +22,7 @@ from amulet.request import Reply, Request
 if TYPE_CHECKING:
     from amulet import Amulet
 
-STRENGTHS = (1.0, 2.0, 3.0, 4.6487)
+STRENGTHS = (0.5, 1.0, 2.0, 4.6487)  # the default first, the paper's last
 FLOORS = (0.03, 0.1, 0.3)
 PLACEMENTS: tuple[Placement, ...] = ("system", "user")
 _FINALISTS = 3

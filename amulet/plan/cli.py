@@ -148,7 +148,7 @@ def advice(plan: Plan, model: str) -> list[str]:
     lines.append("With vLLM:")
     lines.append(f"  amulet serve --backend vllm --model {model} --dtype {plan.dtype}{options}")
     if plan.vllm.nodes > 1:
-        lines.append(f"On {plan.vllm.nodes} nodes: docs/scaling.md tells how to join them.")
+        lines.append(f"On {plan.vllm.nodes} nodes: Amulet's documentation, Scaling, tells how.")
     return lines
 
 

@@ -25,6 +25,8 @@ PARAMS = {
     "max_new_tokens": "max_tokens",
     "template_options": "chat_template_kwargs",
 }
+# Where somebody's name of an option is neither.
+CALLED_HERE = {"max_new_tokens": "max_tokens", "preferences": "preference"}
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)
 _NAMED = re.compile(r"([a-z_]+)(?=[\[ .=:(])")
 
@@ -118,16 +120,17 @@ def from_validation(findings: Sequence[Mapping[str, Any]]) -> ApiError:
         if len(path) > 1 and isinstance(path[1], int):
             field += f"[{path[1]}]"
         if finding["type"] == "extra_forbidden":
-            message = "unknown option; check its spelling"
             field = ".".join(map(str, path))
+            known = CALLED_HERE.get(field)
+            message = f"unknown option; {f'it is {known} here' if known else 'check its spelling'}"
         else:
             message = str(finding["msg"]).removeprefix("Value error, ").rstrip(".")
             message = message[:1].lower() + message[1:]
         if field == "body" and (named := _LED.match(message)):  # of the body as a whole
             field, message = named.groups()
-        known = told.setdefault(field, [])
-        if message not in known:
-            known.append(message)
+        messages = told.setdefault(field, [])
+        if message not in messages:
+            messages.append(message)
     text = "; ".join(f"{field}: {' or: '.join(messages)}" for field, messages in told.items())
     first = next(iter(told), None)
     return ApiError(400, f"{text}.", param=None if first == "body" else first)

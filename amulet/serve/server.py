@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable
-from socket import socket
+from errno import EADDRNOTAVAIL, EAFNOSUPPORT
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
+from amulet.errors import RequestError
 from amulet.serve.service import Service
 
 
@@ -39,7 +43,16 @@ class Server(uvicorn.Server):
         self._until: float | None = None
         self._on_start = on_start
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run until a signal or `fail`.
+
+        Raises:
+            RequestError: it can't listen at this address.
+        """
+        check_address(self.config.host, self.config.port)
+        super().run(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn to listen."""
         await super().startup(sockets)
         if self.started and self._on_start is not None:
@@ -68,3 +81,36 @@ class Server(uvicorn.Server):
         ):
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def check_address(host: str, port: int) -> None:
+    """Listen at an address for a moment; uvicorn itself would say nothing but a number.
+
+    Raises:
+        RequestError: it can't be done.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, _, _, _, address in found:
+            try:
+                _listen(family, address)
+            except OSError as error:
+                # "localhost" has an IPv6 address also where the system has none.
+                if len(found) == 1 or error.errno not in (EADDRNOTAVAIL, EAFNOSUPPORT):
+                    raise
+    except OSError as error:
+        raise RequestError(
+            f"Can't listen on host={host!r}, port={port}: {error.strerror or error}. Stop the "
+            "program that has the port, or choose another with --port (0 takes a free one); "
+            "--host names an address of this machine."
+        ) from None
+
+
+def _listen(family: int, address: Any) -> None:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        if os.name == "posix":  # elsewhere the option lets two programs share a port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # as asyncio does: beside IPv4, not for both
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind(address)
+        probe.listen()

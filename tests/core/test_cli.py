@@ -105,7 +105,7 @@ def test_strength_floor_and_placement_are_checked_and_kept(scripted: Scripted) -
     assert printed[2] == printed[-1] == kept
     assert printed[3].startswith("strength='hard': input should be a valid number")
     assert printed[5] == "floor='2': input should be less than or equal to 1."
-    assert printed[4] == printed[6] == "More: docs/troubleshooting.md#requesterror"
+    assert printed[4] == printed[6] == "More: Amulet's documentation, Troubleshooting, RequestError"
     assert printed[7] == "/preference TEXT  what you want of the answers; `off` answers plainly"
 
 
@@ -138,7 +138,10 @@ def test_a_prompt_that_is_too_long_is_an_error_and_the_chat_goes_on(scripted: Sc
     scripted()
     printed = chat("x" * 5000, "one")
     assert printed[0].startswith("The prompt has 50")
-    assert printed[1:] == ["More: docs/troubleshooting.md#prompttoolongerror", *PLAIN]
+    assert printed[1:] == [
+        "More: Amulet's documentation, Troubleshooting, PromptTooLongError",
+        *PLAIN,
+    ]
 
 
 def test_what_a_model_says_cannot_drive_the_terminal(scripted: Scripted) -> None:
@@ -170,6 +173,12 @@ def test_compare_shows_three_answers_side_by_side(scripted: Scripted) -> None:
         (["chat", "--strength", "nan"], 1, "error: strength=nan: input should be a finite number."),
         (["chat", "--placement", "top"], 1, "error: placement='top': input should be 'system', "),
         (["chat", "-n", "0"], 1, "error: max_new_tokens=0: input should be greater than"),
+        (
+            ["compare", "hi", "-p", ""],
+            1,
+            "error: preference=['']: expected one that can be compared",
+        ),
+        (["compare", "hi", "-p", " ", "-p", ""], 1, "error: preference=[' ', '']: expected one"),
         (["chat", "-m", "./nowhere"], 1, "error: model './nowhere': there is no such folder."),
     ],
 )
@@ -182,8 +191,9 @@ def test_errors_are_one_readable_line_and_their_help_page(
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     if code == 1:  # an AmuletError; 2 is a wrong use of the command line, which typer explains
-        section = "modelerror" if "nowhere" in said else "requesterror"
-        assert result.stderr.endswith(f"\nMore: docs/troubleshooting.md#{section}\n")
+        section = "ModelError" if "nowhere" in said else "RequestError"
+        page = f"Amulet's documentation, Troubleshooting, {section}"
+        assert result.stderr.endswith(f"\nMore: {page}\n")
     assert model.calls == []
 
 

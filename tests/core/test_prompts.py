@@ -343,7 +343,9 @@ def test_a_refused_preference_is_not_quoted() -> None:
 
 
 def test_no_template_names_complete() -> None:
-    with pytest.raises(TemplateError, match=r"no chat template: use complete\(\) for raw text"):
+    with pytest.raises(
+        TemplateError, match=r"no chat template: .* For raw text use Amulet\.complete\(\)"
+    ):
         rows(family_tokenizer("chatml", chat_template=None), HI)
 
 

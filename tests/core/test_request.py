@@ -93,7 +93,7 @@ def test_a_message_that_is_no_dict_is_named_by_its_place() -> None:
 def test_an_unknown_option_is_an_error() -> None:
     with pytest.raises(RequestError) as raised:
         Request(messages=CHAT, max_tokens=5)
-    assert str(raised.value) == "max_tokens: unknown option; check its spelling."
+    assert str(raised.value) == "max_tokens: unknown option; it is called max_new_tokens here."
 
 
 def test_every_bad_field_is_named_at_once() -> None:

@@ -100,7 +100,7 @@ def test_the_command_prints_a_table_and_what_to_start() -> None:
     assert "ms per token, at best" in shown
     split = run("-m", "llama-3.1-70b", "--gpu", "H100", "--users", "2000")
     assert "--backend vllm --model MODEL --dtype bfloat16 --tensor-parallel-size" in split
-    assert "nodes: docs/scaling.md tells" in split
+    assert "nodes: Amulet's documentation, Scaling, tells how." in split
     none = run("-m", "llama-3.1-70b", "--memory", "8", "--users", "1", "--preferences", "0")
     assert "Not even one user fits on 8 such GPUs" in none
     assert "ms per token" not in none

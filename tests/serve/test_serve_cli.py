@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from amulet import Amulet, ModelError
 from amulet.serve import cli
-from amulet.serve.server import Server
+from amulet.serve.server import Server, check_address
 from tests.serve.conftest import asking
 
 
@@ -121,6 +122,48 @@ def test_options_reach_the_server(servers: list[Server], tmp_path: Path) -> None
     }
 
 
+def test_several_names_and_origins(servers: list[Server]) -> None:
+    names = ("--served-model-name", "one", "--served-model-name", "two")
+    origin = "http://localhost:3000"
+    result = run(*names, "--allow-origin", origin)
+    assert result.exit_code == 0, result.output
+    models = asyncio.run(ask(servers[0], "/v1/models"))
+    assert [model["id"] for model in models.json()["data"]] == ["one", "two"]
+
+    async def from_a_page() -> Any:
+        app: Any = servers[0].config.app
+        async with asking(app) as client:
+            return await client.get("/health", headers={"Host": "localhost", "Origin": origin})
+
+    assert asyncio.run(from_a_page()).headers["access-control-allow-origin"] == origin
+    result = run("--allow-origin", "localhost:3000")
+    assert result.exit_code == 1
+    assert "allow_origin='localhost:3000': expected a scheme and a host" in result.output
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_is_none(servers: list[Server], port: str) -> None:
+    result = run("--port", port)
+    assert result.exit_code == 2
+    assert "--port" in result.output
+    assert servers == []
+
+
+@pytest.mark.allow_hosts(["127.0.0.1", "::1"])
+def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load", lambda **_: pytest.fail("it was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "localhost"):
+            result = run("--port", str(port), "--host", host)
+            assert result.exit_code == 1
+            said = f"error: Can't listen on host='{host}', port={port}: Address already in use. "
+            assert result.output.startswith(said)
+    result = run("--host", "192.0.2.1")  # nobody's
+    assert "error: Can't listen on host='192.0.2.1', port=8000: " in result.output
+    check_address("localhost", port)  # it is free again
+
+
 def test_an_open_door_is_told_of(servers: list[Server]) -> None:
     result = run("--host", "0.0.0.0")
     assert "Anybody who reaches 0.0.0.0:8000 can use this server: no --api-key." in result.output
@@ -132,7 +175,8 @@ def test_what_fails_is_one_line(
     result = run("--queue", "-1")
     assert (result.exit_code, result.output.strip()) == (
         1,
-        "error: queue=-1: expected 0 or more.\nMore: docs/troubleshooting.md#requesterror",
+        "error: queue=-1: expected 0 or more.\n"
+        "More: Amulet's documentation, Troubleshooting, RequestError",
     )
     result = run("--preferences", str(tmp_path / "p.sqlite"))
     assert result.exit_code == 1
