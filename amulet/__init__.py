@@ -13,7 +13,6 @@ from amulet.curve import StrengthCurve
 from amulet.errors import (
     AmuletError,
     DecodeError,
-    InterruptedDecodeError,
     MissingPackageError,
     ModelError,
     OutOfMemoryError,
@@ -49,7 +48,6 @@ __all__ = [
     "DecodeError",
     "Event",
     "Grammar",
-    "InterruptedDecodeError",
     "InvalidToolCall",
     "MissingPackageError",
     "ModelError",

@@ -1,93 +1,16 @@
-"""The bridge to asyncio: a pump thread decodes, event loops are woken after each step.
-
-No thread per stream: a driver has one pump, which runs while any asynchronous answer is unfinished
-and ends when there is none.
-"""
+"""The bridge to asyncio: the decode thread wakes event loops after each step."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import copy_context
 from types import TracebackType
-from weakref import WeakSet
 
 from amulet.driver import Driver
 from amulet.errors import AmuletError, RequestError
-from amulet.generation import Generation
 from amulet.request import Event, Reply, TokenTrace, Usage
 from amulet.stream import ReplyStream
-
-
-class Pump:
-    """Decodes what asynchronous readers wait for, in one daemon thread of its own."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._lock = threading.Lock()
-        self._wakes: dict[Generation, Callable[[], None]] = {}
-        self._thread: threading.Thread | None = None
-        _pumps.add(self)
-
-    def watch(self, generation: Generation, wake: Callable[[], None]) -> None:
-        """Decode a submitted generation; call `wake` (from the pump's thread) at each news."""
-        with self._lock:
-            self._wakes[generation] = wake
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="amulet-pump", daemon=True)
-                _threads.add(self._thread)
-                self._thread.start()
-
-    def _run(self) -> None:
-        known: dict[Generation, int] = {}
-        while True:
-            with self._lock:
-                wakes = dict(self._wakes)
-                if not wakes:
-                    self._thread = None
-                    return
-            known = {generation: known.get(generation, 0) for generation in wakes}
-            try:
-                self._driver.advance_any(known)
-            except BaseException as error:  # nobody joins this thread: its readers must learn of it
-                for generation in wakes:
-                    generation.error = generation.error or error
-            for generation, wake in wakes.items():
-                done, count = generation.done, len(generation.token_ids)
-                if done:
-                    with self._lock:
-                        del self._wakes[generation]
-                if done or count > known[generation]:
-                    known[generation] = count
-                    try:
-                        wake()
-                    except RuntimeError:  # its event loop is closed: nobody can read it any more
-                        self._driver.cancel(generation)
-
-    def stop(self) -> None:
-        """End what is being decoded, and so, within a step, the thread."""
-        with self._lock:
-            watched = list(self._wakes)
-        for generation in watched:
-            self._driver.cancel(generation)
-
-
-_pumps: WeakSet[Pump] = WeakSet()
-_threads: WeakSet[threading.Thread] = WeakSet()
-
-
-@atexit.register
-def _stop_pumps() -> None:
-    """A thread that is inside PyTorch while the interpreter goes down would abort the process.
-
-    All are joined, those too whose pump has nothing left to do: a thread's last act can be to
-    free a model that everyone else has let go of, and PyTorch does that without the GIL.
-    """
-    for pump in list(_pumps):
-        pump.stop()
-    for thread in list(_threads):
-        thread.join(timeout=30)
 
 
 class AsyncReplyStream(AsyncIterator[str]):
@@ -98,12 +21,10 @@ class AsyncReplyStream(AsyncIterator[str]):
     with` block, and cancelling the reading task end the decode within one step.
     """
 
-    def __init__(
-        self, pump: Pump, driver: Driver, prepare: Callable[[], ReplyStream] | None = None
-    ) -> None:
-        self._pump = pump
+    def __init__(self, driver: Driver, prepare: Callable[[], ReplyStream] | None = None) -> None:
         self._driver = driver
         self._prepare = prepare
+        self._context = copy_context()  # of who asked, whoever reads
         self._stream: ReplyStream | None = None
         self._news = asyncio.Event()
         self._closed = False
@@ -141,7 +62,7 @@ class AsyncReplyStream(AsyncIterator[str]):
     async def _start(self) -> ReplyStream:
         if self._prepare is None or self._closed:
             raise RequestError("The stream was closed before its first piece was read.")
-        stream = await asyncio.to_thread(self._prepare)
+        stream = await asyncio.to_thread(self._context.run, self._prepare)
         self.submit(stream)
         return stream
 
@@ -153,7 +74,7 @@ class AsyncReplyStream(AsyncIterator[str]):
             return
         loop, news = asyncio.get_running_loop(), self._news
         stream.submit()
-        self._pump.watch(stream.generation, lambda: _wake(loop, news))
+        self._driver.watch(stream.generation, lambda: _wake(loop, news))
 
     async def read(self) -> Reply:
         """Decode to the end and return the reply."""
@@ -201,7 +122,6 @@ class AsyncReplyStream(AsyncIterator[str]):
 
 
 async def read_all(
-    pump: Pump,
     driver: Driver,
     streams: Sequence[ReplyStream | AmuletError],
     return_exceptions: bool,
@@ -213,7 +133,7 @@ async def read_all(
         if isinstance(stream, AmuletError):
             outcomes.append(stream)
         else:
-            readers.append(AsyncReplyStream(pump, driver))
+            readers.append(AsyncReplyStream(driver))
             readers[-1].submit(stream)
             outcomes.append(readers[-1])
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,13 +21,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from amulet import native
 from amulet.errors import one_line
 
 logger = logging.getLogger("amulet")
 
-GROUPED = "amulet_grouped"
 WIDEST = 32  # tokens; repeating the mask for more of them costs more than the copies
 FEW = 16  # tokens; for more `native/prefill.c` pays, although it lays keys and values out anew
 TRITON_DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -34,18 +35,33 @@ MOST_TOKENS = 128  # of a group of heads that Triton's code takes at once
 SIDE = 64  # numbers that it computes at once: a head's dimension is to be a multiple
 
 
+class _Pass(threading.local):
+    """Whether the forward pass of this thread is one of Amulet's, and not its owner's."""
+
+    is_ours = False
+
+
+_pass = _Pass()
+
+
 @contextmanager
-def grouped(config: PretrainedConfig) -> Iterator[None]:
-    """Let a model whose attention is `sdpa` use `grouped_attention` in the block."""
-    text = config.get_text_config()
-    if text._attn_implementation != "sdpa":
-        yield
-        return
-    text._attn_implementation_internal = GROUPED
+def grouped() -> Iterator[None]:
+    """Let models whose attention is `sdpa` use `grouped_attention` in the block, in this thread."""
+    _pass.is_ours = True
     try:
         yield
     finally:
-        text._attn_implementation_internal = "sdpa"
+        _pass.is_ours = False
+
+
+def _sdpa(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    """Attend by `grouped_attention` in Amulet's passes, and as before in all others.
+
+    A model and its config may be shared, so neither says which.
+    """
+    attend = grouped_attention if _pass.is_ours else _sdpa_before
+    attended: tuple[torch.Tensor, None] = attend(*args, **options)
+    return attended
 
 
 def grouped_attention(
@@ -312,7 +328,8 @@ def causal_behind_cached(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     asked = config._attn_implementation == "sdpa" and model._supports_attention_backend
-    return bool(asked and model.device.type == "cpu")
+    ours = ALL_ATTENTION_FUNCTIONS["sdpa"] is _sdpa  # or whose it was registered as since
+    return bool(asked and ours and model.device.type == "cpu")
 
 
 def _behind_cached(
@@ -336,4 +353,5 @@ def _behind_cached(
     return torch.lerp(new.to(share.dtype), old.to(share.dtype), share).to(query.dtype)
 
 
-AttentionInterface.register(GROUPED, grouped_attention)
+_sdpa_before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+AttentionInterface.register("sdpa", _sdpa)

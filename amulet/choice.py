@@ -91,7 +91,7 @@ def _permitted(generation: Generation, logits: torch.Tensor) -> torch.Tensor | N
         return None
     try:
         mask = generation.allowed()
-    except Exception as error:
+    except BaseException as error:
         generation.error = error
         return None
     return None if mask is None else mask.to(logits.device)
@@ -113,11 +113,12 @@ def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | Non
         prompt = generation.prompts[0] if generation.plain is None else generation.plain
         ids = torch.tensor([[*prompt, *generation.token_ids]], device=scores.device)
         for processor in generation.processors:
-            scores.copy_(processor(ids, scores[None].clone())[0])
+            made = generation.context.run(processor, ids, scores[None].clone())
+            scores.copy_(made[0])
         # Infinity forces a token; as the largest number it can be reckoned with.
         scores.clamp_(max=MOST).masked_fill_(forbidden, NEVER)
         return (scores - before).masked_fill_(forbidden, NEVER)
-    except Exception as error:
+    except BaseException as error:
         generation.error = error
         return None
 
@@ -132,7 +133,7 @@ def append_token(generation: Generation, token_id: int) -> None:
         return
     try:
         stopped = generation.on_token is not None and generation.on_token(token_id)
-    except Exception as error:
+    except BaseException as error:
         generation.error = error
         return
     if generation.done:  # cancelled meanwhile

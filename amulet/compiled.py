@@ -125,7 +125,7 @@ class CompiledStep:
         try:
             # Layers of other kinds, other models' and passes with and without a mask count alike.
             # (The limit's old name; both of PyTorch's names for it work in 2.13.)
-            with grouped(self._model.config), config.patch(cache_size_limit=MOST_COMPILED):
+            with grouped(), config.patch(cache_size_limit=MOST_COMPILED):
                 arguments = ids, positions, targets, keys, values, columns
                 if self._compiled is None:
                     self._compile(arguments)

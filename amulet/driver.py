@@ -1,85 +1,217 @@
-"""Many callers, one engine: whoever waits for a token runs the next step for everybody.
+"""One decode thread per model: callers queue answers and wait for news; it alone runs the engine.
 
-There is no background thread: an `Amulet` that nobody waits on does nothing, an interrupt reaches
-the caller that runs the step, and there is nothing to shut down.
+Decoding goes on while somebody waits: a reader for its next token, or an event loop for an answer.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
-import time
+import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
 
 from amulet.engine import Engine
-from amulet.errors import AmuletError, DecodeError, InterruptedDecodeError
+from amulet.errors import AmuletError, DecodeError, RequestError
 from amulet.generation import Generation
 from amulet.openmp import release
 
-# Every thread that computes has OpenMP helpers of its own, and too many helpers are slow ones (see
-# `openmp`). So the thread that ran the last step is waited for, but not long.
-PATIENCE = 0.003  # seconds
+
+@dataclass(eq=False)
+class _Watch:
+    """Somebody waits for news of a generation."""
+
+    generation: Generation
+    wake: Callable[[], None]  # called at news; of one that only sets a flag
+    known: int  # tokens that the waiter has seen
+    lasting: bool  # wake at all further news, too
+
+    @property
+    def has_news(self) -> bool:
+        return self.generation.done or len(self.generation.token_ids) > self.known
+
+
+class DecodeThread:
+    """The thread that all drivers of one model share; it ends with the last of them.
+
+    While it idles it holds no reference to a driver, so that models are freed.
+
+    Attributes:
+        changed: guards all state that drivers share with callers. The decode thread holds it while
+            it hands tokens over, but not while it computes.
+        cores: threads that PyTorch may use, as the last caller had them.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.cores = torch.get_num_threads()
+        self._drivers: list[weakref.ref[Driver]] = []  # the one served last at the end
+        self._thread: threading.Thread | None = None
+        self._ended = False
+
+    def add(self, driver: Driver) -> None:
+        """Serve a driver from now on."""
+        with self.changed:
+            self._drivers.append(weakref.ref(driver, self._forget))
+
+    def wake(self) -> None:
+        """Look for work now. The caller holds `changed`."""
+        if self._ended:
+            raise DecodeError("The interpreter is exiting; nothing more can be decoded.")
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="amulet-decode", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no thread to be had, or the interpreter is exiting
+                raise DecodeError(f"The decode thread can't be started: {error}.") from error
+            self._thread = thread
+        self.changed.notify_all()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is the decode thread itself."""
+        return self._thread is threading.current_thread()
+
+    def end(self) -> None:
+        """End what is being decoded, and the thread; return once it has ended."""
+        with self.changed:
+            self._ended = True
+            for driver in self._alive():
+                driver.cancel_all()
+            self.changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout=30)
+
+    def lose_thread(self) -> None:
+        """Go on in a forked child, which has no decode thread. The caller holds `changed`."""
+        self._thread = None
+        for driver in self._alive():
+            driver.fail_all(DecodeError("The process was forked while the answer was decoded."))
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                driver = self._next()
+                while driver is None:
+                    if self._ended or not self._drivers:
+                        self._thread = None
+                        return
+                    self.changed.wait()
+                    driver = self._next()
+                cores = self.cores
+            if torch.get_num_threads() != cores:  # set per thread
+                torch.set_num_threads(cores)
+            driver.run_turn()
+
+    def _next(self) -> Driver | None:
+        """Return a driver that somebody waits for, each in its turn."""
+        for reference in self._drivers:
+            driver = reference()
+            if driver is not None and driver.is_wanted:
+                driver.busy = True
+                self._drivers.remove(reference)
+                self._drivers.append(reference)
+                return driver
+        return None
+
+    def _alive(self) -> list[Driver]:
+        return [driver for reference in self._drivers if (driver := reference()) is not None]
+
+    def _forget(self, reference: weakref.ref[Driver]) -> None:
+        with self.changed:
+            self._drivers = [kept for kept in self._drivers if kept is not reference]
+            self.changed.notify_all()
 
 
 class Driver:
-    """Thread-safe access to an engine.
+    """Thread-safe access to an engine; `Driver.of` finds the one that serves a model.
 
     Args:
         engine: the engine to share.
         max_rows: rows that may be decoded at once; further generations wait their turn.
+
+    Attributes:
+        engine: the engine.
+        busy: the decode thread is at work for this driver.
     """
 
     def __init__(self, engine: Engine, max_rows: int) -> None:
-        self._engine = engine
+        self.engine = engine
+        self.busy = False
         self._max_rows = max_rows
         self._waiting: deque[Generation] = deque()
-        self._changed = threading.Condition()
-        self._busy = False  # one caller is running a step
-        self._runner = 0  # the thread that ran the last one, if it still has an answer to decode
+        self._watches: list[_Watch] = []
+        with _registry_lock:
+            self._thread = _threads.setdefault(id(engine.model), DecodeThread())
+        self._changed = engine.handing_over = self._thread.changed
+        self._thread.add(self)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        max_rows: int,
+        prefix_bytes: int,
+        compile: bool | Literal["auto"],
+        drafts: bool,
+    ) -> Driver:
+        """Return the driver of a model with these options; one serves all who ask alike."""
+        key = id(model), max_rows, prefix_bytes, compile, drafts
+        with _registry_lock:
+            driver = _drivers.get(key)
+        if driver is None:
+            driver = cls(Engine(model, prefix_bytes, compile, drafts), max_rows)
+            with _registry_lock:
+                driver = _drivers.setdefault(key, driver)
+        return driver
 
     def submit(self, generation: Generation) -> None:
-        """Queue a generation; it joins the batch at the next step that anyone runs."""
+        """Queue a generation; it joins the batch at the next step."""
+        release()  # what this thread computed before would make the decode thread slow
         with self._changed:
+            self._thread.cores = torch.get_num_threads()
             self._waiting.append(generation)
 
-    def advance(self, generation: Generation, known: int) -> None:
+    def wait(self, generation: Generation, known: int) -> None:
         """Return once the generation has more than `known` tokens or has ended.
 
         Raises:
-            DecodeError: the step failed, for this generation or for the whole batch.
+            RequestError: the decode thread itself asks, which would wait for ever.
         """
-        self.advance_any({generation: known})
-        self.check(generation)
+        if self._thread.is_current:
+            raise RequestError(
+                "A logits processor can't ask the model that is calling it; use another model."
+            )
+        news = threading.Event()
+        watch = _Watch(generation, news.set, known, lasting=False)
+        try:
+            self._add(watch)
+            news.wait()
+        finally:  # an interrupt
+            with self._changed:
+                if watch in self._watches:
+                    self._watches.remove(watch)
 
-    def advance_any(self, known: Mapping[Generation, int]) -> None:
-        """Return once one of the generations has more tokens than are known of it, or has ended."""
-        while self._is_our_turn(known):
-            self._take_turn()
-        if all(generation.done for generation in known):
-            self._leave()
+    def watch(self, generation: Generation, wake: Callable[[], None]) -> None:
+        """Decode a submitted generation to its end; call `wake` in the decode thread at all news.
 
-    def _is_our_turn(self, known: Mapping[Generation, int]) -> bool:
-        """Wait for news, or for the turn to run a step; return whether it is the turn."""
-        me, deadline = threading.get_ident(), time.monotonic() + PATIENCE
+        If `wake` raises RuntimeError, nobody reads any more and the generation is cancelled.
+        """
+        self._add(_Watch(generation, wake, 0, lasting=True))
+
+    def _add(self, watch: _Watch) -> None:
         with self._changed:
-            while not any(self._has_news(*one) for one in known.items()):
-                if self._busy:
-                    self._changed.wait()
-                    deadline = time.monotonic() + PATIENCE  # who ran it has so long to come back
-                elif self._runner in (0, me) or (left := deadline - time.monotonic()) <= 0:
-                    self._busy, self._runner = True, me
-                    return True
-                else:
-                    self._changed.wait(left)
-        return False
-
-    def _leave(self) -> None:
-        """Let another thread run the steps at once, and with quick helpers."""
-        with self._changed:
-            if not self._busy and self._runner == threading.get_ident():
-                self._runner = 0
-                self._changed.notify_all()
-        release()
+            self._watches.append(watch)
+            self._tell()
+            if self.is_wanted:
+                self._thread.wake()
 
     @staticmethod
     def check(generation: Generation) -> None:
@@ -88,63 +220,80 @@ class Driver:
             raise _for_caller(generation.error) from generation.error
 
     def cancel(self, generation: Generation) -> None:
-        """End a generation; its rows leave the batch before the next step. Never blocks long."""
+        """End a generation now; its rows leave the batch before the next step. Never blocks long.
+
+        No token is handed over after it.
+        """
         with self._changed:
             if not generation.done:
                 generation.finish_reason = "cancelled"
             if generation in self._waiting:
                 self._waiting.remove(generation)
-            if not self._busy:
-                self._engine.sweep()
-        self._leave()
+            if not self.busy:
+                self.engine.sweep()
+            self._tell()
 
-    @staticmethod
-    def _has_news(generation: Generation, known: int) -> bool:
-        return generation.done or len(generation.token_ids) > known
+    def cancel_all(self) -> None:
+        """End all that is decoded or waits."""
+        for generation in (*self._waiting, *self.engine.running):
+            self.cancel(generation)
 
-    def _take_turn(self) -> None:
-        """Admit who waits, or run one step; then let the others look."""
+    def fail_all(self, error: BaseException) -> None:
+        """End all that is decoded or waits with an error; nobody is at work any more."""
+        with self._changed:
+            self.busy = False
+            for generation in self._waiting:
+                generation.error = error
+            self._waiting.clear()
+            self.engine.fail_all(error)
+            self._tell()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a token."""
+        return bool(self._watches)
+
+    def run_turn(self) -> None:
+        """Admit the waiting generations, or run one step; then tell who waits for news."""
         try:
             if not self._admit_waiting():
-                self._engine.step()
-        except Exception as error:
-            self._engine.fail_all(error)
-        except BaseException:  # an interrupt: nothing is lost unless tokens were being handed over
-            if self._engine.committing:
-                self._engine.fail_all(
-                    InterruptedDecodeError(
-                        "Another caller's interrupt ended the step that this request shared; "
-                        "send the request again."
-                    )
-                )
-            raise
-        finally:
-            with self._changed:
-                self._engine.sweep()
-                self._busy = False
-                self._changed.notify_all()
+                self.engine.step()
+        except BaseException as error:  # nobody joins this thread: its readers must learn of it
+            self.engine.fail_all(error)
+        with self._changed:
+            self.engine.sweep()
+            self.busy = False
+            self._tell()
+
+    def _tell(self) -> None:
+        """Wake those who wait for what there is now."""
+        for watch in [watch for watch in self._watches if watch.has_news]:
+            if watch not in self._watches:  # a stream that was collected meanwhile told them
+                continue
+            watch.known = len(watch.generation.token_ids)
+            if watch.generation.done or not watch.lasting:
+                self._watches.remove(watch)
+            try:
+                watch.wake()
+            except RuntimeError:  # its event loop is closed
+                self.cancel(watch.generation)
 
     def _admit_waiting(self) -> bool:
         """Prefill waiting generations while there is room; return whether one was admitted."""
         admitted = False
         while (generation := self._next_waiting()) is not None:
+            admitted = True
             try:
-                self._engine.admit(generation)
-                admitted = True
-            except Exception as error:
+                self.engine.admit(generation)
+            except BaseException as error:
                 generation.error = error
-                admitted = True
-            except BaseException:
-                if generation not in self._engine.running and not generation.done:
-                    self._waiting.appendleft(generation)
-                raise
         return admitted
 
     def _next_waiting(self) -> Generation | None:
         with self._changed:
             if not self._waiting:
                 return None
-            rows = sum(len(generation.prompts) for generation in self._engine.running)
+            rows = sum(len(generation.prompts) for generation in self.engine.running)
             if rows and rows + len(self._waiting[0].prompts) > self._max_rows:
                 return None
             return self._waiting.popleft()
@@ -157,3 +306,41 @@ def _for_caller(error: BaseException) -> AmuletError:
     return DecodeError(
         f"Decoding failed: {type(error).__name__}: {error}. The Amulet object stays usable."
     )
+
+
+# By the model's identity, which nobody else has while a driver holds the model.
+_drivers: weakref.WeakValueDictionary[tuple[object, ...], Driver] = weakref.WeakValueDictionary()
+_threads: weakref.WeakValueDictionary[int, DecodeThread] = weakref.WeakValueDictionary()
+_registry_lock = threading.RLock()
+_forking: list[DecodeThread] = []
+
+
+@atexit.register
+def _end_threads() -> None:
+    """A thread that is inside PyTorch while the interpreter goes down would abort the process."""
+    for thread in list(_threads.values()):
+        thread.end()
+
+
+def _before_fork() -> None:
+    """Let nobody be in the middle of a hand-over when the process is copied."""
+    _registry_lock.acquire()
+    _forking.extend(_threads.values())
+    for thread in _forking:
+        thread.changed.acquire()
+
+
+def _after_fork(in_child: bool) -> None:
+    for thread in _forking:
+        if in_child:
+            thread.lose_thread()
+        thread.changed.release()
+    _forking.clear()
+    _registry_lock.release()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=lambda: _after_fork(False),
+    after_in_child=lambda: _after_fork(True),
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -68,9 +68,8 @@ class Engine:
         self._graphs = StepGraphs(model, self._compiled)
         self._seconds = 0.0  # spent on steps
         self.running: list[Generation] = []
-        # True while tokens are handed over: an interrupt elsewhere loses nothing, as the step is
-        # simply made again.
-        self.committing = False
+        # Held while tokens are handed over, so that who holds it, too, sees whole answers.
+        self.handing_over: AbstractContextManager[Any] = nullcontext()
         self.prefixes = Prefixes(prefix_bytes)
         on_gpu = model.device.type == "cuda"
         self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
@@ -254,7 +253,6 @@ class Engine:
         for generation in self.running:
             generation.error = error
         self.running, self._owners = [], []
-        self.committing = False
         self._cache.clear()
 
     def _prepare(self, generation: Generation, logits: torch.Tensor) -> None:
@@ -405,7 +403,7 @@ class Engine:
             model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
         )
         tokens, positions = torch.tensor(ids, device=device), self._cache.positions.to(device)
-        with grouped(model.config):
+        with grouped():
             logits = forward_pass(model, tokens, positions, masks, self._cache, **options)
         if not self._keeps_logits:
             logits = logits[:, -1:] if keep is None else logits[:, keep]
@@ -416,13 +414,17 @@ class Engine:
     ) -> None:
         """Choose one token per generation, as `choose_tokens` does, and append it."""
         token_ids, mix = choose_tokens(generations, logits, order)
-        self.committing = True
-        for i, (generation, token_id) in enumerate(zip(generations, token_ids, strict=True)):
-            if generation.error is None:
-                if generation.trace:
-                    generation.scores.append(mix.trace(i, token_id, generation.top_logprobs))
+        traces = [
+            mix.trace(i, token_id, generation.top_logprobs) if generation.trace else None
+            for i, (generation, token_id) in enumerate(zip(generations, token_ids, strict=True))
+        ]
+        with self.handing_over:
+            for generation, token_id, trace in zip(generations, token_ids, traces, strict=True):
+                if generation.done:  # failed, or cancelled meanwhile
+                    continue
+                if trace is not None:
+                    generation.scores.append(trace)
                 append_token(generation, token_id)
-        self.committing = False
 
     def _out_of_memory(self, rows: int, tokens: int) -> DecodeError:
         return OutOfMemoryError(

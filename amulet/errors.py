@@ -7,8 +7,7 @@
     ├── ModelError                    the model or tokenizer can't be loaded or isn't supported
     │   └── MissingPackageError (ImportError)   an optional package is not installed
     ├── DecodeError (RuntimeError)    decoding started and could not go on
-    │   ├── OutOfMemoryError          the device has no room for the batch
-    │   └── InterruptedDecodeError    another caller's interrupt ended the shared step
+    │   └── OutOfMemoryError          the device has no room for the batch
     └── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
 Each message says what was given, what was expected and how to mend it. Where to read more stands
@@ -68,10 +67,6 @@ class DecodeError(AmuletError, RuntimeError):
 
 class OutOfMemoryError(DecodeError):
     """The device ran out of memory; states how many rows and tokens the batch had."""
-
-
-class InterruptedDecodeError(DecodeError):
-    """Another caller's interrupt (Ctrl-C) ended the step that this request shared."""
 
 
 class EvaluationError(AmuletError):

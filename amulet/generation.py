@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,7 @@ class Generation:
     generator: torch.Generator | None = field(default=None, init=False, repr=False)
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)
     draft: Draft | None = field(default=None, init=False, repr=False)
+    context: Context = field(default_factory=copy_context, init=False, repr=False)  # of its caller
 
     @property
     def done(self) -> bool:

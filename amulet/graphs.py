@@ -145,7 +145,7 @@ class StepGraphs:
             return forward_step(self._model, *arguments) if logits is None else logits
 
         try:
-            with _recording_lock, grouped(self._model.config):
+            with _recording_lock, grouped():
                 return self._recording(inputs, forward)
         except Exception as error:  # also for want of memory, of which a pass alone takes less
             self._possible = False

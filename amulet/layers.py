@@ -318,7 +318,7 @@ class NativeLayer:
         hidden = hidden / 64  # the norms undo it; what the layer adds is then most of its output
         places = torch.tensor([[1], [3]])
         mask = torch.arange(4) <= places[:, None, :, None]
-        with torch.no_grad(), grouped(config):
+        with torch.no_grad(), grouped():
             own = module(
                 hidden,
                 attention_mask=mask,

@@ -12,13 +12,11 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet.aio import AsyncReplyStream, Pump, read_all
+from amulet.aio import AsyncReplyStream, read_all
 from amulet.comparison import Comparison, comparison_requests
 from amulet.curve import STRENGTHS, Point, StrengthCurve, curve_requests
 from amulet.driver import Driver
-from amulet.engine import Engine
 from amulet.errors import AmuletError, RequestError
-from amulet.openmp import release
 from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.request import Reply, Request
@@ -29,7 +27,8 @@ from amulet.tokenizer import own_tokenizer
 class Amulet:
     """A causal language model that answers each request in its own preferred way.
 
-    One object serves many threads; requests that overlap share forward passes.
+    One object serves many threads; requests that overlap share forward passes, also those of
+    several objects over one model that have the same options.
 
     Args:
         model: a Transformers causal language model; it is used as it is, on its device.
@@ -75,10 +74,8 @@ class Amulet:
         self.end_ids = end_ids(model, tokenizer)
         if compile not in (True, False, "auto"):
             raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
-        self._engine = Engine(model, prefix_cache_bytes, compile, drafts)
-        self._driver = Driver(self._engine, max_rows)
-        self._pump = Pump(self._driver)
-        release()  # loading computed, and perhaps another thread will decode
+        self._driver = Driver.of(model, max_rows, prefix_cache_bytes, compile, drafts)
+        self._engine = self._driver.engine
 
     @classmethod
     def from_pretrained(
@@ -278,17 +275,17 @@ class Amulet:
         A stream that `prepare` returned is queued at once, in the running event loop.
         """
         if isinstance(request, ReplyStream):
-            reader = AsyncReplyStream(self._pump, self._driver)
+            reader = AsyncReplyStream(self._driver)
             reader.submit(request)
             return reader
-        return AsyncReplyStream(self._pump, self._driver, lambda: self.prepare(request))
+        return AsyncReplyStream(self._driver, lambda: self.prepare(request))
 
     async def abatch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
     ) -> list[Reply | AmuletError]:
         """`batch` for asyncio; see `achat`."""
         streams = await asyncio.to_thread(self._prepare_all, list(requests), return_exceptions)
-        return await read_all(self._pump, self._driver, streams, return_exceptions)
+        return await read_all(self._driver, streams, return_exceptions)
 
     def compare(
         self,

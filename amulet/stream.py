@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -66,11 +67,7 @@ class ReplyStream(Iterator[str]):
             elif self.ended:
                 return
             else:
-                try:
-                    self._driver.advance(self.generation, known)
-                except BaseException:
-                    self.close()
-                    raise
+                self._wait(known)
 
     def poll(self) -> Event | None:
         """Return the next event if one is ready, else None; never waits. `ended`: none will come.
@@ -92,8 +89,17 @@ class ReplyStream(Iterator[str]):
         self._driver.check(self.generation)
         return None
 
+    def _wait(self, known: int) -> None:
+        try:
+            self._driver.wait(self.generation, known)
+        except BaseException:
+            self.close()
+            raise
+
     def read(self) -> Reply:
         """Decode to the end and return the reply."""
+        self.submit()
+        self._wait(sys.maxsize)
         for _ in self.events():
             pass
         return self.reply
@@ -152,7 +158,7 @@ class ReplyStream(Iterator[str]):
         """The trace so far, if it was asked for."""
         if not self.generation.trace:
             return None
-        return self._traces(0, len(self.generation.scores))
+        return self._traces(0, min(len(self.generation.scores), len(self.generation.token_ids)))
 
     def _traced(self, event: Event, start: int, end: int) -> Event:
         if not self.generation.trace or start == end:

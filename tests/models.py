@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -131,7 +133,8 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
     as the answer begins with; the ChatML generation prompt ends in a newline.
 
     The scripted token has logit 20, all others 0. `calls` lists the shape of `input_ids` of every
-    forward call; set `fail_with` to an exception to raise it on the next call, once.
+    forward call; set `fail_with` to an exception to raise it on the next call, once. An interrupt
+    reaches the main thread instead.
     """
 
     config_class = LlamaConfig
@@ -184,7 +187,10 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         self.calls.append(tuple(input_ids.shape))
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
-            raise error
+            if not isinstance(error, KeyboardInterrupt):
+                raise error
+            # As Ctrl-C does: it reaches the main thread, while this one goes on.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         history, new = input_ids, input_ids.shape[1]
         if past_key_values is not None:
             keys = input_ids.to(torch.float32)[:, None, :, None].expand(-1, 1, -1, 2)

@@ -11,7 +11,6 @@ import openai
 from amulet.errors import (
     AmuletError,
     DecodeError,
-    InterruptedDecodeError,
     ModelError,
     OutOfMemoryError,
     PromptTooLongError,
@@ -24,7 +23,6 @@ _BY_CODE: Mapping[str, type[AmuletError]] = {
     "template_error": TemplateError,
     "out_of_memory": OutOfMemoryError,
     "grammar_error": DecodeError,
-    "interrupted": InterruptedDecodeError,
     "model_not_found": ModelError,
     "not_supported": ModelError,
 }

@@ -83,6 +83,9 @@ class RemoteStream(_Collected, ReplyStream):
     def submit(self) -> None:
         """Do nothing: the request is sent at the first read."""
 
+    def _wait(self, known: int) -> None:
+        """Do nothing: `events` waits for the server."""
+
     def events(self) -> Iterator[Event]:
         """The rest of the answer as events; see `Event`.
 

@@ -10,7 +10,6 @@ from typing import Any
 from amulet.errors import (
     AmuletError,
     DecodeError,
-    InterruptedDecodeError,
     MissingPackageError,
     ModelError,
     OutOfMemoryError,
@@ -101,8 +100,6 @@ def from_amulet(error: AmuletError, fields: Sequence[str]) -> ApiError:
         return ApiError(400, message, param=_param("grammar:", fields), code="grammar_error")
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, message, code="out_of_memory", retry_after=1)
-    if isinstance(error, InterruptedDecodeError):
-        return ApiError(503, message, code="interrupted", retry_after=1)
     if isinstance(error, MissingPackageError | ModelError):
         return ApiError(501, message, code="not_supported")
     return ApiError(500, message, code="decode_error")

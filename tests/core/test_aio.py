@@ -38,10 +38,6 @@ def user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def pumps() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "amulet-pump"]
-
-
 async def until(condition: Any) -> None:
     for _ in range(500):
         if condition():
@@ -61,7 +57,6 @@ async def test_the_async_twins_say_what_the_others_say(tokenizer: PreTrainedToke
     assert events == [Event("text", piece) for piece in "héll"]
     replies = await amulet.abatch([{"messages": user("hi")}, {"messages": user("x")}])
     assert [str(reply) for reply in replies] == ["héllo 😀", "other"]
-    await until(lambda: not pumps())
 
 
 async def test_concurrent_answers_share_forward_passes(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -129,9 +124,9 @@ async def test_ending_early_stops_the_decode(tokenizer: PreTrainedTokenizerFast,
                 assert piece == "a"
                 break
     calls = len(model.calls)
-    await until(lambda: not pumps())
+    await until(lambda: amulet._engine.cache_bytes == 0)
+    await asyncio.sleep(0.05)
     assert len(model.calls) <= calls + 1
-    assert amulet._engine.cache_bytes == 0
 
 
 async def test_a_stream_that_is_dropped_stops_too(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -139,8 +134,7 @@ async def test_a_stream_that_is_dropped_stops_too(tokenizer: PreTrainedTokenizer
     stream = amulet.astream(user("hi"))
     assert await stream.__anext__() == "a"
     del stream
-    await until(lambda: not pumps())
-    assert amulet._engine.running == []
+    await until(lambda: amulet._engine.running == [])
 
 
 async def test_bad_input_and_failures_reach_the_caller(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -190,8 +184,8 @@ async def test_a_prepared_answer_is_queued_at_once(tokenizer: PreTrainedTokenize
     assert (await reader.read()).text == stream.text == "hello"
 
 
-def test_a_loop_that_is_gone_does_not_keep_the_pump(tokenizer: PreTrainedTokenizerFast) -> None:
-    amulet, _ = amulet_saying(tokenizer, LONG, SlowModel)
+def test_a_loop_that_is_gone_ends_its_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet, model = amulet_saying(tokenizer, LONG, SlowModel)
     streams = []
 
     async def leave() -> None:
@@ -200,10 +194,12 @@ def test_a_loop_that_is_gone_does_not_keep_the_pump(tokenizer: PreTrainedTokeniz
 
     asyncio.run(leave())
     for _ in range(500):
-        if not pumps():
+        if not amulet._engine.running:
             break
         time.sleep(0.01)
-    assert pumps() == []
+    calls = len(model.calls)
+    time.sleep(0.05)
+    assert (amulet._engine.running, len(model.calls)) == ([], calls)
     assert torch.is_inference_mode_enabled() is False
 
 
@@ -227,10 +223,10 @@ asyncio.run(main())
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_process_waits_for_a_pump_that_has_just_finished() -> None:
-    """The thread's last act can be to free the model, which is inside PyTorch too."""
+def test_the_decode_thread_ends_before_the_interpreter() -> None:
+    """A thread that frees a model is inside PyTorch, too."""
     script = """
-import asyncio, atexit, threading, time
+import atexit, threading
 
 def names() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
@@ -239,27 +235,15 @@ def names() -> list[str]:
 def at_the_very_end() -> None:
     print("at the end", names())
 
-from amulet.aio import Pump
 from amulet import Amulet
 from tests.models import byte_tokenizer, random_model
 
-run = Pump._run
-
-def slow(pump: Pump) -> None:
-    run(pump)
-    time.sleep(0.5)
-
-Pump._run = slow
-
-async def main() -> None:
-    amulet = Amulet(random_model("llama"), byte_tokenizer())
-    await amulet.achat([{"role": "user", "content": "hi"}], max_new_tokens=3)
-
-asyncio.run(main())
+amulet = Amulet(random_model("llama"), byte_tokenizer())
+amulet.chat([{"role": "user", "content": "hi"}], max_new_tokens=3)
 print("after the answer", names())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     after, end = done.stdout.splitlines()
-    assert "amulet-pump" in after
-    assert "amulet-pump" not in end
+    assert "amulet-decode" in after
+    assert "amulet-decode" not in end

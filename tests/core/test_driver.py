@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
-from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from amulet.driver import Driver
 from amulet.engine import Engine
-from amulet.errors import DecodeError, InterruptedDecodeError
+from amulet.errors import DecodeError, RequestError
 from amulet.generation import Generation
 from tests.models import ScriptedModel
 
@@ -33,11 +38,15 @@ def make(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Generation]:
     return made
 
 
+def advance(driver: Driver, generation: Generation, known: int) -> None:
+    driver.wait(generation, known)
+    driver.check(generation)
+
+
 def finish(driver: Driver, generation: Generation) -> str:
-    while True:
-        driver.advance(generation, len(generation.token_ids))
-        if generation.done:
-            break
+    while not generation.done:
+        advance(driver, generation, len(generation.token_ids))
+    driver.check(generation)
     return bytes(generation.token_ids[:-1]).decode()
 
 
@@ -93,14 +102,14 @@ def test_cancelling_frees_the_row_at_once_when_nobody_decodes(
     driver = Driver(engine, max_rows=64)
     stopped, waiting = make(), make()
     driver.submit(stopped)
-    driver.advance(stopped, 0)
+    advance(driver, stopped, 0)
     driver.submit(waiting)
     driver.cancel(stopped)
     driver.cancel(waiting)
     assert (stopped.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
     assert (engine.running, engine.cache_bytes) == ([], 0)
     calls = len(model.calls)
-    driver.advance(waiting, 0)
+    advance(driver, waiting, 0)
     assert len(model.calls) == calls
 
 
@@ -111,7 +120,7 @@ def test_a_failed_step_reaches_everyone_in_it_and_the_next_call_works(
     first, second = make(), make()
     for generation in (first, second):
         driver.submit(generation)
-    driver.advance(second, 0)
+    advance(driver, second, 0)
     model.fail_with = RuntimeError("the device is on fire")
     errors = []
     for generation in (first, second):
@@ -130,11 +139,11 @@ def test_a_failed_prefill_is_the_newcomers_alone(
     driver = Driver(Engine(model), max_rows=64)
     going, newcomer = make(), make()
     driver.submit(going)
-    driver.advance(going, 0)
+    advance(driver, going, 0)
     model.fail_with = torch.OutOfMemoryError("no room")
     driver.submit(newcomer)
     with pytest.raises(DecodeError, match="2 rows"):
-        driver.advance(newcomer, 0)
+        advance(driver, newcomer, 0)
     assert finish(driver, going) == TEXT
 
 
@@ -147,7 +156,7 @@ def test_an_interrupt_hits_its_caller_and_the_others_go_on(
     driver.submit(other)
     if when == "step":
         driver.submit(mine)
-        driver.advance(mine, 0)
+        advance(driver, mine, 0)
     model.fail_with = KeyboardInterrupt()
     if when == "prefill":
         driver.submit(mine)
@@ -157,26 +166,21 @@ def test_an_interrupt_hits_its_caller_and_the_others_go_on(
     assert finish(driver, other) == TEXT
 
 
-def test_an_interrupt_while_tokens_are_handed_over_ends_the_batch_cleanly(
-    model: ScriptedModel, make: Callable[..., Generation]
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, ValueError])
+def test_what_a_callback_raises_is_its_own_callers(
+    model: ScriptedModel, make: Callable[..., Generation], raised: type[BaseException]
 ) -> None:
-    def interrupt(token_id: int) -> bool:
-        raise KeyboardInterrupt
+    def fail(token_id: int) -> bool:
+        raise raised
 
-    engine = Engine(model)
-    driver = Driver(engine, max_rows=64)
-    other = make()
+    driver = Driver(Engine(model), max_rows=64)
+    other, mine = make(), make(on_token=fail)
     driver.submit(other)
-    driver.advance(other, 0)
-    mine = make(on_token=interrupt)
+    advance(driver, other, 0)
     driver.submit(mine)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DecodeError, match=raised.__name__):
         finish(driver, mine)
-    with pytest.raises(InterruptedDecodeError, match="send the request again"):
-        finish(driver, other)
-    later = make()
-    driver.submit(later)
-    assert finish(driver, later) == TEXT
+    assert finish(driver, other) == TEXT
 
 
 def test_a_slow_reader_does_not_hold_up_the_others(
@@ -185,51 +189,138 @@ def test_a_slow_reader_does_not_hold_up_the_others(
     driver = Driver(Engine(model), max_rows=64)
     slow, quick = make(), make()
     driver.submit(slow)
-    driver.advance(slow, 0)
+    advance(driver, slow, 0)
     driver.submit(quick)
     assert finish(driver, quick) == TEXT
     assert len(slow.token_ids) >= len(TEXT), "it was carried along"
     assert finish(driver, slow) == TEXT
 
 
-def test_one_thread_runs_the_steps_until_its_answer_ends(
+def test_all_engines_of_a_model_share_one_thread(
     model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each thread that computes would have its own OpenMP helpers, and too many are slow ones."""
-    monkeypatch.setattr("amulet.driver.PATIENCE", 60.0)
-    engine = Engine(model)
-    driver = Driver(engine, max_rows=64)
-    runners: list[int] = []
-    step = engine.step
+    threads: set[int] = set()
+    forward = model.forward
 
-    def recorded() -> None:
-        runners.append(threading.get_ident())
-        step()
+    @functools.wraps(forward)
+    def recorded(*args: Any, **options: Any) -> Any:
+        threads.add(threading.get_ident())
+        return forward(*args, **options)
 
-    monkeypatch.setattr(engine, "step", recorded)
-    generations = [make(max_new_tokens=n) for n in (8, 12, 16, 20)]
-    for generation in generations:
+    monkeypatch.setattr(model, "forward", recorded)
+    drivers = [Driver(Engine(model), max_rows=rows) for rows in (1, 2)]
+    generations = [make() for _ in drivers]
+    for driver, generation in zip(drivers, generations, strict=True):
         driver.submit(generation)
-    threads = [threading.Thread(target=finish, args=(driver, one)) for one in generations]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    readers = [
+        threading.Thread(target=finish, args=pair)
+        for pair in zip(drivers, generations, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(timeout=60)
     assert all(generation.done for generation in generations)
-    changes = sum(one != other for one, other in pairwise(runners))
-    assert changes <= 3  # only where the runner's own answer was over
+    assert len(threads) == 1
+    assert threads.isdisjoint({threading.get_ident(), *(reader.ident for reader in readers)})
 
 
-def test_a_runner_that_stays_away_is_not_waited_for(
+def test_one_driver_serves_all_who_ask_alike(model: ScriptedModel) -> None:
+    driver = Driver.of(model, 64, 0, False, True)
+    assert Driver.of(model, 64, 0, False, True) is driver
+    assert Driver.of(model, 64, 1, False, True) is not driver
+
+
+def test_the_thread_ends_with_its_drivers(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
     driver = Driver(Engine(model), max_rows=64)
-    mine, other = make(), make()
-    driver.submit(mine)
-    driver.submit(other)
-    driver.advance(mine, 0)  # this thread ran the step, and reads no further
-    thread = threading.Thread(target=finish, args=(driver, other))
-    thread.start()
+    generation = make()
+    driver.submit(generation)
+    assert finish(driver, generation) == TEXT
+    thread = driver._thread._thread
+    assert thread is not None
+    assert thread.is_alive()
+    del driver
+    gc.collect()
     thread.join(timeout=60)
-    assert other.done
-    assert finish(driver, mine) == TEXT
+    assert not thread.is_alive()
+
+
+def test_the_decode_thread_does_not_wait_for_itself(
+    model: ScriptedModel, make: Callable[..., Generation]
+) -> None:
+    driver = Driver(Engine(model), max_rows=64)
+    inner = make()
+
+    def ask(token_id: int) -> bool:
+        driver.submit(inner)
+        driver.wait(inner, 0)
+        return False
+
+    outer = make(on_token=ask)
+    driver.submit(outer)
+    driver.wait(outer, 0)
+    assert isinstance(outer.error, RequestError)
+    assert "use another model" in str(outer.error)
+
+
+def test_a_cancel_never_comes_between_a_token_and_its_text(
+    model: ScriptedModel, make: Callable[..., Generation]
+) -> None:
+    for _ in range(50):
+        driver = Driver(Engine(model), max_rows=64)
+        seen: list[int] = []
+
+        def slowly(token_id: int, seen: list[int] = seen) -> bool:
+            time.sleep(0.0005)
+            seen.append(token_id)
+            return False
+
+        generation = make(on_token=slowly)
+        driver.submit(generation)
+        driver.watch(generation, lambda: None)
+        time.sleep(0.003)
+        driver.cancel(generation)
+        assert generation.token_ids == seen
+        time.sleep(0.002)
+        assert generation.token_ids == seen, "a token came after the end"
+
+
+def test_a_step_waits_for_a_reader(model: ScriptedModel, make: Callable[..., Generation]) -> None:
+    driver = Driver(Engine(model), max_rows=64)
+    generation = make()
+    driver.submit(generation)
+    time.sleep(0.05)
+    assert model.calls == []
+    advance(driver, generation, 0)
+    time.sleep(0.05)
+    assert len(model.calls) == 1
+
+
+def test_a_forked_child_decodes_and_the_parent_goes_on() -> None:
+    script = """
+import os
+from amulet import Amulet, DecodeError
+from tests.models import byte_tokenizer, random_model
+
+amulet = Amulet(random_model("llama"), byte_tokenizer())
+said = amulet.complete("hi", max_new_tokens=8).token_ids
+half = amulet.stream_complete("hi", max_new_tokens=200)
+next(half)
+child = os.fork()
+if child == 0:
+    try:
+        half.read()
+    except DecodeError as error:
+        assert "forked" in str(error), error
+        os._exit(0 if amulet.complete("hi", max_new_tokens=8).token_ids == said else 1)
+    os._exit(2)
+assert os.waitpid(child, 0)[1] == 0
+half.close()
+assert amulet.complete("hi", max_new_tokens=8).token_ids == said
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
