@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 FREE = 0.5
 """Under a grammar, text is free where at least this share of the vocabulary is permitted."""
+SAME_CALLS = 2
+"""How often an answer makes the same call; further ones are left out, and as many end it: small
+models fall into such loops."""
 
 
 class Answer:
@@ -68,7 +71,7 @@ class Answer:
         self._matcher = matcher
         self._parallel = parallel
         self._call: _Call | None = None
-        self._repeats = False
+        self._left_out = 0  # calls in a row
         self._tokens = 0
         self._covered = 0
 
@@ -99,14 +102,17 @@ class Answer:
         self._control.prepare(self._scanner.section)
         return False
 
-    def finish(self, tokens: int) -> None:
-        """Release what was held back; `tokens` is how many were decoded in all."""
+    def finish(self, tokens: int, cut: bool = False) -> None:
+        """Release what was held back.
+
+        Args:
+            tokens: how many were decoded in all.
+            cut: decoding was stopped, by a limit or by the caller.
+        """
         self._tokens = tokens
         self._take(self._scanner.push(self._detokenizer.finish()))
-        self._take(self._scanner.finish())
+        self._take(self._scanner.finish(cut))
         self._say(self._stops.push("", ended=True))
-        if self._call is not None:
-            self._end_call("", "the call is cut off")
         self.finished = True
         if self._traced and self._covered < self._tokens:  # tokens without a text of their own
             self._put(Event("text", ""))
@@ -121,6 +127,7 @@ class Answer:
                 self.reasoning += piece.text
                 self._put(Event("reasoning", piece.text))
             elif not self._has_its_call():
+                self._say(self._stops.push("", ended=True))  # no stop string goes on behind a call
                 self._take_call(piece)
 
     def _say(self, text: str) -> None:
@@ -129,24 +136,25 @@ class Answer:
             self._put(Event("text", text))
 
     def _take_call(self, piece: Piece) -> None:
-        if piece.kind == "name":
-            self._call = _Call(self._count(), piece.text)
-            self._put(Event("tool_call", "", (), self._call.index, self._call.id, piece.text))
-        elif piece.kind == "arguments":
-            if self._call is None:
-                self._call = _Call(self._count(), None)
-            self._call.arguments += piece.text
-            self._put(Event("tool_call", piece.text, (), self._call.index))
+        """Hold a call's events back until it has ended: a part of a call must not pass for one."""
+        call = self._call = self._call or _Call(self._count())
+        if piece.kind == "end":
+            self._call = None
+            self._end_call(call, piece.text, piece.error)
+        elif piece.kind == "name":
+            call.name = piece.text.encode("utf-8", "replace").decode()  # no lone surrogates
+            first = Event("tool_call", "", (), call.index, call.id, call.name)
+            call.held.append(self._covering(first))
         else:
-            self._end_call(piece.text, piece.error)
+            call.written += piece.text
+            call.held.append(self._covering(Event("tool_call", piece.text, (), call.index)))
 
-    def _end_call(self, raw: str, error: str | None) -> None:
-        call, self._call = self._call, None
-        if call is None:
-            call = _Call(self._count(), None)
-            self._put(Event("tool_call", raw, (), call.index, call.id))
+    def _end_call(self, call: _Call, raw: str, error: str | None) -> None:
+        start = call.held[0][1] if call.held else self._covered
         try:
-            arguments = json.loads(call.arguments or "{}", strict=False)
+            arguments = json.loads(call.written or "{}", strict=False)
+            normal = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            normal.encode()  # lone surrogates can't be sent
         except (ValueError, RecursionError) as broken:
             arguments = None
             error = error or f"the arguments are not JSON: {broken}"
@@ -154,34 +162,51 @@ class Answer:
             error = "expected the arguments to be a JSON object"
         if error is None and call.name is None:
             error = "expected a name"
-        if error is None:
-            known = [(earlier.name, earlier.arguments) for earlier in self.tool_calls]
-            self._repeats = (call.name, arguments) in known  # a loop that a small model falls into
-            self.tool_calls.append(ToolCall(str(call.name), arguments, call.id))
-        else:
-            invalid = InvalidToolCall(raw or call.arguments, error, call.id, call.name)
-            self.invalid_tool_calls.append(invalid)
+        if error is not None:
+            raw = raw or call.written
+            self.invalid_tool_calls.append(InvalidToolCall(raw, error, call.id, call.name))
+            event = Event("tool_call", raw, (), call.index, call.id, call.name, error)
+            self.queue.append((self._covering(event)[0], start, self._tokens))
+            return
+        if not _is_json(call.written):  # but for line breaks in texts, which others refuse
+            (first, _, end), call.written = call.held[0], normal
+            rest = Event("tool_call", normal, (), call.index)
+            call.held = [(first, start, end), (rest, end, call.held[-1][2])]
+        made = [(earlier.name, earlier.arguments) for earlier in self.tool_calls]
+        if made.count((str(call.name), arguments)) >= SAME_CALLS:
+            self._left_out += 1
+            self._covered = start
+            return
+        self._left_out = 0
+        self.queue.extend(call.held)
+        self.tool_calls.append(ToolCall(str(call.name), arguments, call.id, call.written))
 
     def _count(self) -> int:
         return len(self.tool_calls) + len(self.invalid_tool_calls)
 
     def _has_its_call(self) -> bool:
-        return self._repeats or (not self._parallel and self._count() > 0)
+        loops = self._left_out >= SAME_CALLS
+        return loops or (not self._parallel and self._count() > 0)
 
     def _put(self, event: Event) -> None:
-        self.queue.append((event, self._covered, self._tokens))
-        self._covered = self._tokens
+        self.queue.append(self._covering(event))
+
+    def _covering(self, event: Event) -> tuple[Event, int, int]:
+        """Return an event with the range of the tokens since the last one."""
+        start, self._covered = self._covered, self._tokens
+        return event, start, self._tokens
 
 
 class _Call:
     """The call that is being read."""
 
-    def __init__(self, index: int, name: str | None) -> None:
+    def __init__(self, index: int) -> None:
         # Nine letters and digits: Mistral's templates refuse any other id.
         self.id = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         self.index = index
-        self.name = name
-        self.arguments = ""
+        self.name: str | None = None
+        self.written = ""
+        self.held: list[tuple[Event, int, int]] = []
 
 
 class _Control:
@@ -225,3 +250,11 @@ def _silent_markers(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) 
         if token.special or token.content in tokenizer.all_special_tokens
     }
     return {token_id: text for token_id, text in special.items() if text in markers}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -228,16 +228,18 @@ class ToolCall:
         name: the tool's name, as the model wrote it.
         arguments: its arguments; they are not checked against the tool's schema.
         id: an id of this call, unique, for the tool message that answers it.
+        written: the JSON of the arguments as it was streamed; "" for a call made by hand.
     """
 
     name: str
     arguments: dict[str, Any]
     id: str
+    written: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A call that can't be read: what the model wrote, and what is wrong with it."""
+    """A call that can't be read or was cut off: what the model wrote, and what is wrong with it."""
 
     raw: str
     error: str
@@ -252,10 +254,12 @@ class Event:
     Attributes:
         kind: "text" for the reader, "reasoning" (a thinking span), or "tool_call".
         text: the piece. Those of one kind concatenate to the reply's `text` or `reasoning`; those
-            of one call to the JSON of its arguments. With a trace the last event may be empty.
+            of one call to the JSON of its arguments. With a trace the last event may be empty. A
+            call's events come once it has ended, so that no cut call looks like a whole one.
         tokens: with `trace=True`, the tokens whose text begins here; all events' make the trace.
         index: for a call, the how manyth of the answer it is, from 0.
         id, name: for a call's first event, its id and the tool's name (None: not readable).
+        error: for an invalid call's only event, what is wrong; `text` is what the model wrote.
     """
 
     kind: EventKind
@@ -264,6 +268,7 @@ class Event:
     index: int = 0
     id: str | None = None
     name: str | None = None
+    error: str | None = None
 
     def with_tokens(self, tokens: tuple[TokenTrace, ...]) -> Event:
         """Return this event with its tokens."""

@@ -6,11 +6,12 @@ markers, "call" where tools are called. What may turn out to be a marker is held
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
-from amulet.tools.base import CallReader, Dialect, Piece
+from amulet.tools.base import CUT, CallReader, Dialect, Function, Piece
 
 Section: TypeAlias = Literal["text", "reasoning", "call"]
 
@@ -37,16 +38,37 @@ class Scanner(Protocol):
     def push(self, text: str) -> list[Piece]:
         """Take the next text; return what can be released."""
 
-    def finish(self) -> list[Piece]:
-        """Return what was held back, once decoding has ended."""
+    def finish(self, cut: bool = False) -> list[Piece]:
+        """Return what was held back, once decoding has ended.
+
+        Args:
+            cut: it was stopped, by a limit or by the caller; so nothing unfinished is a call, and
+                what may have been the beginning of a marker is no text.
+        """
 
 
 @dataclass(frozen=True)
 class Calls:
-    """How calls are recognised: the dialect, and the names that may be called."""
+    """How calls are recognised: the dialect, the names that may be called, and their schemas."""
 
     dialect: Dialect
     names: tuple[str, ...]
+    functions: tuple[Function, ...] = ()
+
+
+@dataclass
+class _Doubt:
+    """A closing marker that seems to be part of a value: what is read if it isn't.
+
+    Args:
+        reader: as it was before the marker.
+        text: the marker, and what came behind it.
+        pieces: what was read since, if it is part of a value.
+    """
+
+    reader: CallReader
+    text: str = ""
+    pieces: list[Piece] = field(default_factory=list)
 
 
 class Spans:
@@ -72,6 +94,7 @@ class Spans:
         self._closes = dict(spans)
         self._close = ""
         self._reader: CallReader | None = None
+        self._doubt: _Doubt | None = None
         self._buffer = ""
         self._at_start = True  # no text for the reader so far
         self._trim = self.section == "reasoning"  # drop space before the section's first letter
@@ -80,12 +103,26 @@ class Spans:
         self._buffer += text
         return self._scan(ended=False)
 
-    def finish(self) -> list[Piece]:
-        pieces = self._scan(ended=True)
+    def finish(self, cut: bool = False) -> list[Piece]:
+        pieces = self._scan(ended=not cut)
+        while not cut and self._doubt is not None:
+            self._settle(pieces)
+            pieces += self._scan(ended=True)
         if self._reader is not None:
-            pieces += self._reader.finish()
+            pieces += [*(self._doubt.pieces if self._doubt else ()), *self._reader.finish(cut)]
             self._reader = None
+        elif self.section == "text":
+            pieces += self._cut_text()
         return pieces
+
+    def _cut_text(self) -> list[Piece]:
+        """Return what is left of a text that was cut: space, or the beginning of a marker."""
+        begun = self._buffer.strip()
+        if not begun:
+            return [Piece("text", self._buffer)] if self._buffer and not self._trim else []
+        if self._thinking is not None and self._at_start and self._thinking[0].startswith(begun):
+            return []
+        return [Piece("end", begun, CUT)]
 
     def _scan(self, ended: bool) -> list[Piece]:
         steps = {"text": self._text, "reasoning": self._reasoning, "call": self._call}
@@ -137,7 +174,7 @@ class Spans:
     def _begin_call(self, close: str, rest: str) -> None:
         assert self._calls is not None
         self.section, self._close, self._buffer = "call", close, rest
-        self._reader = self._calls.dialect.reader()
+        self._reader = self._calls.dialect.reader(self._calls.functions)
 
     def _reasoning(self, out: list[Piece], ended: bool) -> bool:
         assert self._thinking is not None
@@ -157,18 +194,44 @@ class Spans:
     def _call(self, out: list[Piece], ended: bool) -> bool:
         assert self._reader is not None
         at = self._buffer.find(self._close) if self._close else -1
-        if at >= 0:
-            out += self._reader.push(self._buffer[:at])
-            out += self._reader.finish()
-            self._reader = None
-            self._buffer = self._buffer[at + len(self._close) :]
-            self.section, self._trim = "text", True
+        if at < 0:
+            held = _held(self._buffer, (self._close,)) if self._close and not ended else 0
+            self._read(len(self._buffer) - held, out)
+            return False
+        self._read(at, out)
+        if self._reader.is_inside():
+            self._doubt = self._doubt or _Doubt(copy.deepcopy(self._reader))
+            self._read(len(self._close), out)
             return True
-        held = _held(self._buffer, (self._close,)) if self._close and not ended else 0
-        keep = len(self._buffer) - held
-        out += self._reader.push(self._buffer[:keep])
-        self._buffer = self._buffer[keep:]
-        return False
+        pieces = [*(self._doubt.pieces if self._doubt else ()), *self._reader.finish(cut=False)]
+        if self._doubt is not None and any(piece.error for piece in pieces):
+            self._settle(out)
+        else:
+            self._end_section(pieces, out)
+        return True
+
+    def _read(self, length: int, out: list[Piece]) -> None:
+        """Give the reader so much of the buffer."""
+        assert self._reader is not None
+        text, self._buffer = self._buffer[:length], self._buffer[length:]
+        pieces = self._reader.push(text)
+        if self._doubt is None:
+            out += pieces
+        else:
+            self._doubt.text += text
+            self._doubt.pieces += pieces
+
+    def _settle(self, out: list[Piece]) -> None:
+        """The first closing marker was one, though it seemed to be part of a value."""
+        assert self._doubt is not None
+        self._buffer = self._doubt.text + self._buffer
+        self._end_section(self._doubt.reader.finish(cut=False), out)
+
+    def _end_section(self, pieces: Sequence[Piece], out: list[Piece]) -> None:
+        out += pieces
+        self._buffer = self._buffer.removeprefix(self._close)
+        self._reader = self._doubt = None
+        self.section, self._trim = "text", True
 
     def _release(self, kind: Literal["text", "reasoning"], text: str, out: list[Piece]) -> None:
         text = text.lstrip() if self._trim else text

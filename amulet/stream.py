@@ -83,7 +83,8 @@ class ReplyStream(Iterator[str]):
         if not done:
             return None
         if self.generation.error is None and not self._answer.finished:
-            self._answer.finish(len(self.generation.token_ids))
+            cut = self.generation.finish_reason != "stop"
+            self._answer.finish(len(self.generation.token_ids), cut)
             return self.poll()
         self.ended = True
         self._driver.check(self.generation)

@@ -112,6 +112,10 @@ class Collector:
                 self._calls[index] = (id_, name or "", [])
             self._calls[index][2].append(function.get("arguments") or "")
             return Event("tool_call", function.get("arguments") or "", (), index, id_, name)
+        for call in delta.get("invalid_tool_calls") or ():
+            return Event(
+                "tool_call", call["raw"], (), call["index"], call["id"], call["name"], call["error"]
+            )
         if reasoning := delta.get("reasoning_content"):
             self._texts["reasoning"] += reasoning
             return Event("reasoning", reasoning)
@@ -136,7 +140,6 @@ class Collector:
                 )
             details = {"token_ids": [], "finish_reason": "cancelled"}
         invalid = tuple(InvalidToolCall(**call) for call in details.get("invalid_tool_calls", ()))
-        unread = {call.id for call in invalid}
         steering = details.get("steering")
         return Reply(
             text=self.text,
@@ -148,9 +151,8 @@ class Collector:
             trace=tuple(self.trace) if self._traced else None,
             reasoning=self._texts["reasoning"],
             tool_calls=tuple(
-                ToolCall(name, json.loads("".join(arguments) or "{}", strict=False), id_)
+                ToolCall(name, json.loads(written := "".join(arguments)), id_, written)
                 for id_, name, arguments in self._calls.values()
-                if id_ not in unread
             )
             if not cancelled
             else (),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 import time
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from amulet.request import Event, Reply, TokenTrace, Usage
+from amulet.request import Event, InvalidToolCall, Reply, TokenTrace, Usage
 
 UNLIKELY = -9999.0  # what OpenAI's API says for a token that can't come; JSON has no -inf
 
@@ -69,6 +68,9 @@ class Writer:
             delta: dict[str, Any] = {"content": event.text} if event.text else {}
         elif event.kind == "reasoning":
             delta = {"reasoning_content": event.text}
+        elif event.error is not None:
+            invalid = InvalidToolCall(event.text, event.error, event.id or "", event.name)
+            delta = {"invalid_tool_calls": [{"index": event.index, **vars(invalid)}]}
         else:
             function: dict[str, Any] = {"arguments": event.text}
             call: dict[str, Any] = {"index": event.index, "function": function}
@@ -150,22 +152,25 @@ class Writer:
 
 
 def _message(reply: Reply) -> dict[str, Any]:
-    calls = [
-        *((call.id, call.name, json.dumps(call.arguments)) for call in reply.tool_calls),
-        *((call.id, call.name or "", call.raw) for call in reply.invalid_tool_calls),
-    ]
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": None if calls and not reply.text else reply.text,
+        "content": None if reply.tool_calls and not reply.text else reply.text,
         "refusal": None,
     }
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning
-    if calls:
+    if reply.tool_calls:
         message["tool_calls"] = [
-            {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
-            for id_, name, arguments in calls
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.written},
+            }
+            for call in reply.tool_calls
         ]
+    # Never among the calls: clients complete arguments that are cut off, or call without any.
+    if reply.invalid_tool_calls:
+        message["invalid_tool_calls"] = [vars(call) for call in reply.invalid_tool_calls]
     return message
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -13,6 +14,7 @@ PieceKind: TypeAlias = Literal["text", "reasoning", "name", "arguments", "end"]
 Schema: TypeAlias = dict[str, Any]
 Mark: TypeAlias = Callable[[str], str]
 """Turns a marker such as `<tool_call>` into a Lark term: its token where it is one, else text."""
+CUT = "the call is cut off"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,15 @@ class CallReader(Protocol):
     def push(self, text: str) -> list[Piece]:
         """Take the next text of the section."""
 
-    def finish(self) -> list[Piece]:
-        """The section is over: return what is left, at least an error if there was no call."""
+    def is_inside(self) -> bool:
+        """Tell whether the text ends inside a value: a closing marker there is part of it."""
+
+    def finish(self, cut: bool) -> list[Piece]:
+        """The section is over: return what is left, at least an error if there was no call.
+
+        Args:
+            cut: decoding was stopped in it, so only a call that is whole counts.
+        """
 
 
 class Dialect(Protocol):
@@ -63,8 +72,8 @@ class Dialect(Protocol):
     def starts(self, text: str, names: Sequence[str]) -> bool | None:
         """Tell whether an answer's beginning is a call without a marker; None: can't tell yet."""
 
-    def reader(self) -> CallReader:
-        """Return what reads a section."""
+    def reader(self, functions: Sequence[Function] = ()) -> CallReader:
+        """Return what reads a section; the functions' schemas tell the types of values."""
 
     def grammar(
         self, functions: Sequence[Function], parallel: bool, mark: Mark, template: str
@@ -76,16 +85,16 @@ class Quotes:
     """Tells, character by character, what of a JSON text stands in a string."""
 
     def __init__(self) -> None:
-        self._open = self._escaped = False
+        self.open = self._escaped = False
 
     def hold(self, character: str) -> bool:
         """Take the next character; return whether it is in a string or one of its quotes."""
-        if self._open:
+        if self.open:
             self._escaped, was_escaped = character == "\\" and not self._escaped, self._escaped
-            self._open = character != '"' or was_escaped
+            self.open = character != '"' or was_escaped
             return True
-        self._open = character == '"'
-        return self._open
+        self.open = character == '"'
+        return self.open
 
 
 class JsonCalls:
@@ -117,12 +126,17 @@ class JsonCalls:
             self._take(character, out)
         return joined(out)
 
-    def finish(self) -> list[Piece]:
+    def is_inside(self) -> bool:
+        return self._quotes.open
+
+    def finish(self, cut: bool) -> list[Piece]:
         out: list[Piece] = []
         if self._depth:
-            self._end(out, whole=False)
+            # Only the closing brace is missing: the model forgot it.
+            self._end(out, whole=not cut and self._streaming and self._depth == 1)
         elif not self._found:
-            out.append(Piece("end", self._between.strip(), "expected a JSON object"))
+            error = CUT if cut else "expected a JSON object"
+            out.append(Piece("end", self._between.strip(), error))
         return out
 
     def _take(self, character: str, out: list[Piece]) -> None:
@@ -181,10 +195,8 @@ class JsonCalls:
                     out.append(Piece("arguments", _as_object(self._arguments)))
 
     def _end(self, out: list[Piece], whole: bool) -> None:
-        if not whole and self._name is not None and self._streaming and self._depth == 1:
-            whole = True  # only the closing brace is missing
         if not whole:
-            out.append(Piece("end", self._raw, "the call is cut off"))
+            out.append(Piece("end", self._raw, CUT))
         elif self._name is None:
             out.append(Piece("end", self._raw, 'expected a "name"'))
         else:
@@ -197,7 +209,7 @@ class JsonCalls:
 def _loads(text: str) -> Any:
     try:
         return json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -218,6 +230,96 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
         else:
             out.append(piece)
     return out
+
+
+# ---- bare values: a text as it is, everything else as JSON; the schema tells which it is ----
+
+_KINDS: Mapping[type, str] = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
+_PYTHON_NAMES = {"True": "true", "False": "false", "None": "null"}
+
+
+def bare_arguments(
+    functions: Sequence[Function], name: str, written: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Return arguments from keys and bare values, by the schema of the function of that name.
+
+    What the schema doesn't declare, or what isn't JSON of a declared type, stays text.
+    """
+    schema = next((f.parameters for f in functions if f.name == name), {})
+    declared = schema.get("properties") or {}
+    return {
+        key: _typed(value, _kinds(declared[key], schema)) if key in declared else value
+        for key, value in written
+    }
+
+
+def _typed(text: str, kinds: frozenset[str]) -> Any:
+    if kinds == {"string"}:
+        return text
+    bare = text.strip()
+    value = _loads(_PYTHON_NAMES.get(bare, bare))
+    if isinstance(value, float) and not math.isfinite(value):
+        return text  # JSON has no such number
+    if isinstance(value, float) and value.is_integer() and "number" not in kinds:
+        value = int(value)
+    kind = _KINDS[type(value)]
+    if kind == "string" or (value is None and bare not in ("null", "None")):  # or no JSON at all
+        return text
+    return value if kind in kinds or (kind == "integer" and "number" in kinds) else text
+
+
+def _kinds(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
+    """Return the JSON types that a schema permits, as far as it says so."""
+    every = frozenset(_KINDS.values())
+    if not isinstance(schema, dict) or depth > 20:
+        return every
+    if isinstance(reference := schema.get("$ref"), str):
+        return _kinds(resolved(reference, root), root, depth + 1)
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return frozenset(_KINDS.get(type(value), "string") for value in values)
+    if isinstance(branches := schema.get("anyOf") or schema.get("oneOf"), list):
+        found = (_kinds(branch, root, depth + 1) for branch in branches)
+        return frozenset().union(*found)
+    if isinstance(parts := schema.get("allOf"), list):
+        return every.intersection(*(_kinds(part, root, depth + 1) for part in parts))
+    kinds = schema.get("type")
+    return frozenset(kinds if isinstance(kinds, list) else [kinds]) & every if kinds else every
+
+
+def resolved(reference: str, root: Schema) -> Any:
+    """Return what a schema's `$ref` refers to in the schema that holds it; None where nothing."""
+    target: Any = root
+    for part in reference.removeprefix("#").strip("/").split("/"):
+        target = target.get(part) if isinstance(target, dict) else None
+    return target
+
+
+def bare_value_rules(name: str, schema: Any, root: Schema, end: str) -> list[str]:
+    """Return Lark rules of which the one of that name is a bare value and what ends it, a term."""
+    entry = schema if isinstance(schema, dict) else {}
+    if "enum" in entry or "const" in entry:
+        values = entry.get("enum", [entry.get("const")])
+        texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        return [f"{name}: ({' | '.join(map(json.dumps, texts))}) {end}"]
+    if "string" in _kinds(entry, root):
+        most = entry.get("maxLength", "")
+        length = f"{{{entry.get('minLength', 0)},{most}}}"
+        if end.startswith("<["):  # a token, which no text holds
+            return [f"{name}: {name}_text {end}", f"{name}_text: /(?s:.{length})/"]
+        closing = end[1:-1].replace("/", r"\/")
+        return [f"{name}[lazy]: /(?s:.{length}){closing}/"]
+    shared: Schema = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    term = json_term({**shared, **entry})
+    return [f"{name}: {name}_json {end}", f"{name}_json: {term}"]
 
 
 # ---- grammars ----

@@ -10,7 +10,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from amulet.tools.base import CallReader, Function, Mark, Piece, Schema, arguments_schema
+from amulet.tools.base import (
+    CUT,
+    CallReader,
+    Function,
+    Mark,
+    Piece,
+    Schema,
+    arguments_schema,
+    resolved,
+)
 
 NAME = "Gemma"
 SPANS: tuple[tuple[str, str], ...] = (
@@ -31,7 +40,7 @@ def starts(text: str, names: Sequence[str]) -> bool | None:
     return False
 
 
-def reader() -> CallReader:
+def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader()
 
 
@@ -45,19 +54,24 @@ class _Reader:
         self._text += text
         return []
 
-    def finish(self) -> list[Piece]:
+    def is_inside(self) -> bool:
+        return any(self._text.count(quote) % 2 for quote in EXTRA)
+
+    def finish(self, cut: bool) -> list[Piece]:
         raw, out, position = self._text, [], 0
         while found := _CALL.match(raw, position):
             try:
                 value, end = _value(raw, found.end())
-            except ValueError as error:
-                out += [Piece("name", found[1]), Piece("end", raw[position:].strip(), str(error))]
+            except (ValueError, RecursionError) as error:
+                wrong = CUT if cut else str(error)
+                out += [Piece("name", found[1]), Piece("end", raw[position:].strip(), wrong)]
                 return out
             out += [Piece("name", found[1]), Piece("arguments", json.dumps(value))]
             out.append(Piece("end", raw[position:end].strip()))
             position = end
         if not out or raw[position:].strip():
-            out.append(Piece("end", raw[position:].strip(), "expected call:name{...}"))
+            wrong = CUT if cut else "expected call:name{...}"
+            out.append(Piece("end", raw[position:].strip(), wrong))
         return out
 
 
@@ -76,7 +90,7 @@ def _value(text: str, at: int) -> tuple[Any, int]:
         return _entries(text, at + 1, "]")
     bare = _BARE.match(text, at)
     if bare is None:
-        raise ValueError("the call is cut off" if at >= len(text) else f"expected a value at {at}")
+        raise ValueError(CUT if at >= len(text) else f"expected a value at {at}")
     try:
         return json.loads(bare[0]), bare.end()
     except ValueError:
@@ -94,7 +108,7 @@ def _entries(text: str, at: int, closing: str) -> tuple[Any, int]:
         at = _skip(text, at)
         if closing == "}":
             if not text.startswith(":", at):
-                raise ValueError("the call is cut off" if at >= len(text) else "expected a colon")
+                raise ValueError(CUT if at >= len(text) else "expected a colon")
             key, (value, at) = str(value), _value(text, at + 1)
             members[key] = value
             at = _skip(text, at)
@@ -103,7 +117,7 @@ def _entries(text: str, at: int, closing: str) -> tuple[Any, int]:
         if text.startswith(",", at):
             at += 1
         elif not text.startswith(closing, at):
-            raise ValueError("the call is cut off" if at >= len(text) else f"expected {closing}")
+            raise ValueError(CUT if at >= len(text) else f"expected {closing}")
 
 
 def _skip(text: str, at: int) -> int:
@@ -154,7 +168,7 @@ class _Rules:
         name = f"value_{self._count}"
         reference = schema.get("$ref")
         if isinstance(reference, str):
-            target = _resolved(reference, root)
+            target = resolved(reference, root)
             # A schema that refers to itself can't be unfolded here.
             return self.term(target, root) if self._count < 200 else "any"
         if "const" in schema or "enum" in schema:
@@ -194,10 +208,3 @@ class _Rules:
         for rule in ("first", "more"):
             self.lines.append(f'{name}_{rule}_{len(properties)}: ""')
         return f'"{{" {name}_first_0 "}}"'
-
-
-def _resolved(reference: str, root: Schema) -> Any:
-    target: Any = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
-        target = target.get(part) if isinstance(target, dict) else None
-    return target

@@ -30,7 +30,7 @@ def starts(text: str, names: Sequence[str]) -> bool | None:
     return None if found.partial else True
 
 
-def reader() -> CallReader:
+def reader(functions: Sequence[Function] = ()) -> CallReader:
     return JsonCalls()
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from amulet.tools.base import (
+    CUT,
     CallReader,
     Function,
     JsonCalls,
@@ -31,7 +32,7 @@ def starts(text: str, names: Sequence[str]) -> bool | None:
     return False
 
 
-def reader() -> CallReader:
+def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader()
 
 
@@ -95,12 +96,17 @@ class _Reader:
                 self._object.closes("{")
         return joined(out)
 
-    def finish(self) -> list[Piece]:
+    def is_inside(self) -> bool:
+        return False  # no marker closes the section
+
+    def finish(self, cut: bool) -> list[Piece]:
         if self._list is not None:
-            return self._list.finish()
+            return self._list.finish(cut)
         if self._object is not None:
-            return [Piece("end", self._head + self._object.text, "the call is cut off")]
+            return [Piece("end", self._head + self._object.text, CUT)]
         head = self._head.replace("[TOOL_CALLS]", "").strip()
+        if cut and (self._head.strip() or not self._found):
+            return [Piece("end", head, CUT)]
         if head or not self._found:
             return [Piece("end", head, "expected a name and a JSON object")]
         return []

@@ -9,7 +9,16 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
-from amulet.tools.base import CallReader, Function, Mark, Piece, Schema, arguments_schema, json_term
+from amulet.tools.base import (
+    CUT,
+    CallReader,
+    Function,
+    Mark,
+    Piece,
+    Schema,
+    arguments_schema,
+    json_term,
+)
 
 NAME = "Python calls"
 SPANS: tuple[tuple[str, str], ...] = (
@@ -18,6 +27,9 @@ SPANS: tuple[tuple[str, str], ...] = (
 )
 EXTRA: tuple[str, ...] = ()
 
+_WITHOUT_OPEN_STRING = regex.compile(
+    r"""(?:[^'"\\]|'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")*+""", regex.DOTALL
+)
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
@@ -34,7 +46,7 @@ def starts(text: str, names: Sequence[str]) -> bool | None:
     return None if found.partial else True
 
 
-def reader() -> CallReader:
+def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader()
 
 
@@ -82,14 +94,18 @@ class _Reader:
         self._text += text
         return []
 
-    def finish(self) -> list[Piece]:
+    def is_inside(self) -> bool:
+        return _WITHOUT_OPEN_STRING.fullmatch(self._text) is None
+
+    def finish(self, cut: bool) -> list[Piece]:
         text = self._text.strip()
         try:
             body = ast.parse(text, mode="eval").body
             calls = body.elts if isinstance(body, ast.List | ast.Tuple) else [body]
             parsed = [_call(text, call) for call in calls]
-        except (ValueError, SyntaxError, RecursionError) as error:
-            return [Piece("end", text, f"expected [name(argument=value), ...]: {error}")]
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            wrong = CUT if cut else f"expected [name(argument=value), ...]: {error}"
+            return [Piece("end", text, wrong)]
         if not parsed:
             return [Piece("end", text, "expected a call and the list is empty")]
         return [piece for call in parsed for piece in call]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from amulet.tools.base import Piece, Schema
+from amulet.tools.base import CUT, Piece, Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +27,12 @@ class ResponseTemplate:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], schemas: Sequence[Schema]
     ) -> None:
-        self._parser = tokenizer.get_response_parser(
-            prefix=str(tokenizer.decode(prompt)), tools=list(schemas) or None
-        )
+        def new_parser(prefix: str) -> Any:
+            return tokenizer.get_response_parser(prefix=prefix, tools=list(schemas) or None)
+
+        self._new_parser = new_parser
+        self._parser = new_parser(str(tokenizer.decode(prompt)))
+        self._raw = ""  # of the call that is being read
         self.section: Literal["text", "reasoning", "call"] = "text"
         self.markers = tuple(tokenizer.all_special_tokens) + tuple(
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -37,23 +40,40 @@ class ResponseTemplate:
         self._read(self._parser.initial_events)
 
     def push(self, text: str) -> list[Piece]:
-        return self._read(self._parser.feed(text))
+        out: list[Piece] = []
+        for character in text:  # one by one: what follows a call that can't be parsed is kept
+            try:
+                out += self._read(self._parser.feed(character))
+            except ValueError as error:
+                out += self._unreadable(str(error))
+                self._parser = self._new_parser("")
+        return out
 
-    def finish(self) -> list[Piece]:
+    def finish(self, cut: bool = False) -> list[Piece]:
+        if cut:  # the parser would take what there is of a call for the whole of it
+            return self._unreadable(CUT)
         try:
             _, events = self._parser.finalize()
         except ValueError as error:  # a field is missing or a call can't be parsed
-            return [Piece("end", "", str(error))] if self.section == "call" else []
+            return self._unreadable(str(error))
         return self._read(events)
+
+    def _unreadable(self, error: str) -> list[Piece]:
+        if self.section != "call":
+            return []
+        self.section = "text"
+        return [Piece("end", self._raw, error)]
 
     def _read(self, events: Sequence[Mapping[str, Any]]) -> list[Piece]:
         out: list[Piece] = []
         for event in events:
             kind = _kind(event["field"])
             if event["type"] == "region_open":
-                self.section = kind
+                self.section, self._raw = kind, ""
             elif event["type"] == "region_chunk" and kind != "call":
                 out.append(Piece(kind, event["text"]))
+            elif event["type"] == "region_chunk":
+                self._raw += event["text"]
             elif event["type"] == "region_close":
                 self.section = "text"
                 if kind == "call":

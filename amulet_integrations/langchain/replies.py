@@ -28,7 +28,9 @@ def generation(reply: Reply, model_name: str, chosen: Chosen) -> ChatGeneration:
             tool_call(name=call.name, args=call.arguments, id=call.id) for call in reply.tool_calls
         ],
         invalid_tool_calls=[
-            invalid_tool_call(name=call.name, args=call.raw, id=call.id, error=call.error)
+            invalid_tool_call(
+                name=call.name, args=_unread(call.raw, call.error), id=call.id, error=call.error
+            )
             for call in reply.invalid_tool_calls
         ],
         usage_metadata=usage_metadata(reply.usage),
@@ -47,7 +49,8 @@ def says_something(event: Event) -> bool:
 def chunk(event: Event) -> ChatGenerationChunk:
     """Return one piece of a streamed answer: text, reasoning, or a piece of a tool call."""
     if event.kind == "tool_call":
-        piece = tool_call_chunk(name=event.name, args=event.text, id=event.id, index=event.index)
+        args = event.text if event.error is None else _unread(event.text, event.error)
+        piece = tool_call_chunk(name=event.name, args=args, id=event.id, index=event.index)
         message = AIMessageChunk(content="", tool_call_chunks=[piece])
     elif event.kind == "reasoning":
         message = AIMessageChunk(content="", additional_kwargs={"reasoning_content": event.text})
@@ -55,6 +58,14 @@ def chunk(event: Event) -> ChatGenerationChunk:
         message = AIMessageChunk(content=event.text)
     info = {"logprobs": logprobs(event.tokens)} if event.tokens else None
     return ChatGenerationChunk(message=message, generation_info=info)
+
+
+def _unread(raw: str, error: str) -> str:
+    """Return the arguments of an invalid call: no JSON, not even the beginning of some.
+
+    LangChain parses the arguments of merged chunks, and completes what looks cut off to a call.
+    """
+    return f"({error}) {raw}"
 
 
 def last_chunk(reply: Reply, model_name: str, chosen: Chosen) -> ChatGenerationChunk:

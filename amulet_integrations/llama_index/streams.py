@@ -146,7 +146,7 @@ class Partial:
         elif event.kind == "reasoning":
             self._reasoning += event.text
             more["thinking_delta"] = event.text
-        else:
+        elif event.error is None:  # an invalid one is told of by the whole response
             call_id, name, written = self._calls.get(event.index, ("", "", ""))
             self._calls[event.index] = (
                 event.id or call_id,

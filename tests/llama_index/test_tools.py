@@ -96,6 +96,29 @@ def test_a_call_that_is_cut_off_is_an_error_that_says_so() -> None:
         llm.get_tool_calls_from_response(response)
 
 
+async def test_a_cut_or_unreadable_call_is_never_one() -> None:
+    """Streamed or not: the last response is that of `chat_with_tools`, and no other has a call."""
+    broken = CALL.replace('"b": 3', '"b"')
+    cases: list[tuple[str, dict[str, Any]]] = [(broken, {}), (CALL.replace("3", "NaN"), {})]
+    cases += [(CALL, {"max_tokens": tokens}) for tokens in (1, 20, 40, 46, 47)]
+    for answer, options in cases:
+        llm = calling({"": answer}, **options)
+        whole = llm.chat_with_tools(TOOLS, user_msg="?")
+        assert selected(llm, whole) == []
+        assert len(whole.raw["invalid_tool_calls"]) == 1
+        pieces = list(llm.stream_chat_with_tools(TOOLS, user_msg="?"))
+        stream = await llm.astream_chat_with_tools(TOOLS, user_msg="?")
+        for responses in (pieces, [piece async for piece in stream]):
+            assert [selected(llm, response) for response in responses] == [[]] * len(responses)
+            assert responses[-1].message == whole.message
+            (found,) = responses[-1].raw["invalid_tool_calls"]
+            (expected,) = whole.raw["invalid_tool_calls"]
+            assert {**found, "id": ""} == {**expected, "id": ""}
+    both = calling({"": "\n".join([CALL, CALL, TWO])})
+    made = both.chat_with_tools(TOOLS, user_msg="?", allow_parallel_tool_calls=True)
+    assert [name for name, _ in selected(both, made)] == ["add", "add", "weather"]
+
+
 def test_predict_and_call() -> None:
     llm = calling({"": CALL})
     assert str(llm.predict_and_call(TOOLS, user_msg="2 + 3?")) == "5"
@@ -123,6 +146,18 @@ async def test_function_agent(streaming: bool) -> None:
     with preference(WISH):
         await agent.run("2 + 3?")
     assert llm.amulet.steered == [False, False, True, True]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("tokens", [1, 30, 47])
+async def test_an_agent_makes_no_cut_call(streaming: bool, tokens: int) -> None:
+    llm = calling({"": CALL}, max_tokens=tokens)
+    agent = FunctionAgent(tools=TOOLS, llm=llm, streaming=streaming)
+    assert (await agent.run("2 + 3?")).tool_calls == []
+    handler = AgentWorkflow(agents=[agent]).run("2 + 3?")
+    async for event in handler.stream_events():
+        assert not getattr(event, "tool_calls", None)
+    assert (await handler).tool_calls == []
 
 
 async def test_agents_take_the_preference_of_their_context_and_memory() -> None:
