@@ -26,7 +26,7 @@ from amulet.tools import (
     no_tools_error,
     tool_schemas,
 )
-from amulet.tools.base import Dialect, Function, Schema
+from amulet.tools.base import Dialect, Function, Piece, Schema
 from amulet.tools.fallback import as_text
 from amulet.tools.response import ResponseTemplate
 
@@ -136,9 +136,13 @@ class Preparer:
         template = ChatTemplate(self.tokenizer, schemas or [_PROBE], dict(request.template_options))
         knows = _knows_tools(template)
         dialect = find_dialect(template.source) if knows else None
+        if dialect is FALLBACK and not _is_read(template, dialect):
+            dialect = None
         if dialect is not None or (knows and self._has_response_template):
             return _Tools(messages, schemas, functions, dialect, template.source)
         if request.tools_prompt != "fallback":
+            if knows and "<tool_call>" in template.source:  # in a syntax of its own: it stays text
+                return _Tools(messages, schemas, functions, None, template.source)
             raise no_tools_error(
                 "In which form the model calls tools can't be told from its chat template."
                 if knows
@@ -186,7 +190,8 @@ class Preparer:
             return ResponseTemplate(self.tokenizer, prompts.base, tools.schemas)
         calls = None
         if tools.dialect is not None and tools.functions:
-            calls = Calls(tools.dialect, tuple(function.name for function in tools.functions))
+            names = tuple(function.name for function in tools.functions)
+            calls = Calls(tools.dialect, names, tuple(tools.functions))
         options = dict(request.template_options)
         source = ChatTemplate(self.tokenizer, tools.schemas or None, options).source
         thinking = find_thinking(source)
@@ -247,6 +252,27 @@ def ends_with(tokenizer: PreTrainedTokenizerBase, prompt: list[int], text: str) 
     """Tell whether a prompt ends in a text, such as a thinking marker; white space aside."""
     tail = str(tokenizer.decode(prompt[-32:], skip_special_tokens=False))
     return tail.rstrip().endswith(text)
+
+
+def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:
+    """Tell whether a dialect reads the calls between its markers as a chat template writes them."""
+    function = {"name": "probe_tool", "arguments": {"key": "probe value"}}
+    call = {"type": "function", "function": function}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "probe_tool", "content": "x"},
+    ]
+    try:
+        chat = template.render(messages)
+    except TemplateError:
+        return True  # nothing is known of how it writes them
+    begun = chat[: chat.find("probe value")].rfind(dialect.SPANS[0][0])
+    if "probe value" not in chat or begun < 0:
+        return True
+    spans = Spans(None, calls=Calls(dialect, ()))
+    pieces = [*spans.push(chat[begun:]), *spans.finish()]
+    return Piece("name", "probe_tool") in pieces
 
 
 def _knows_tools(template: ChatTemplate) -> bool:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from amulet.errors import RequestError, TemplateError
 from amulet.grammar import Grammar
-from amulet.tools import gemma, hermes, llama, mistral, pythonic
+from amulet.tools import gemma, glm, hermes, llama, mistral, pythonic, qwen_coder
 from amulet.tools.base import Dialect, Function, Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # The more specific ones first: templates of all kinds mention <tool_call>.
-DIALECTS: tuple[Dialect, ...] = (mistral, gemma, pythonic, llama, hermes)
+DIALECTS: tuple[Dialect, ...] = (mistral, gemma, pythonic, llama, qwen_coder, glm, hermes)
 FALLBACK: Dialect = hermes
 
 

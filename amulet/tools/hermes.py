@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from amulet.tools.base import CallReader, Function, JsonCalls, Mark, json_objects
@@ -12,14 +13,15 @@ EXTRA: tuple[str, ...] = ()
 
 
 def detect(template: str) -> bool:
-    return "<tool_call>" in template
+    # Where another tag follows it, the call is written in XML of some kind.
+    return re.search(r"<tool_call>(?!(\\n|\s)*<\w)", template) is not None
 
 
 def starts(text: str, names: Sequence[str]) -> bool | None:
     return False
 
 
-def reader() -> CallReader:
+def reader(functions: Sequence[Function] = ()) -> CallReader:
     return JsonCalls()
 
 

@@ -22,13 +22,15 @@ from amulet.tools import (
     forced_grammar,
     functions_of,
     gemma,
+    glm,
     hermes,
     llama,
     mistral,
     pythonic,
+    qwen_coder,
     tool_schemas,
 )
-from amulet.tools.base import Dialect, Piece
+from amulet.tools.base import Dialect, Function, Piece
 from tests.models import CHATML, IM_END, ScriptedModel
 
 WEATHER = {
@@ -59,7 +61,7 @@ def user(text: str) -> list[dict[str, Any]]:
 
 def read(dialect: Dialect, text: str, size: int = 1000) -> tuple[str, list[tuple[Any, ...]]]:
     """Return the text for the reader and the calls: (name, arguments) or ("error", its words)."""
-    spans = Spans(None, calls=Calls(dialect, NAMES))
+    spans = Spans(None, calls=Calls(dialect, NAMES, tuple(functions_of(TOOLS, "auto"))))
     pieces: list[Piece] = []
     for at in range(0, len(text), size):
         pieces += spans.push(text[at : at + size])
@@ -177,6 +179,50 @@ CASES: list[tuple[Dialect, str, str, list[tuple[Any, ...]]]] = [
     (gemma, "<start_function_call>call:ping{a:<escape>x", "", [("error", "a text is not closed")]),
     (gemma, "<start_function_call>ping<end_function_call>", "",
      [("error", "expected call")]),
+    # Qwen3-Coder: values by the schema, several lines, tags within a value
+    (
+        qwen_coder,
+        "Let me see.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nNew York\n"
+        "</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=ping>\n</function>\n</tool_call>Done.",
+        "Let me see.Done.",
+        [("get_weather", {"city": "New York", "days": 3}), ("ping", {})],
+    ),
+    (
+        qwen_coder,
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\n\n a\n</parameter> </tool_call>\n\n"
+        "</parameter>\n<parameter=days>\nmany\n</parameter>\n<parameter=more>\n7\n</parameter>\n"
+        "</function>\n</tool_call>",
+        "",
+        [("get_weather", {"city": "\n a\n</parameter> </tool_call>\n", "days": "many",
+                          "more": "7"})],
+    ),
+    (qwen_coder, "<tool_call>\n<function=ping></tool_call>", "", [("ping", {})]),
+    (
+        qwen_coder,  # a forgotten end of the function
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\na\n</parameter>\n</tool_call>\n"
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nb\n</parameter>\n</function>\n"
+        "</tool_call>",
+        "",
+        [("get_weather", {"city": "a"}), ("get_weather", {"city": "b"})],
+    ),
+    (qwen_coder, "<tool_call>\n<function=ping>\nx</function></tool_call>", "",
+     [("error", "expected <function=name>...</function>")]),
+    (qwen_coder, '<tool_call>{"name": "ping"}</tool_call>', "",
+     [("error", "expected <function=name>...</function>")]),
+    # GLM, in lines and in one
+    (
+        glm,
+        "Ok.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>007</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>ping\n"
+        "</tool_call>",
+        "Ok.",
+        [("get_weather", {"city": "007", "days": 3}), ("ping", {})],
+    ),
+    (glm, "<tool_call>ping</tool_call>", "", [("ping", {})]),
+    (glm, "<tool_call>ping\n<arg_key>a</arg_key>\n</tool_call>!", "!",
+     [("error", "expected <arg_key>key</arg_key> and <arg_value>...</arg_value>")]),
+    (glm, '<tool_call>{"name": "ping"}</tool_call>', "", [("error", "expected a name")]),
 ]  # fmt: skip
 
 
@@ -199,6 +245,11 @@ def test_calls_are_read(
         ("<|tool_call_start|>", pythonic),
         ("<start_function_call>", gemma),
         ("<|tool_call>call:", gemma),
+        ("<tool_call>\\n<function=example>\\n<parameter=key>\\nvalue", qwen_coder),
+        ("<tool_call>{name}\n<arg_key>{key}</arg_key>\n<arg_value>", glm),
+        ("within <tool_call></tool_call> tags: <tool_call>\\n{", hermes),
+        ("<tool_call>\\n<invoke name=", None),
+        ("<tool_call>\n  <name>", None),
         (CHATML, None),
     ],
 )
@@ -228,6 +279,17 @@ FORCED = [
     (gemma, "<|tool_call>",
      '<|tool_call>call:get_weather{city:<|"|>x<|"|>,units:<|"|>C<|"|>}<tool_call|>'
      "<|tool_call>call:ping{}<tool_call|>"),
+    (qwen_coder, "",
+     "<tool_call>\n<function=get_weather>\n<parameter=city>\nx\n</parameter>\n<parameter=units>\nC"
+     "\n</parameter>\n</function>\n</tool_call>\n"
+     "<tool_call>\n<function=ping>\n</function>\n</tool_call>"),
+    (glm, "</arg_key>\\n",
+     "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>x</arg_value>\n"
+     "<arg_key>units</arg_key>\n<arg_value>C</arg_value>\n</tool_call>\n"
+     "<tool_call>ping\n</tool_call>"),
+    (glm, "",
+     "<tool_call>get_weather<arg_key>city</arg_key><arg_value>x</arg_value>"
+     "<arg_key>units</arg_key><arg_value>C</arg_value></tool_call><tool_call>ping</tool_call>"),
 ]  # fmt: skip
 
 
@@ -250,6 +312,52 @@ def test_a_forced_call_is_one_that_is_read(
     assert matcher.complete or matcher.allowed()[IM_END]
     expected = [("get_weather", {"city": "x", "units": "C"}), ("ping", {})]
     assert read(dialect, text) == ("", expected)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, " 5 ", " 5 "),
+        ({"type": "string"}, "null", "null"),
+        ({"type": "integer"}, "5", 5),
+        ({"type": "integer"}, "5.0", 5),
+        ({"type": "integer"}, "five", "five"),
+        ({"type": "number"}, "5", 5),
+        ({"type": "number"}, "-1.5e3", -1500.0),
+        ({"type": "number"}, "NaN", "NaN"),
+        ({"type": "boolean"}, "true", True),
+        ({"type": "boolean"}, "False", False),
+        ({"type": "boolean"}, "1", "1"),
+        ({"type": "array", "items": {"type": "integer"}}, "[1, 2]", [1, 2]),
+        ({"type": "object"}, '{"a": "b"}', {"a": "b"}),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", None),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "x", "x"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, 2]}, "1", 1),
+        ({"$ref": "#/$defs/point"}, '{"x": 1}', {"x": 1}),
+        ({}, "[1]", [1]),
+        ({}, "a word", "a word"),
+        (None, "5", "5"),  # not declared
+    ],
+)
+@pytest.mark.parametrize("dialect", [qwen_coder, glm])
+def test_bare_values_have_the_types_of_the_schema(
+    dialect: Dialect, schema: Any, text: str, value: Any
+) -> None:
+    parameters = {
+        "$defs": {"point": {"type": "object"}},
+        "properties": {} if schema is None else {"a": schema},
+    }
+    answer = {
+        qwen_coder: f"<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>\n",
+        glm: f"f\n<arg_key>a</arg_key>\n<arg_value>{text}</arg_value>\n",
+    }[dialect]
+    spans = Spans(None, calls=Calls(dialect, ("f",), (Function("f", parameters),)))
+    pieces = spans.push(f"<tool_call>{answer}</tool_call>") + spans.finish()
+    (arguments,) = [json.loads(piece.text) for piece in pieces if piece.kind == "arguments"]
+    assert arguments == {"a": value}
+    assert type(arguments["a"]) is type(value)
 
 
 def test_every_dialect_forces_a_call_of_any_schema(tokenizer: PreTrainedTokenizerFast) -> None:
