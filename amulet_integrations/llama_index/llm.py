@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import (
@@ -23,7 +23,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.tools.types import BaseTool
-from llama_index.core.types import PydanticProgramMode, TokenAsyncGen, TokenGen
+from llama_index.core.types import PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
@@ -32,22 +32,11 @@ from amulet.grammar import closed
 from amulet_integrations.llama_index import options, streams, structured
 from amulet_integrations.llama_index.messages import to_chat_response, to_completion_response
 from amulet_integrations.llama_index.settings import AmuletSettings
-from amulet_integrations.llama_index.stage import (
-    asked_by,
-    decided,
-    stage_of_call,
-    stage_of_prompt,
-)
+from amulet_integrations.llama_index.stage import reads_calls_alone
 
 Model = TypeVar("Model", bound=BaseModel)
 
 dispatcher = get_dispatcher(__name__)
-
-
-def _spanned_below(method: Any) -> Any:
-    """Keep LlamaIndex from giving an override a span of its own: the method it calls has one."""
-    method.__dispatcher_span_decorated__ = True
-    return method
 
 
 class AmuletLLM(AmuletSettings):
@@ -88,24 +77,24 @@ class AmuletLLM(AmuletSettings):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        plan = self._plan_chat(messages, kwargs, stage_of_call("chat"))
+        plan = self._plan_chat(messages, kwargs)
         return to_chat_response(streams.read(self.amulet, plan), plan.raw)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        plan = self._plan_chat(messages, kwargs, stage_of_call("chat"))
+        plan = self._plan_chat(messages, kwargs)
         return streams.chat_responses(streams.start(self.amulet, plan), plan.raw)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        plan = self._plan_chat(messages, kwargs, stage_of_call("chat"))
+        plan = self._plan_chat(messages, kwargs)
         return to_chat_response(await streams.aread(self.amulet, plan), plan.raw)
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        plan = self._plan_chat(messages, kwargs, stage_of_call("chat"))
+        plan = self._plan_chat(messages, kwargs)
         return streams.achat_responses(streams.astart(self.amulet, plan), plan.raw)
 
     @llm_completion_callback()
@@ -134,41 +123,6 @@ class AmuletLLM(AmuletSettings):
         plan = self._plan_complete(prompt, formatted, kwargs)
         return streams.acompletion_responses(streams.astart(self.amulet, plan), plan.raw)
 
-    # --- prompts: for whom they are is settled where they are asked, in the caller's own stack
-
-    @_spanned_below
-    def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        with decided(stage_of_prompt(prompt)):
-            return super().predict(prompt, **prompt_args)
-
-    @_spanned_below
-    def stream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenGen:
-        with decided(stage_of_prompt(prompt)):
-            return super().stream(prompt, **prompt_args)
-
-    @_spanned_below
-    def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> Coroutine[Any, Any, str]:
-        # Not `async`: LlamaIndex makes several of these and awaits them elsewhere.
-        stage, asked = stage_of_prompt(prompt), super().apredict
-
-        async def predicted() -> str:
-            with decided(stage):
-                return await asked(prompt, **prompt_args)
-
-        return predicted()
-
-    @_spanned_below
-    def astream(
-        self, prompt: BasePromptTemplate, **prompt_args: Any
-    ) -> Coroutine[Any, Any, TokenAsyncGen]:
-        stage, asked = stage_of_prompt(prompt), super().astream
-
-        async def streamed() -> TokenAsyncGen:
-            with decided(stage):
-                return await asked(prompt, **prompt_args)
-
-        return streamed()
-
     # --- structured prediction
 
     def structured_predict(
@@ -186,8 +140,7 @@ class AmuletLLM(AmuletSettings):
             return otherwise
         dispatcher.event(_started(output_cls, prompt, prompt_args))
         messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        with decided("internal"):
-            result: Model = structured.parsed(output_cls, self.chat(messages, **kwargs))
+        result: Model = structured.parsed(output_cls, self.chat(messages, **kwargs))
         dispatcher.event(LLMStructuredPredictEndEvent(output=result))
         return result
 
@@ -206,9 +159,7 @@ class AmuletLLM(AmuletSettings):
             return otherwise
         dispatcher.event(_started(output_cls, prompt, prompt_args))
         messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        with decided("internal"):
-            response = await self.achat(messages, **kwargs)
-        result: Model = structured.parsed(output_cls, response)
+        result: Model = structured.parsed(output_cls, await self.achat(messages, **kwargs))
         dispatcher.event(LLMStructuredPredictEndEvent(output=result))
         return result
 
@@ -222,8 +173,7 @@ class AmuletLLM(AmuletSettings):
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
         messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        with decided("internal"):
-            return structured.partial_objects(output_cls, self.stream_chat(messages, **kwargs))
+        return structured.partial_objects(output_cls, self.stream_chat(messages, **kwargs))
 
     async def _structured_astream_call(
         self,
@@ -237,8 +187,7 @@ class AmuletLLM(AmuletSettings):
                 output_cls, prompt, llm_kwargs, **prompt_args
             )
         messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        with decided("internal"):
-            responses = await self.astream_chat(messages, **kwargs)
+        responses = await self.astream_chat(messages, **kwargs)
         return structured.apartial_objects(output_cls, responses)
 
     def _structured(
@@ -273,7 +222,7 @@ class AmuletLLM(AmuletSettings):
         if not tools:
             return {"messages": messages, **kwargs}
         # LlamaIndex's program for objects has no use for prose, and doesn't say so when streaming.
-        required = tool_required or asked_by("llama_index.core.program")
+        required = tool_required or reads_calls_alone()
         return {
             "messages": messages,
             "tools": [

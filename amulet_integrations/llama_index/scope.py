@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from llama_index.core.workflow import Context
@@ -19,7 +20,9 @@ Level: TypeAlias = Literal["conversation", "user"]
 
 STATE_KEY = "amulet_preference"
 
-_scopes: ContextVar[Mapping[str, Settings] | None] = ContextVar("amulet_scopes", default=None)
+Scopes: TypeAlias = Mapping[str, Settings]
+
+_scopes: ContextVar[Scopes] = ContextVar("amulet_scopes", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -34,8 +37,8 @@ def preference(
     """Answer whatever is asked in this block so, by every `AmuletLLM` that is reached from it.
 
     The scope crosses `await`, `asyncio.gather`, LlamaIndex's thread pools and workflows that are
-    started inside; a task beside it never sees it. Inner scopes win, setting by setting. An answer
-    is settled when the model is asked: read a streamed answer inside the block.
+    started inside; a task beside it never sees it. Inner scopes win, setting by setting. A streamed
+    answer keeps the scope that it was asked for in, wherever it is read.
 
     Args:
         preference: text, `Preference`, a list of them; "" is off, None inherits.
@@ -50,17 +53,27 @@ def preference(
     ...     query_engine.query("What did the author do?")
     """
     given = checked(preference, strength=strength, floor=floor, placement=placement)
-    scopes = _scopes.get() or {}
-    token = _scopes.set({**scopes, level: {**scopes.get(level, {}), **given}})
+    from amulet_integrations.llama_index.askers import watch
+
+    watch()  # from here on, so that streams are bound to their scope
+    around = scopes()
+    with entered({**around, level: {**around.get(level, {}), **given}}):
+        yield
+
+
+def scopes() -> Scopes:
+    """Return what the scopes around the running code give, by level."""
+    return _scopes.get()
+
+
+@contextmanager
+def entered(given: Scopes) -> Iterator[None]:
+    """Let these be the scopes around whatever runs inside."""
+    token = _scopes.set(given)
     try:
         yield
     finally:
         _scopes.reset(token)
-
-
-def in_scope(level: Level) -> Settings:
-    """Return what the scopes around the running code give at a level."""
-    return dict((_scopes.get() or {}).get(level, {}))
 
 
 async def set_preference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -21,6 +21,7 @@ from amulet.preference import Placement, PreferenceLike, describe
 from amulet.request import Request
 from amulet_integrations._preference import SETTINGS, Chosen, choose
 from amulet_integrations.llama_index import options
+from amulet_integrations.llama_index.askers import watch
 from amulet_integrations.llama_index.messages import (
     MARK,
     MARK_ROLE,
@@ -29,7 +30,7 @@ from amulet_integrations.llama_index.messages import (
     without_marks,
 )
 from amulet_integrations.llama_index.options import EMBEDDED, SAMPLING, Plan
-from amulet_integrations.llama_index.scope import checked, in_scope
+from amulet_integrations.llama_index.scope import checked, scopes
 from amulet_integrations.llama_index.stage import Stage, stage_of_call
 
 Self = TypeVar("Self", bound="AmuletSettings")
@@ -62,6 +63,7 @@ class AmuletSettings(FunctionCallingLLM):
     tools_prompt: str | None = None
 
     def __init__(self, **given: Any) -> None:
+        watch()
         known = [*type(self).model_fields, "max_new_tokens"]
         options.refuse_unknown(given, known, type(self).__name__)
         if "max_new_tokens" in given:
@@ -132,7 +134,10 @@ class AmuletSettings(FunctionCallingLLM):
     # --- what goes to the engine
 
     def _plan_chat(
-        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], stage: Stage
+        self,
+        messages: Sequence[ChatMessage],
+        kwargs: dict[str, Any],
+        kind: Literal["chat", "complete"] = "chat",
     ) -> Plan:
         fields = options.request_fields(kwargs, self._defaults())
         stated = stated_in(messages)
@@ -146,18 +151,19 @@ class AmuletSettings(FunctionCallingLLM):
         else:
             to_prompt: Any = self.messages_to_prompt  # LlamaIndex's validators leave no None
             source = {"prompt": without_marks(to_prompt(said))}
-        return self._plan(source, fields, kwargs, stage, stated)
+        return self._plan(source, fields, kwargs, stage_of_call(kind), stated)
 
     def _plan_complete(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Plan:
-        stage = stage_of_call("complete")
         own = self.completion_to_prompt is not default_completion_to_prompt
         if self.metadata.is_chat_model and not formatted and not own:
-            return self._plan_chat([ChatMessage(role="user", content=prompt)], kwargs, stage)
+            message = ChatMessage(role="user", content=prompt)
+            return self._plan_chat([message], kwargs, "complete")
         if not formatted:
             to_prompt: Any = self.completion_to_prompt  # LlamaIndex's validators leave no None
             prompt = self._extend_prompt(to_prompt(prompt))
         fields = options.request_fields(kwargs, self._defaults())
-        return self._plan({"prompt": without_marks(prompt)}, fields, kwargs, stage, {})
+        source = {"prompt": without_marks(prompt)}
+        return self._plan(source, fields, kwargs, stage_of_call("complete"), {})
 
     def _plan(
         self,
@@ -168,10 +174,11 @@ class AmuletSettings(FunctionCallingLLM):
         stated: dict[str, Any],
     ) -> Plan:
         call = {name: kwargs[name] for name in SETTINGS if kwargs.get(name) is not None}
+        around = scopes()
         chosen = choose(
             call={**self.pinned, **call},
-            conversation={**stated, **in_scope("conversation")},
-            user=in_scope("user"),
+            conversation={**stated, **around.get("conversation", {})},
+            user=around.get("user"),
             constructor=self._settings(),
         )
         if fields.get("grammar") is not None and not fields.get("steer_grammar"):

@@ -1,22 +1,26 @@
-"""Who asks, and for whom: which of LlamaIndex's model calls are read by the user.
+"""For whom a model call is: which of LlamaIndex's calls are read by the user.
 
-LlamaIndex hands every component the same LLM, and most of their calls say nothing about their
-purpose: a condensed question and a chat answer are both a list of messages. What tells them apart
-is the prompt's type (`PROMPT_TYPES`) and the component that calls (`COMPONENTS`, `INTERNAL`),
-which stands on the call stack. A streaming answer, a refine pass or a node of a summary tree is
-told by the local variables of LlamaIndex's own loop; where they can't be read, it is steered.
+Most calls say nothing about their purpose: a condensed question and a chat answer are both a list
+of messages. What tells them apart is the prompt's type (`PROMPT_TYPES`) and who asks
+(`amulet_integrations.llama_index.askers`). Where neither says, an answer is steered.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import FrameType
-from typing import Literal, TypeAlias
+import re
+from typing import Any, Literal, TypeAlias
 
 from llama_index.core.prompts import BasePromptTemplate, PromptType
+from llama_index.core.prompts.default_prompts import DEFAULT_SUMMARY_PROMPT
+from llama_index.core.response_synthesizers import Refine, TreeSummarize
+
+from amulet_integrations.llama_index.askers import (
+    Asker,
+    askers,
+    is_plain,
+    reads_plain,
+    watch,
+)
 
 Stage: TypeAlias = Literal["answer", "internal", "react"]
 """Read by the user; read by the program; thoughts and actions first, then an answer."""
@@ -55,137 +59,53 @@ PROMPT_TYPES: dict[PromptType, Use] = {
     PromptType.RANKGPT_RERANK: "internal",
 }
 
-SYNTHESIZERS = "llama_index.core.response_synthesizers"
-RESPONSES = "llama_index.core.response"  # the synthesizers, and who reads their streams
-CHAT_ENGINES = "llama_index.core.chat_engine"
-AGENTS = "llama_index.core.agent"
-REACT = "llama_index.core.agent.workflow.react_agent"
 
-# Whatever runs inside these is read by a program, even an answer of a query engine of theirs.
-# None: not so after all. The longest matching name counts.
-INTERNAL: dict[str, frozenset[str] | None] = {
-    name: frozenset(functions)
-    for name, functions in {
-        "llama_index.core.evaluation": (),
-        "llama_index.core.extractors": (),
-        "llama_index.core.indices": (),
-        "llama_index.core.ingestion": (),
-        "llama_index.core.memory": (),
-        "llama_index.core.postprocessor": (),
-        "llama_index.core.question_gen": (),
-        "llama_index.core.retrievers": (),
-        "llama_index.core.selectors": (),
-        "llama_index.core.tools": (),
-        "llama_index.core.query_engine.multistep_query_engine": ("_query_multistep",),
-        "llama_index.core.query_engine.sub_question_query_engine": (
-            "_query_subq",
-            "_aquery_subq",
-        ),
-    }.items()
-} | {
-    "llama_index.core.evaluation.batch_runner": None,  # it asks for the answers users would get
-    "llama_index.core.indices.struct_store": None,  # query engines over tables and JSON
-}
-
-# Between the caller and the model: LlamaIndex's wrappers and ourselves.
-TRANSPARENT = (
-    "amulet_integrations.llama_index",
-    "llama_index.core.async_utils",
-    "llama_index.core.callbacks",
-    "llama_index.core.instrumentation",
-    "llama_index.core.llms",
-    "llama_index_instrumentation",
-)
-# Below an event loop's frames stands who started the loop, who need not be who asks.
-LOOPS = ("asyncio.", "uvloop")
-
-_decided: ContextVar[Stage | None] = ContextVar("amulet_stage", default=None)
-
-
-def stage_of_prompt(prompt: BasePromptTemplate) -> Stage:
-    """Return for whom `predict(prompt)` is; to be called in the caller's own stack.
+def stage_of_call(kind: Literal["chat", "complete"]) -> Stage:
+    """Return for whom the `chat` or `complete` is that is running.
 
     `prompt.metadata["steer"]`, True or False, is the user's own word and wins.
     """
-    wish = prompt.metadata.get("steer")
+    watch()
+    found = askers()
+    call = _prompt_call(found)
+    prompt = call.arguments["prompt"] if call is not None else None
+    wish = prompt.metadata.get("steer") if prompt is not None else None
     if isinstance(wish, bool):
         return "answer" if wish else "internal"
-    frames = list(_frames())
-    use = _use(prompt)
-    if use == "internal" or _inside_internal(frames):
+    use = _use(prompt) if prompt is not None else "answer"
+    plain = reads_plain()
+    if use == "internal" or plain or (plain is None and is_plain(found)):
         return "internal"
-    component = _component(frames)
-    if component.startswith(CHAT_ENGINES):
-        return "internal"  # condensing a question; what they answer goes another way
-    if component.startswith(SYNTHESIZERS):
-        return "answer" if _last_pass(frames) else "internal"
-    return "answer" if use == "answer" or not component else "internal"
-
-
-def stage_of_call(kind: Literal["chat", "complete"]) -> Stage:
-    """Return for whom a `chat` or `complete` is; to be called in the caller's own stack."""
-    if (decided := _decided.get()) is not None:
-        return decided
-    frames = list(_frames())
-    component = _component(frames)
-    if _inside_internal(frames):
-        return "internal"
-    if not component:
+    asker = next((asker for asker in found if asker.role not in (None, "llm")), None)
+    if plain is not None:  # the last answer of a synthesizer, while it is read
         return "answer"
-    if component.startswith(REACT):
-        return "react"
-    if component.startswith((CHAT_ENGINES, AGENTS)) and kind == "chat":
-        return "answer"
-    return "internal"
+    if asker is None:
+        # Index building makes coroutines of this prompt and awaits them where nothing is known.
+        return "internal" if prompt is DEFAULT_SUMMARY_PROMPT else "answer"
+    if asker.role == "agent":
+        return _stage_of_agent(found)
+    if asker.role == "chat":
+        return "answer" if kind == "chat" and prompt is None else "internal"
+    if asker.role == "synthesizer" and call is not None:
+        return "answer" if _is_last(call, found) else "internal"
+    return "answer"
 
 
-@contextmanager
-def decided(stage: Stage) -> Iterator[None]:
-    """Let the `chat` or `complete` inside be for whom the prompt said."""
-    token = _decided.set(stage)
-    try:
-        yield
-    finally:
-        _decided.reset(token)
+def reads_calls_alone() -> bool:
+    """Tell whether a program asks that has no use for prose beside a tool call."""
+    return next((asker.role for asker in askers() if asker.role not in (None, "llm")), None) == (
+        "program"
+    )
 
 
-def asked_by(name: str) -> bool:
-    """Tell whether the component that asks is in a module."""
-    return _component(list(_frames())).startswith(name)
-
-
-def _frames() -> Iterator[FrameType]:
-    """The frames from the caller of the model outwards, up to the event loop that runs them."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith(LOOPS):
-            return
-        if not module.startswith(TRANSPARENT):
-            yield frame
-        frame = frame.f_back
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
-
-
-def _component(frames: list[FrameType]) -> str:
-    """Return the module that asks if it is LlamaIndex's; "" for anybody else's code."""
-    nearest = _module(frames[0]) if frames else ""
-    return nearest if nearest.startswith("llama_index.") else ""
-
-
-def _inside_internal(frames: list[FrameType]) -> bool:
-    for frame in frames:
-        module = _module(frame)
-        parts = module.split(".")
-        names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        name = next((name for name in names if name in INTERNAL), None)
-        functions = INTERNAL[name] if name is not None else None
-        if functions is not None and (not functions or frame.f_code.co_name in functions):
-            return True
-    return False
+def _prompt_call(found: list[Asker]) -> Asker | None:
+    """Return the LLM's `predict` or `stream` that the call is for; None where there is none."""
+    for asker in found:
+        if isinstance(asker.arguments.get("prompt"), BasePromptTemplate):
+            return asker if asker.role == "llm" else None
+        if asker.role not in (None, "llm"):
+            return None
+    return None
 
 
 def _use(prompt: BasePromptTemplate) -> Use:
@@ -195,19 +115,58 @@ def _use(prompt: BasePromptTemplate) -> Use:
         return PROMPT_TYPES[PromptType.CUSTOM]
 
 
-def _last_pass(frames: list[FrameType]) -> bool:
+def _stage_of_agent(found: list[Asker]) -> Stage:
+    """Tell an agent's own turn from what it does around it, and a ReAct agent from the others."""
+    from llama_index.core.agent.workflow import AgentSetup, ReActAgent
+
+    step: Any = None
+    for asker in found:
+        step = step or asker.arguments.get("ev")
+        if asker.role != "agent":
+            continue
+        if step is not None and not isinstance(step, AgentSetup):
+            return "internal"
+        agents = getattr(asker.instance, "agents", {})
+        name = getattr(step, "current_agent_name", None)
+        if isinstance(agents.get(name, asker.instance), ReActAgent):
+            return "react"
+        return "answer"
+    return "answer"
+
+
+def _is_last(call: Asker, found: list[Asker]) -> bool:
     """Tell whether a synthesizer's call writes what the user reads.
 
     Refine asks once per chunk and only the last answer is shown; a summary tree's root is the
-    call that has one chunk left.
+    call about all chunks. Both may have cut the chunks to size.
     """
-    for frame in frames:
-        if not _module(frame).startswith(RESPONSES):
-            break
-        name = frame.f_code.co_name
-        if name in ("_run_refine_loop", "_arun_refine_loop"):
-            return not frame.f_locals.get("chunks_deque")
-        if _module(frame).endswith("tree_summarize") and "get_response" in name:
-            chunks = frame.f_locals.get("text_chunks", frame.f_locals.get("message_chunks"))
-            return chunks is None or len(chunks) <= 1
+    given = [asker for asker in found if asker.chunks]
+    synthesizer = next(
+        (asker for asker in given if asker.seen is not None), next(iter(given), None)
+    )
+    if synthesizer is None or call.piece is None:
+        return True
+    chunks, piece = synthesizer.chunks, call.piece
+    if isinstance(synthesizer.instance, TreeSummarize):
+        return _covers([piece], chunks)
+    if isinstance(synthesizer.instance, Refine):
+        # Without a span nobody counted: what comes before the last chunk was asked about.
+        return _covers(synthesizer.seen or [*chunks[:-1], piece], chunks)
     return True
+
+
+def _covers(pieces: list[str], chunks: list[str]) -> bool:
+    """Tell whether pieces, which may overlap, are all of the chunks together."""
+    whole = "\n\n".join(chunk.strip() for chunk in chunks)
+    covered = bytearray(len(whole))
+    for blank in re.finditer(r"\s+", whole):
+        covered[blank.start() : blank.end()] = b"\1" * len(blank[0])
+    for piece in map(str.strip, pieces):
+        start = whole.find(piece)
+        if start < 0:
+            return True  # it was rewritten: nothing can be told
+        while start >= 0 and all(covered[start : start + len(piece)]):
+            start = whole.find(piece, start + 1)  # the same text once more
+        if start >= 0:
+            covered[start : start + len(piece)] = b"\1" * len(piece)
+    return all(covered)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.schema import TextNode
 from transformers import PreTrainedTokenizerFast
 
@@ -50,16 +52,17 @@ def scripted(
     answers: str | Mapping[str, str] | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     window: int = 65536,
+    kind: type[Any] = AmuletLLM,
     **options: Any,
-) -> AmuletLLM:
+) -> Any:
     """An `AmuletLLM` that says `STEERED` with `WISH` in the prompt and `PLAIN` without."""
     tokenizer = tokenizer or byte_tokenizer()
     model = ScriptedModel(tokenizer, answers or {WISH: STEERED, "": PLAIN})
     model.config.max_position_embeddings = window
-    return AmuletLLM(amulet=RecordingAmulet(model, tokenizer), model="scripted", **options)
+    return kind(amulet=RecordingAmulet(model, tokenizer), model="scripted", **options)
 
 
-def calling(answers: str | Mapping[str, str], **options: Any) -> AmuletLLM:
+def calling(answers: str | Mapping[str, str], **options: Any) -> Any:
     """`scripted` with a template that knows tools (Qwen's dialect)."""
     return scripted(answers, tokenizer=family_tokenizer("qwen"), **options)
 
@@ -91,3 +94,103 @@ TEXTS = [
 def index(texts: list[str] | None = None) -> VectorStoreIndex:
     nodes = [TextNode(text=text, id_=f"n{i}") for i, text in enumerate(texts or TEXTS)]
     return VectorStoreIndex(nodes, embed_model=WordEmbedding())
+
+
+# ---- what users make of an LLM: a subclass that logs, one with timeouts, a tracer around it ----
+
+
+LOG: list[str] = []
+
+
+class Logging(AmuletLLM):
+    """Passes every call on, from a module of its own."""
+
+    def chat(self, messages: Any, **kwargs: Any) -> Any:
+        LOG.append(type(self).__name__)
+        return super().chat(messages, **kwargs)
+
+    def stream_chat(self, messages: Any, **kwargs: Any) -> Any:
+        LOG.append(type(self).__name__)
+        return super().stream_chat(messages, **kwargs)
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        LOG.append(type(self).__name__)
+        return super().complete(prompt, formatted, **kwargs)
+
+    def predict(self, prompt: Any, **prompt_args: Any) -> str:
+        LOG.append(type(self).__name__)
+        return super().predict(prompt, **prompt_args)
+
+    def stream(self, prompt: Any, **prompt_args: Any) -> Any:
+        LOG.append(type(self).__name__)
+        return super().stream(prompt, **prompt_args)
+
+    async def apredict(self, prompt: Any, **prompt_args: Any) -> str:
+        LOG.append(type(self).__name__)
+        return await super().apredict(prompt, **prompt_args)
+
+
+class Timed(AmuletLLM):
+    """Awaits every call in a task of its own."""
+
+    async def achat(self, messages: Any, **kwargs: Any) -> Any:
+        return await asyncio.create_task(super().achat(messages, **kwargs))
+
+    async def astream_chat(self, messages: Any, **kwargs: Any) -> Any:
+        return await asyncio.create_task(super().astream_chat(messages, **kwargs))
+
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        return await asyncio.create_task(super().acomplete(prompt, formatted, **kwargs))
+
+    async def apredict(self, prompt: Any, **prompt_args: Any) -> str:
+        return await asyncio.create_task(super().apredict(prompt, **prompt_args))
+
+
+class Tracer(FunctionCallingLLM):
+    """Holds the LLM and is none of ours."""
+
+    inner: Any = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(inner=AmuletLLM(**options))
+
+    @property
+    def amulet(self) -> Any:
+        return self.inner.amulet
+
+    @property
+    def metadata(self) -> Any:
+        return self.inner.metadata
+
+    def chat(self, messages: Any, **kwargs: Any) -> Any:
+        return self.inner.chat(messages, **kwargs)
+
+    def stream_chat(self, messages: Any, **kwargs: Any) -> Any:
+        return self.inner.stream_chat(messages, **kwargs)
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        return self.inner.complete(prompt, formatted, **kwargs)
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        return self.inner.stream_complete(prompt, formatted, **kwargs)
+
+    async def achat(self, messages: Any, **kwargs: Any) -> Any:
+        return await self.inner.achat(messages, **kwargs)
+
+    async def astream_chat(self, messages: Any, **kwargs: Any) -> Any:
+        return await self.inner.astream_chat(messages, **kwargs)
+
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        return await self.inner.acomplete(prompt, formatted, **kwargs)
+
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        return await self.inner.astream_complete(prompt, formatted, **kwargs)
+
+    def _prepare_chat_with_tools(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner._prepare_chat_with_tools(*args, **kwargs)
+
+    def get_tool_calls_from_response(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.get_tool_calls_from_response(*args, **kwargs)
+
+
+KINDS: list[type[Any]] = [AmuletLLM, Logging, Timed, Tracer]
