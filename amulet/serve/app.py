@@ -162,7 +162,7 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
                 usage = bool(body.stream_options and body.stream_options.include_usage)
                 return EventStream(_chunks(job, writer, usage, fields), job, service.limits.seconds)
             try:
-                return JSONResponse(writer.whole(await job.read(http)))
+                return JSONResponse(writer.whole(await job.read(http, writer.take)))
             finally:
                 job.close()
         except AmuletError as error:
@@ -349,7 +349,7 @@ def _writer(
         logprobs=bool(body.logprobs) if is_chat else body.logprobs is not None,
         trace=body.trace,
         details=body.return_details,
-        end_ids=service.amulet.end_ids,
+        raw=service.raw,
         fingerprint=service.fingerprint,
     )
 

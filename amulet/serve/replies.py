@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from amulet.request import Event, InvalidToolCall, Reply, TokenTrace, Usage
+from amulet.serve.logprobs import Content, TokenBytes, Written, readable
 
 UNLIKELY = -9999.0  # what OpenAI's API says for a token that can't come; JSON has no -inf
 
 
-@dataclass(frozen=True)
+@dataclass
 class Writer:
     """Writes one request's answer.
 
@@ -23,7 +25,7 @@ class Writer:
         model: the served model's name.
         prompts: how many prompts the request had; usage counts each once, whatever `n` is.
         logprobs, trace, details: what was asked for beside the text.
-        end_ids: ids that end an answer; they are not listed among the log-probabilities.
+        raw: bytes of tokens.
     """
 
     kind: Literal["chat", "completion"]
@@ -32,10 +34,20 @@ class Writer:
     logprobs: bool
     trace: bool
     details: bool
-    end_ids: frozenset[int]
+    raw: TokenBytes
     fingerprint: str
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        # By choice: what finds the tokens of its content, and those that it has found.
+        self._contents: dict[int, Content] = defaultdict(lambda: Content(self.raw))
+        self._written: dict[int, list[Written]] = defaultdict(list)
+
+    def take(self, index: int, event: Event) -> None:
+        """Take an event of an answer that `whole` will return."""
+        if self.logprobs:
+            self._written[index] += self._contents[index].take(event)
 
     def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """Return the answer to a request that doesn't stream."""
@@ -46,7 +58,10 @@ class Writer:
                 choice["message"] = _message(reply)
             else:
                 choice["text"] = reply.text
-            choice["logprobs"] = self._logprobs(reply.trace or ())
+            choice["logprobs"] = None
+            if self.logprobs:
+                written = self._written[index] + self._contents[index].end()
+                choice["logprobs"] = self._logprobs(written)
             choice["finish_reason"] = _reason(reply)
             if self.trace:
                 choice["trace"] = [_trace(token) for token in reply.trace or ()]
@@ -63,7 +78,7 @@ class Writer:
     def event(self, index: int, event: Event) -> dict[str, Any]:
         """Return the chunk of an event."""
         if self.kind == "completion":
-            return self._chunk(index, event.text, event.tokens)
+            return self._chunk(index, event.text, event)
         if event.kind == "text":
             delta: dict[str, Any] = {"content": event.text} if event.text else {}
         elif event.kind == "reasoning":
@@ -78,11 +93,13 @@ class Writer:
                 call.update(id=event.id, type="function")
                 function["name"] = event.name or ""
             delta = {"tool_calls": [call]}
-        return self._chunk(index, delta, event.tokens)
+        return self._chunk(index, delta, event)
 
     def last(self, index: int, reply: Reply) -> dict[str, Any]:
         """Return a choice's last chunk: why it ended."""
         chunk = self._chunk(index, {} if self.kind == "chat" else "")
+        if self.logprobs and (left := self._contents[index].end()):
+            chunk["choices"][0]["logprobs"] = self._logprobs(left)
         chunk["choices"][0]["finish_reason"] = _reason(reply)
         if self.details:
             chunk["choices"][0]["details"] = _details(reply)
@@ -115,39 +132,43 @@ class Writer:
             "system_fingerprint": self.fingerprint,
         }
 
-    def _chunk(self, index: int, said: Any, tokens: Sequence[TokenTrace] = ()) -> dict[str, Any]:
+    def _chunk(self, index: int, said: Any, event: Event | None = None) -> dict[str, Any]:
+        written: list[Written] = []
+        if self.logprobs and event is not None:
+            written = self._contents[index].take(event)
         choice: dict[str, Any] = {
             "index": index,
             "delta" if self.kind == "chat" else "text": said,
-            "logprobs": self._logprobs(tokens) if tokens else None,
+            "logprobs": self._logprobs(written) if written else None,
             "finish_reason": None,
         }
         if self.trace:
-            choice["trace"] = [_trace(token) for token in tokens]
+            choice["trace"] = [_trace(token) for token in event.tokens] if event else []
         return {**self._head(".chunk"), "choices": [choice]}
 
-    def _logprobs(self, tokens: Sequence[TokenTrace]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        said = [token for token in tokens if token.token_id not in self.end_ids]
+    def _logprobs(self, written: Sequence[Written]) -> dict[str, Any]:
         if self.kind == "chat":
             return {
                 "content": [
                     {
-                        **_likely(token.text, token.steered),
-                        "top_logprobs": [_likely(text, logprob) for _, text, logprob in token.top],
+                        **_likely(one.raw, one.token.steered),
+                        "top_logprobs": [
+                            _likely(self.raw.named(id_), logprob)
+                            for id_, _, logprob in one.token.top
+                        ],
                     }
-                    for token in said
+                    for one in written
                 ],
                 "refusal": None,
             }
         return {
-            "tokens": [token.text for token in said],
-            "token_logprobs": [_finite(token.steered) for token in said],
+            "tokens": [one.text for one in written],
+            "token_logprobs": [_finite(one.token.steered) for one in written],
             "top_logprobs": [
-                {text: _finite(logprob) for _, text, logprob in token.top} for token in said
+                {readable(self.raw.named(id_)): _finite(p) for id_, _, p in one.token.top}
+                for one in written
             ],
-            "text_offset": [sum(len(t.text) for t in said[:place]) for place in range(len(said))],
+            "text_offset": [one.offset for one in written],
         }
 
 
@@ -207,5 +228,5 @@ def _finite(logprob: float) -> float:
     return max(logprob, UNLIKELY) if not math.isnan(logprob) else UNLIKELY
 
 
-def _likely(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+def _likely(raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": readable(raw), "logprob": _finite(logprob), "bytes": list(raw)}

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from amulet.model import Amulet
 from amulet.request import Event, Reply, Request, Usage
 from amulet.serve.errors import ApiError
 from amulet.serve.limits import Limits, Traffic, rows_of
+from amulet.serve.logprobs import TokenBytes
 from amulet.serve.metrics import Metrics
 from amulet.stream import ReplyStream
 
@@ -45,7 +46,7 @@ class Service:
 
     Attributes:
         names: what clients may call the model, once it is loaded; the first is its usual one.
-        fingerprint: the served model's.
+        fingerprint, raw: the served model's, and the bytes of its tokens.
     """
 
     def __init__(self, limits: Limits, log_content: bool = False) -> None:
@@ -70,6 +71,7 @@ class Service:
         self.names = tuple(dict.fromkeys(names))
         self.fingerprint = f"fp_{fingerprint(amulet)}"
         self.created = int(time.time())
+        self.raw = TokenBytes(amulet.tokenizer)
         self.traffic.rows = amulet.max_rows
         if self.traffic.state == "loading":
             self.traffic.state = "ready"
@@ -209,12 +211,13 @@ class Job:
                     )
             yield index, event
 
-    async def read(self, http: HttpRequest) -> list[Reply]:
-        """Decode to the end, as long as the client waits."""
+    async def read(self, http: HttpRequest, take: Callable[[int, Event], None]) -> list[Reply]:
+        """Decode to the end, as long as the client waits; `take` gets every choice's events."""
 
         async def drain() -> None:
-            async for _ in self.events():
-                pass
+            async for item in self.events():
+                if item is not None and item[1] is not None:
+                    take(item[0], item[1])
 
         await while_there(http, drain())
         return [stream.reply for stream in self._streams]
