@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +11,7 @@ from amulet.answer import Answer
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.generation import Generation
 from amulet.grammar import Grammar
+from amulet.messages import Message, calls_as_text, normal_messages
 from amulet.preference import Preference, Steering, row_weights
 from amulet.prompts import Prompts, encode_chat, encode_text
 from amulet.request import Request
@@ -27,24 +27,15 @@ from amulet.tools import (
     tool_schemas,
 )
 from amulet.tools.base import Dialect, Function, Piece, Schema
-from amulet.tools.fallback import as_text
+from amulet.tools.fallback import with_instructions
 from amulet.tools.response import ResponseTemplate
-
-_PROBE: Schema = {
-    "type": "function",
-    "function": {
-        "name": "probe",
-        "description": "A probe.",
-        "parameters": {"type": "object", "properties": {}},
-    },
-}
 
 
 @dataclass(frozen=True)
 class _Tools:
     """A request's tools: what the template gets, what may be called, and in which dialect."""
 
-    messages: Sequence[dict[str, Any]]
+    messages: list[Message]  # in normal form
     schemas: list[Schema]  # for the template
     functions: list[Function]
     dialect: Dialect | None = None
@@ -120,20 +111,15 @@ class Preparer:
         return self._encode(request, self._tools(request), (), None).base
 
     def _tools(self, request: Request) -> _Tools:
-        """Find how the template takes the tools; turn them and the history to text if it can't."""
-        messages = request.messages or ()
-        if request.prompt is not None:
-            return _Tools(messages, [], [])
+        """Find how the template takes the tools; write them and the history as text if it can't."""
+        if request.messages is None:
+            return _Tools([], [], [])
+        messages = normal_messages(request.messages)
         schemas = tool_schemas(request.tools or ())
         functions = functions_of(schemas, request.tool_choice)
-        if request.tool_choice == "none":
-            schemas, functions = [], []
-        used = any(
-            message.get("role") == "tool" or message.get("tool_calls") for message in messages
-        )
-        if not schemas and not (used and request.tools_prompt == "fallback"):
+        if not schemas or request.tool_choice == "none":
             return _Tools(messages, [], [])
-        template = ChatTemplate(self.tokenizer, schemas or [_PROBE], dict(request.template_options))
+        template = ChatTemplate(self.tokenizer, schemas, dict(request.template_options))
         knows = _knows_tools(template)
         dialect = find_dialect(template.source) if knows else None
         if dialect is FALLBACK and not _is_read(template, dialect):
@@ -149,8 +135,8 @@ class Preparer:
                 else "The chat template ignores tools: the model would never see them."
             )
         default = template.dialect().default_system
-        chat = as_text(messages, schemas, default)
-        return _Tools(chat, [], functions, FALLBACK if functions else None, is_fallback=True)
+        chat = with_instructions(calls_as_text(messages), schemas, default)
+        return _Tools(chat, [], functions, FALLBACK, is_fallback=True)
 
     @property
     def _has_response_template(self) -> bool:
@@ -199,13 +185,13 @@ class Preparer:
         return Spans(thinking, opened, calls)
 
     def _is_open(
-        self, thinking: tuple[str, str], messages: Sequence[dict[str, Any]], prompt: list[int]
+        self, thinking: tuple[str, str], messages: list[Message], prompt: list[int]
     ) -> bool:
         """Tell whether the prompt ends inside a thinking span: the model goes on in it."""
         opening, closing = thinking
         last = messages[-1]
         if last["role"] == "assistant":  # it is continued
-            written = str(last.get("content") or "")
+            written = last.get("content") or ""
             return written.rfind(opening) > written.rfind(closing)
         return ends_with(self.tokenizer, prompt, opening)
 
@@ -220,7 +206,7 @@ class Preparer:
             return encode_text(self.tokenizer, request.prompt, preferences)
         return encode_chat(
             self.tokenizer,
-            list(tools.messages),
+            tools.messages,
             preferences,
             (steering or self.steering).placement,
             tools=tools.schemas or None,
@@ -258,7 +244,7 @@ def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:
     """Tell whether a dialect reads the calls between its markers as a chat template writes them."""
     function = {"name": "probe_tool", "arguments": {"key": "probe value"}}
     call = {"type": "function", "function": function}
-    messages: list[dict[str, Any]] = [
+    messages: list[Message] = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "probe_tool", "content": "x"},

@@ -1,26 +1,25 @@
 """Messages and preferences -> the token ids of the preferred prompts and of the base prompt.
 
-In this order: a message is checked and its content made one string (`_normal_message`); control
-tokens inside contents are broken up (`break_all`); the chat is arranged so that the template takes
-it, once for all rows (`_arrange`); the preference is placed (`_place`); each row is rendered and
-encoded once. Rendering, probing the template and breaking tokens live in `amulet.template`.
+In this order: messages are brought to one form (`amulet.messages`); control tokens inside contents
+are broken up (`break_all`); the least mending is found under which the template shows every message
+and the preference, the same for all rows (`_fitted`); each row is rendered and encoded once.
+Rendering, probing the template and breaking tokens live in `amulet.template`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amulet.errors import RequestError, TemplateError
+from amulet.messages import Message, call_forms, normal_messages
 from amulet.preference import Placement, Preference
 from amulet.template import (
     BREAK,
-    SYSTEM,
     ChatTemplate,
     Dialect,
-    Message,
     break_all,
     break_message,
     encode,
@@ -30,10 +29,7 @@ from amulet.template import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "user", "assistant", "tool")
-# Types of content parts, by what OpenAI's chat and Responses APIs and others call them.
-TEXT_PARTS = ("text", "input_text", "output_text")
-REASONING_PARTS = ("reasoning", "reasoning_text", "thinking", "redacted_thinking")
+PREFERENCE = "zqxpreferencexqz"
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,12 @@ def encode_chat(
     """Return the prompts of a chat; a last message from the assistant is continued.
 
     The base prompt is what `apply_chat_template` gives whenever the template takes the messages as
-    they are. Otherwise they are mended step by step, in all rows alike: system messages merged into
-    one leading message, or put before the first user turn where the template has no system role;
-    then consecutive turns of one role merged. Control tokens inside contents are encoded as text
-    (in the assistant's only the special ones: its `<think>` is its own).
+    they are and shows all of them. Otherwise they are mended step by step, in all rows alike:
+    system messages are merged into one leading message (one that follows an answer becomes a user
+    turn), or put before the first user turn where the template has no place for them; consecutive
+    turns of one role are merged; tool calls get other ids or forms, and at last become text.
+    Control tokens inside contents are encoded as text (in the assistant's only the special ones:
+    its `<think>` is its own).
 
     Args:
         tokenizer: a tokenizer with a chat template.
@@ -88,10 +86,11 @@ def encode_chat(
         template_options: further variables of the template, such as `enable_thinking`.
 
     Raises:
-        TemplateError: there is no template, or it refuses the messages even when mended.
+        TemplateError: there is no template, or it refuses the messages, or drops one or the
+            preference, even when mended.
         RequestError: a message or option is not valid.
     """
-    given = [_normal_message(index, message) for index, message in enumerate(messages)]
+    given = normal_messages(messages)
     if not given:
         raise RequestError("messages is empty: expected at least one, such as a user message.")
     if given[-1].get("tool_calls"):
@@ -102,19 +101,20 @@ def encode_chat(
         template,
         tools=break_all(template.tools, dialect.control),
         options=break_all(template.options, dialect.control),
+        lists=dialect.lists,
     )
     chat = [break_message(message, dialect) for message in given]
-    level, base = _accepted(template, dialect, chat)
+    fitted = _fitted(template, dialect, chat, placement if preferences else None)
+    base = encode(tokenizer, fitted.text)
+    if not base:
+        raise TemplateError("The chat template renders these messages to an empty prompt.")
     preferred = []
     for preference in preferences:
         text = dialect.defuse(preference.text)
-        arranged = _arrange(chat, dialect, level, text, placement)
+        arranged = _arrange(fitted.chat, dialect, fitted.mending, text, placement)
         # The preference is private: a template that quotes contents must not put it into a log.
         preferred.append(encode(tokenizer, template.render(arranged, quiet=True)))
-    prompts = Prompts(tuple(preferred), encode(tokenizer, base))
-    if not prompts.base:
-        raise TemplateError("The chat template renders these messages to an empty prompt.")
-    return prompts
+    return _told_apart(Prompts(tuple(preferred), base))
 
 
 def encode_text(
@@ -157,136 +157,150 @@ def encode_text(
         encode(tokenizer, f"{dialect.defuse(preference.text)}\n\n{body}", special=True)
         for preference in preferences
     ]
-    return Prompts(tuple(preferred), base)
+    return _told_apart(Prompts(tuple(preferred), base))
 
 
-# ---- messages: one form for all ----
-
-
-def _normal_message(index: int, message: object) -> Message:
-    """Return a copy with a known role, its content as one string, and tool arguments as dicts."""
-    if not isinstance(message, Mapping):
-        kind = type(message).__name__
-        raise RequestError(f"messages[{index}] is a {kind}: expected a dict with role and content.")
-    role = message.get("role")
-    role = "system" if role == "developer" else role
-    if role not in ROLES:
-        found = f"has role {role!r}" if "role" in message else "has no role"
-        raise RequestError(f"messages[{index}] {found}: expected one of {', '.join(ROLES)}.")
-    content = message.get("content")
-    normal = {**message, "role": role}
-    if isinstance(content, str):
-        pass
-    elif isinstance(content, list | tuple):
-        thought = "".join(_reasoning(part) for part in content)
-        normal["content"] = "".join(_part_text(index, p) for p in content if not _is_reasoning(p))
-        if thought:
-            normal.setdefault("reasoning_content", thought)
-    elif content is not None:
-        kind = type(content).__name__
-        raise RequestError(f"messages[{index}] has content of type {kind}: expected text.")
-    elif role == "assistant" and isinstance(message.get("refusal"), str):
-        normal["content"] = message["refusal"]
-    elif role == "assistant" and message.get("reasoning_content"):  # it was cut while it thought
-        normal["content"] = normal["content"] if message.get("tool_calls") else ""
-    elif role != "assistant" or not message.get("tool_calls"):
-        raise RequestError(f"messages[{index}] ({role}) has no content: expected text.")
-    if message.get("tool_calls"):
-        normal["tool_calls"] = [_parsed_call(index, call) for call in message["tool_calls"]]
-    return normal
-
-
-def _part_text(index: int, part: object) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    key = "text" if kind in TEXT_PARTS else "refusal" if kind == "refusal" else None
-    text = part.get(key) if isinstance(part, Mapping) else None
-    if not isinstance(text, str):
+def _told_apart(prompts: Prompts) -> Prompts:
+    if prompts.base in prompts.preferred:
         raise RequestError(
-            f"messages[{index}] has a content part of type {kind!r}: only text is read; "
-            "leave it out or describe it in words."
+            "The prompt with the preference is the same as the one without: the preference has no "
+            "character that the tokenizer and the chat template keep."
         )
-    return text
-
-
-def _is_reasoning(part: object) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in REASONING_PARTS
-
-
-def _reasoning(part: Any) -> str:
-    """Return the text of a reasoning part, of whichever form; "" for other parts."""
-    if not _is_reasoning(part):
-        return ""
-    texts = [part.get("text") or part.get(part["type"])]
-    texts += [entry.get("text") for entry in part.get("summary") or () if isinstance(entry, dict)]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def _parsed_call(index: int, call: object) -> Message:
-    """Turn OpenAI's arguments, JSON in a string, into the dict that templates expect."""
-    if not isinstance(call, Mapping):
-        kind = type(call).__name__
-        raise RequestError(f"messages[{index}] has a tool call of type {kind}: expected a dict.")
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _parsed_arguments(call["function"])}
-    return _parsed_arguments(call)
-
-
-def _parsed_arguments(function: Mapping[str, Any]) -> Message:
-    arguments = function.get("arguments")
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        parsed = arguments  # a model's broken JSON stays the text that it wrote
-    return {**function, "arguments": parsed} if isinstance(parsed, dict) else dict(function)
+    return prompts
 
 
 # ---- arranging: what the template takes, the same for all rows ----
 
 
-def _accepted(template: ChatTemplate, dialect: Dialect, chat: list[Message]) -> tuple[int, str]:
-    """Return the least mending that the template accepts, and the base prompt's text under it."""
-    # Level 0 is as given. Without a system role all system messages become one anyway.
-    levels = (0, 1, 2) if dialect.has_system else (1, 2)
-    for level in levels:
+class _Mending(NamedTuple):
+    """What is done to a chat so that its template takes it."""
+
+    merge_system: bool
+    merge_turns: bool
+    fold_system: bool
+    """The system message becomes the first user turn's beginning."""
+
+
+class _Fitted(NamedTuple):
+    chat: list[Message]
+    mending: _Mending
+    text: str
+    """The base prompt."""
+
+
+def _fitted(
+    template: ChatTemplate, dialect: Dialect, chat: list[Message], placement: Placement | None
+) -> _Fitted:
+    """Return the least mending under which the template takes the chat and shows all of it.
+
+    Each try also renders the chat with sentinels for contents, and for a preference (`placement`
+    is None where there is none): what does not come out would be lost to the model without a word.
+    """
+    refused: TemplateError | None = None
+    dropped: list[str] = []
+    unchecked: _Fitted | None = None
+    for form, mending in product(call_forms(chat), _mendings(dialect)):
+        base = _arrange(form, dialect, mending)
+        marked, marks = _marked(form)
+        if placement is not None:
+            marks[PREFERENCE] = "the preference"
+        twin = _arrange(marked, dialect, mending, PREFERENCE if placement else "", placement)
         try:
-            text = template.render(_arrange(chat, dialect, level))
-            if level or not _loses_system(template, chat):
-                return level, text
+            text, shown = template.render_all([base, twin])
         except TemplateError:
-            if level == levels[-1]:
-                raise
-    raise AssertionError("unreachable: the last level returns or raises")
+            try:
+                text = template.render(base)
+            except TemplateError as error:
+                refused = refused or error
+            else:  # it looks at what contents say, or takes no system message here
+                unchecked = unchecked or _Fitted(form, mending, text)
+            continue
+        wanted, shown = str(twin), shown.lower()
+        lost = [what for mark, what in marks.items() if shown.count(mark) < wanted.count(mark)]
+        if not lost:
+            return _Fitted(form, mending, text)
+        dropped = dropped or lost
+    if unchecked is not None:
+        return unchecked
+    if dropped:
+        raise TemplateError(
+            f"The chat template drops {', '.join(dropped)} without a word: the model would never "
+            "see it. Leave it out, or use a template that shows it."
+        )
+    assert refused is not None
+    raise refused
 
 
-def _loses_system(template: ChatTemplate, chat: list[Message]) -> bool:
-    """Tell whether a system message that isn't the first is dropped without a word."""
-    late = [i for i, message in enumerate(chat) if i and message["role"] == "system"]
-    marked = [{**message, "content": f"{SYSTEM}{i}x"} if i in late else message
-              for i, message in enumerate(chat)]  # fmt: skip
-    text = template.render(marked) if late else ""
-    return any(f"{SYSTEM}{i}x" not in text for i in late)
+def _mendings(dialect: Dialect) -> list[_Mending]:
+    if not dialect.has_system:
+        return [_Mending(True, merge, True) for merge in (False, True)]
+    merged = [_Mending(True, merge, fold) for merge in (False, True) for fold in (False, True)]
+    return [_Mending(False, False, False), *merged]
+
+
+def _marked(chat: list[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Return the chat with sentinels for contents and names of calls, and what each stands for."""
+    marked: list[Message] = []
+    marks: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        sentinel = f"zqx{len(marks)}xqz"
+        marks[sentinel] = what
+        return sentinel
+
+    for index, message in enumerate(chat):
+        what = f"messages[{index}] ({message['role']})"
+        calls = message.get("tool_calls") or ()
+        message = dict(message)
+        if calls:
+            message["tool_calls"] = [_named(call, mark(f"a tool call of {what}")) for call in calls]
+        elif message["content"].strip():  # what is said beside a call may be left out
+            message["content"] = mark(what)
+        marked.append(message)
+    return marked, marks
+
+
+def _named(call: Message, name: str) -> Message:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
 
 
 def _arrange(
     chat: list[Message],
     dialect: Dialect,
-    level: int,
+    mending: _Mending,
     preference: str = "",
-    placement: Placement = "system",
+    placement: Placement | None = None,
 ) -> list[Message]:
-    if level >= 1:
+    if mending.merge_system:
         chat = [{**message, "content": message.get("content") or ""} for message in chat]
-        chat = _with_system(chat, first=True)
+        chat = _with_system(_late_system_as_user(chat), first=True)
     if preference:
         chat = _place(chat, preference, placement, dialect.default_system)
-    if not dialect.has_system:
+    if mending.fold_system:
         chat = _with_system(chat, first=False)
-    return _merge_turns(chat) if level >= 2 else chat
+    return _merge_turns(chat) if mending.merge_turns else chat
 
 
-def _place(chat: list[Message], text: str, placement: Placement, default: str) -> list[Message]:
+def _late_system_as_user(chat: list[Message]) -> list[Message]:
+    """Make user turns of system messages that an answer precedes and none but an answer follows.
+
+    Moved to the front they would leave a finished answer to be continued.
+    """
+    out = list(chat)
+    for index, message in enumerate(chat):
+        if message["role"] == "system":
+            before = [m["role"] for m in chat[:index] if m["role"] != "system"]
+            after = [m["role"] for m in chat[index:] if m["role"] != "system"]
+            if before[-1:] == ["assistant"] and after[:1] in ([], ["assistant"]):
+                out[index] = {**message, "role": "user"}
+    return out
+
+
+def _place(
+    chat: list[Message], text: str, placement: Placement | None, default: str
+) -> list[Message]:
     chat = list(chat)
     users = [index for index, message in enumerate(chat) if message["role"] == "user"]
     if placement != "system" and users:

@@ -59,7 +59,8 @@ class Request(BaseModel):
             must call that one). A forced call follows a grammar made of the tools' schemas.
         parallel_tool_calls: permit more than one call in the answer.
         tools_prompt: where the chat template knows no tools, "template" is an error and "fallback"
-            describes them in the system message and writes past calls and results as text.
+            describes them in the system message. Past calls and results that the template refuses
+            or drops are text in both.
         template_options: further variables of the chat template, such as `enable_thinking`.
 
     Raises:

@@ -8,17 +8,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from amulet.errors import RequestError, TemplateError
+from amulet.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message: TypeAlias = dict[str, Any]
 
 # Variables that belong to the rendering itself: a request that set them would change its form.
 RESERVED_OPTIONS = frozenset(
@@ -44,6 +43,7 @@ class Dialect:
         control: the tokens that may not come from a content.
         special: those of them that may not come from the assistant's content either.
         markers: role markers that are plain text, such as `[/INST]` or `### Response:`.
+        lists: the roles whose contents it shows only as lists of parts.
     """
 
     has_system: bool = True
@@ -51,6 +51,7 @@ class Dialect:
     control: re.Pattern[str] = NEVER
     special: re.Pattern[str] = NEVER
     markers: re.Pattern[str] = NEVER
+    lists: frozenset[str] = frozenset()
 
     def defuse(self, preference: str) -> str:
         """Return the preference with role markers spaced apart and control tokens broken up."""
@@ -74,6 +75,7 @@ class ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
     tools: list[Any] | None
     options: dict[str, Any]
+    lists: frozenset[str] = frozenset()  # roles whose contents are rendered as lists of parts
     source: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,10 +96,15 @@ class ChatTemplate:
 
     def render(self, chat: list[Message], quiet: bool = False) -> str:
         """Return the prompt's text; a refusal carries the template's words and the roles."""
+        return self.render_all([chat], quiet)[0]
+
+    def render_all(self, chats: list[list[Message]], quiet: bool = False) -> list[str]:
+        """Render several chats that all end in an answer to be continued, or all don't."""
+        chat = chats[0]
         continued = chat[-1]["role"] == "assistant"
         try:
-            text = self.tokenizer.apply_chat_template(
-                chat,
+            texts = self.tokenizer.apply_chat_template(
+                [[self._listed(message) for message in chat] for chat in chats],
                 tools=self.tools,
                 add_generation_prompt=not continued,
                 continue_final_message=continued,
@@ -113,7 +120,13 @@ class ChatTemplate:
                 f"The chat template refuses these messages: {reason} (roles: {roles}). "
                 "Reorder or merge them as the template expects."
             ) from None
-        return str(text)
+        return [str(text) for text in texts]
+
+    def _listed(self, message: Message) -> Message:
+        content = message.get("content")
+        if message["role"] not in self.lists or not isinstance(content, str):
+            return message
+        return {**message, "content": [{"type": "text", "text": content}]}
 
     def dialect(self) -> Dialect:
         """Return what the template does; probed once per template, options and day."""
@@ -137,7 +150,7 @@ def _probe(template: ChatTemplate) -> Dialect:
     call = {"type": "function", "function": {"name": TOOL, "arguments": {}}}
     calls: list[Message] = [
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": TOOL, "content": TOOL},
+        {"role": "tool", "name": TOOL, "content": TOOL + TOOL},
     ]
 
     def attempt(*chat: Message) -> str:
@@ -146,6 +159,12 @@ def _probe(template: ChatTemplate) -> Dialect:
         except TemplateError:
             return ""
 
+    for index, chat in ((0, [user]), (0, [system, user]), (1, [user, answer]), (2, [user, *calls])):
+        given, known = chat[index], template
+        if given["content"] not in attempt(*chat):
+            template = replace(known, lists=known.lists | {given["role"]})
+            if given["content"] not in attempt(*chat):
+                template = known
     plain, steered = attempt(user), attempt(system, user)
     # Where even a lone user message is refused the probe says nothing: believe in the system role.
     has_system = SYSTEM in steered or not plain
@@ -165,7 +184,14 @@ def _probe(template: ChatTemplate) -> Dialect:
             control.add(token.content)
     special.update(template.tokenizer.all_special_tokens)
     pattern = token_pattern(special | control)
-    return Dialect(has_system, default, pattern, token_pattern(special), _markers(shown, pattern))
+    return Dialect(
+        has_system,
+        default,
+        pattern,
+        token_pattern(special),
+        _markers(shown, pattern),
+        template.lists,
+    )
 
 
 def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
