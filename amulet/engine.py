@@ -24,9 +24,10 @@ from amulet.drafts import NARROW, Draft
 from amulet.errors import DecodeError, OutOfMemoryError
 from amulet.generation import Generation
 from amulet.graphs import StepGraphs
-from amulet.layers import are_native
+from amulet.layers import are_native, renew_packed
 from amulet.packed_layers import native_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
+from amulet.weights import execution_device, weights_state
 
 CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
 GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
@@ -61,6 +62,7 @@ class Engine:
         drafts: bool = False,
     ) -> None:
         check_supported(model)
+        execution_device(model)
         self.model = model
         self.compile = False if compile == "auto" and are_native(model) else compile
         self.drafts = drafts
@@ -74,6 +76,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
         self._kind = model.dtype, model.device  # of what the cache and the kept rows hold
+        self._weights = weights_state(model)  # that the kept rows were computed with
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
         rows = native_rows(model) if steps_are_native(model) else 0
@@ -92,7 +95,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where token ids are expected."""
-        return self.model.device
+        return execution_device(self.model)
 
     @property
     def cache_bytes(self) -> int:
@@ -112,6 +115,8 @@ class Engine:
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
         changed = self._graphs.refresh(self._compiles())
+        self._notice_weights()
+        generation.computed_with = self._weights
         kind = self.model.dtype, self.device
         if kind != self._kind and not self.running:  # cast, or moved
             self._kind = kind
@@ -217,6 +222,8 @@ class Engine:
         """Drop the rows of finished generations; the last rows move into their places."""
         if all(not generation.done for generation in self.running):
             return
+        if any(map(self._may_keep, self.running)):
+            self._notice_weights()
         for row in range(len(self._owners) - 1, -1, -1):
             if self._owners[row][0].done:
                 self._keep(row)
@@ -228,6 +235,13 @@ class Engine:
                     generation.rows[i] = row
         self.running = [generation for generation in self.running if not generation.done]
         self._clear_if_idle()
+
+    def _notice_weights(self) -> None:
+        """If the model's weights have changed, forget all that was computed with the old ones."""
+        if weights_state(self.model) != self._weights:
+            self.prefixes.clear()
+            renew_packed(self.model)
+            self._weights = weights_state(self.model)
 
     def _clear_if_idle(self, keep: bool = True) -> None:
         if self.running or self._filling:
@@ -243,10 +257,13 @@ class Engine:
     def _keep(self, row: int) -> None:
         """Keep an ended row for prompts that begin with the same ids."""
         generation, i = self._owners[row]
-        if self.prefixes.limit and generation.finish_reason in ("stop", "length"):
+        if self._may_keep(generation) and generation.computed_with is self._weights:
             ids = (*generation.prompts[i], *generation.token_ids[:-1])
             if self.prefixes.takes(len(ids), self._cache.row_bytes(len(ids))):
                 self.prefixes.keep(KeptRow(ids, self._cache.row(row, len(ids))))
+
+    def _may_keep(self, generation: Generation) -> bool:
+        return bool(self.prefixes.limit) and generation.finish_reason in ("stop", "length")
 
     def fail_all(self, error: BaseException) -> None:
         """End every running generation with an error and free the cache."""
@@ -328,6 +345,8 @@ class Engine:
         length = min(length, len(prompt) - 1)
         running, longest = None, 0
         for other, (generation, i) in enumerate(self._owners):
+            if generation.computed_with is not self._weights:
+                continue
             shared = min(shared_length(generation.prompts[i], prompt), len(prompt) - 1)
             if shared > longest:
                 running, longest = other, shared

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
+from torch import nn
 
 from amulet.model import Amulet
+from amulet.weights import weights_digest, weights_state
 
-SAMPLES = 8  # values read of each parameter; a fine-tune or an adapter changes nearly all of them
-
-_known: WeakKeyDictionary[Amulet, str] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()  # by model: state and digest
 
 
 def fingerprint(amulet: Amulet) -> str:
     """Return 16 hex digits that differ between models of one name: weights, dtype, template.
 
-    It reads a few values of every parameter, once per `Amulet`; weights that are trained on
-    afterwards keep the old fingerprint.
+    Packed and offloaded weights and the active adapters count as well. The weights are read once,
+    and again when they have changed, as far as `weights_state` sees it.
     """
-    if (known := _known.get(amulet)) is not None:
-        return known
-    digest = hashlib.sha256()
-    samples = []
-    for name, parameter in amulet.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if parameter.device.type != "meta":  # offloaded weights stay where they are
-            flat = parameter.detach().reshape(-1)
-            step = max(1, len(flat) // SAMPLES)
-            samples.append(flat[::step][:SAMPLES].to(torch.float32).cpu())
-    if samples:
-        digest.update(torch.cat(samples).numpy().tobytes())
-    digest.update(str(getattr(amulet.tokenizer, "chat_template", "")).encode())
-    digest.update(repr(sorted(amulet.end_ids)).encode())
-    return _known.setdefault(amulet, digest.hexdigest()[:16])
+    model: Any = amulet.model
+    state = weights_state(model) if isinstance(model, nn.Module) else None
+    known = _known.get(model)
+    if known is None or known[0] != state:
+        known = _known[model] = state, weights_digest(model)
+    template = getattr(amulet.tokenizer, "chat_template", "")
+    facts = f"{known[1]} {template} {sorted(amulet.end_ids)}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -64,6 +65,8 @@ class Generation:
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)
     draft: Draft | None = field(default=None, init=False, repr=False)
     context: Context = field(default_factory=copy_context, init=False, repr=False)  # of its caller
+    # `weights_state` when its prompts were computed; the engine compares by identity.
+    computed_with: Any = field(default=None, init=False, repr=False)
 
     @property
     def done(self) -> bool:

@@ -27,8 +27,10 @@ from amulet.attention import (
     steps_are_native,
 )
 from amulet.cache import RowCache, cache_argument
+from amulet.errors import ModelError
 from amulet.packed_layers import PackedLayer, PackedLinear
 from amulet.products import FLOAT32
+from amulet.weights import weights_state
 
 logger = logging.getLogger("amulet")
 
@@ -68,6 +70,36 @@ def use_native_layers(model: nn.Module) -> int:
     return len(layers)
 
 
+def renew_packed(model: nn.Module) -> None:
+    """Take over what has changed of a packed model's weights: norms, biases and embedding.
+
+    Call it when `weights_state` has changed, and not during a pass.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, PackedLayer) and head.embedding_state is not None:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if (state := weights_state(embedding)) != head.embedding_state:
+            dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+            dense.weight = embedding.weight
+            packed = type(head)(dense)
+            packed.bias, packed.embedding_state = head.bias, state
+            model.set_output_embeddings(packed)  # type: ignore[operator]
+    for module in model.modules():
+        own_class: Any = getattr(type(module), "own_class", None)
+        if own_class is None:
+            continue
+        module.__class__ = own_class
+        try:
+            fits = _fits(module)
+        except Exception:  # a layer was replaced by one of another kind
+            fits = False
+        if fits:
+            module.native = NativeLayer(module)  # type: ignore[assignment]
+            module.__class__ = _native_class(own_class)
+        else:
+            del module.native
+
+
 def are_native(model: nn.Module) -> bool:
     """Whether `use_native_layers` has changed the model's layers."""
     return any(hasattr(type(module), "own_class") for module in model.modules())
@@ -97,6 +129,12 @@ def _native_class(own: Any) -> Any:
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 **options,
+            )
+
+        def __reduce__(self) -> Any:
+            """Refuse to be copied or saved, as the packed layers in it do."""
+            raise ModelError(
+                "A packed model can't be copied or saved whole: load it with pack=False for that."
             )
 
     Native.__name__, Native.__qualname__, Native.__module__ = (

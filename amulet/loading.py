@@ -55,8 +55,9 @@ def load_pretrained(
         trust_remote_code: run Python code that comes with the model; read that code first.
         attn_implementation: such as "sdpa", "eager" or "flash_attention_2".
         pack: on the CPU, hold the linear layers' weights in the layout that decoding reads best;
-            the model then can't be saved or trained. "int8" and "int4" also round them: half
-            of bfloat16's memory and faster for a few rows, at some loss; see `pack_linears`.
+            the model then can't be trained or given other weights. "int8" and "int4" also round
+            them: half of bfloat16's memory and faster for a few rows, at some loss; see
+            `pack_linears`.
         options: whatever else Transformers' `from_pretrained` takes.
 
     Raises:

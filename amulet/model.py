@@ -16,12 +16,16 @@ from amulet.aio import AsyncReplyStream, read_all
 from amulet.comparison import Comparison, comparison_requests
 from amulet.curve import STRENGTHS, Point, StrengthCurve, curve_requests
 from amulet.driver import Driver
-from amulet.errors import AmuletError, RequestError
+from amulet.errors import AmuletError, ModelError, RequestError
 from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.request import Reply, Request
 from amulet.stream import ReplyStream
 from amulet.tokenizer import own_tokenizer
+from amulet.weights import decoder_of
+
+# Special tokens that occur in prompts; others are padding, or stand for images and sounds.
+USED_TOKENS = ("bos_token", "eos_token", "unk_token")
 
 
 class Amulet:
@@ -31,7 +35,8 @@ class Amulet:
     several objects over one model that have the same options.
 
     Args:
-        model: a Transformers causal language model; it is used as it is, on its device.
+        model: a Transformers causal language model, or a PEFT model around one; it is used as it
+            is, on its device. Its weights and adapters may be changed between answers.
         tokenizer: its tokenizer. Amulet reads a copy of its own, so other code may call it at the
             same time; a new chat template and added tokens are seen at the next request.
         steering: strength, floor and placement for requests that don't give their own; or the
@@ -67,6 +72,8 @@ class Amulet:
             raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
         if prefix_cache_bytes < 0:
             raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
+        decoder = decoder_of(model)
+        self._missing_ids = missing_ids(decoder, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
@@ -74,7 +81,7 @@ class Amulet:
         self.end_ids = end_ids(model, tokenizer)
         if compile not in (True, False, "auto"):
             raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
-        self._driver = Driver.of(model, max_rows, prefix_cache_bytes, compile, drafts)
+        self._driver = Driver.of(decoder, max_rows, prefix_cache_bytes, compile, drafts)
         self._engine = self._driver.engine
 
     @classmethod
@@ -226,6 +233,13 @@ class Amulet:
         """
         preparer = self._preparer
         generation, answer, steering = preparer.prepare(request)
+        if self._missing_ids:
+            for token_id in {i for prompt in generation.prompts for i in prompt}:
+                if token_id in self._missing_ids:
+                    raise RequestError(
+                        f"The prompt has the token {self._missing_ids[token_id]!r}, which the "
+                        "model's embedding has no row for; leave it out."
+                    )
         return ReplyStream(self._driver, preparer.tokenizer, generation, answer, steering)
 
     def batch(
@@ -378,6 +392,37 @@ def _outcome(stream: ReplyStream | AmuletError, return_exceptions: bool) -> Repl
         if not return_exceptions:
             raise
         return error
+
+
+def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens that the model's embedding lacks and that no ordinary prompt has.
+
+    Such as padding, and what stands for images: some models' tokenizers have them, some don't.
+
+    Raises:
+        ModelError: it lacks others, too.
+    """
+    try:
+        rows = len(cast(Any, model.get_input_embeddings()).weight)
+    except (NotImplementedError, AttributeError):
+        rows = model.config.get_text_config().vocab_size
+    added = tokenizer.added_tokens_decoder
+    if len(tokenizer) <= rows and max(added, default=0) < rows:
+        return {}
+    missing = {i: text for text, i in tokenizer.get_vocab().items() if i >= rows}
+    special = tokenizer.special_tokens_map
+    used = {str(special.get(name)) for name in USED_TOKENS}
+    unused = {str(text) for text in special.values()} - used
+    template = str(getattr(tokenizer, "chat_template", ""))
+    for text in missing.values():
+        if text not in unused or text in template:
+            raise ModelError(
+                f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows; "
+                f"the first token without a row is {text!r}. Take the tokenizer that the model was "
+                "trained with, or call model.resize_token_embeddings(len(tokenizer)) and train "
+                "the new rows."
+            )
+    return missing
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -35,10 +35,12 @@ class PackedLayer(nn.Module):
     Attributes:
         blocks: the weight as `products` reads it; None where it can't.
         native_rows: up to how many rows are multiplied by `products`; 0 where none are.
+        embedding_state: of the embedding that shares its weight with this head, when it was packed.
     """
 
     blocks: Blocks | None = None
     native_rows = 0
+    embedding_state: Any = None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -50,7 +52,15 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A dense copy of the weight, `[out_features, in_features]`, for whoever asks."""
+        """A dense copy of the weight, `[out_features, in_features]`, for whoever asks.
+
+        To write into the copy is an error, because the layer would not notice.
+        """
+        with torch.inference_mode():  # PyTorch refuses to change such a tensor outside of it
+            return self.dense().clone()
+
+    def dense(self) -> torch.Tensor:
+        """Return the weight as it is multiplied, `[out_features, in_features]`."""
         raise NotImplementedError
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -76,6 +86,26 @@ class PackedLayer(nn.Module):
         """Refuse to be copied or saved: the copy would hold the address of this one's weight."""
         raise ModelError(
             "A packed layer can't be copied or saved: load the model with pack=False for that."
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse another weight or bias: C code holds the address of this one's."""
+        raise ModelError(
+            f"A packed layer can't be given another {name}: load the model with pack=False, "
+            "change that one, and give it to Amulet."
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Give the weight as the dense layer did."""
+        destination[f"{prefix}weight"] = self.dense()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Refuse other weights: C code holds the addresses of these."""
+        raise ModelError(
+            "Weights can't be loaded into a packed model: load the model with pack=False, load "
+            "them into that one, and give it to Amulet."
         )
 
     def extra_repr(self) -> str:
@@ -108,9 +138,8 @@ class PackedLinear(PackedLayer):
             self.native_rows = products.most_rows(kind)
         self._most = self.native_rows * self.in_features
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """A dense copy of the weight, `[out_features, in_features]`, for whoever asks."""
+    def dense(self) -> torch.Tensor:
+        """Return the weight, `[out_features, in_features]`."""
         dense: torch.Tensor = self._packed.to_dense()
         return dense
 
@@ -142,7 +171,7 @@ class _RoundedLinear(PackedLayer):
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden @ weight.T + bias`, `[..., out_features]`."""
         if hidden.numel() > self._most_rows * self.in_features:  # a prompt, or many users
-            return nn.functional.linear(hidden, self.weight, self.bias)
+            return nn.functional.linear(hidden, self.dense(), self.bias)
         if self.blocks is not None:
             return self._by_blocks(self.blocks, hidden)
         return self._few_rows(hidden)
@@ -151,6 +180,13 @@ class _RoundedLinear(PackedLayer):
         if self.bias is not None:
             output = output + self.bias
         return output.view(*hidden.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Refuse to be saved as the model that it was rounded from."""
+        raise ModelError(
+            f"Weights rounded to {self._bits} bits can't be saved: load the model with pack=False "
+            "for that."
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int{self._bits}"
@@ -174,9 +210,8 @@ class Int8Linear(_RoundedLinear):
             self.native_rows = products.most_rows(products.INT8)
         self._most_rows = self.native_rows or 48
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """A dense copy of the weight, `[out_features, in_features]`, bfloat16."""
+    def dense(self) -> torch.Tensor:
+        """Return the rounded weight, `[out_features, in_features]`, bfloat16."""
         if self.blocks is not None:
             return products.unpack(
                 products.INT8, self._rounded, self.out_features, self.in_features, self._scale
@@ -219,9 +254,8 @@ class Int4Linear(_RoundedLinear):
         first, second = levels.view(*scale.shape, 2, INT4_GROUP // 2).unbind(2)
         self._levels = first | second << 4  # `[out, groups, half a group]`
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """A dense copy of the weight, `[out_features, in_features]`, bfloat16."""
+    def dense(self) -> torch.Tensor:
+        """Return the rounded weight, `[out_features, in_features]`, bfloat16."""
         if self.blocks is not None:
             return products.unpack(products.INT4, self._levels, self.out_features, self.in_features)
         scale, zero = self._scales.permute(2, 1, 0)[..., None]

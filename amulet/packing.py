@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from amulet.errors import ModelError
 from amulet.layers import use_native_layers
-from amulet.packed_layers import INT4_GROUP, Int4Linear, Int8Linear, PackedLinear
+from amulet.packed_layers import INT4_GROUP, Int4Linear, Int8Linear, PackedLayer, PackedLinear
+from amulet.weights import is_adapter, weights_state
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 TRIAL = 2**27, 2**28  # bytes of weights: what fits into a cache tells nothing, more is not needed
@@ -29,7 +30,8 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
     bfloat16, that holds adapters, where this build of PyTorch lacks the kernels, or in float32
     where a short trial shows that this processor is slower so (AMD's are faster). The dense
     weights are released, except where the embedding shares them with the head. The model decodes
-    as before, to rounding; it can no longer be saved or trained.
+    as before, to rounding; it can no longer be trained, nor copied, nor take other weights. With
+    `pack=True` it can be saved: the weights are the dense ones.
 
     Args:
         model: a Transformers model.
@@ -53,14 +55,21 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
         return 0
     head = getattr(model, "get_output_embeddings", lambda: None)()
     count = 0
+    tied: list[tuple[PackedLayer, nn.Module]] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, _packed_layer(child, pack, child is head))
+                packed = _packed_layer(child, pack, child is head)
+                setattr(parent, name, packed)
                 count += 1
+                source: Any = cast(Any, model).get_input_embeddings() if child is head else None
+                if source is not None and child.weight is getattr(source, "weight", None):
+                    tied.append((packed, source))
     # What is left may lie in the mapped file, too, and would keep the whole of it in memory.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    for packed, source in tied:  # not before its data is where it stays
+        packed.embedding_state = weights_state(source)
     use_native_layers(model)
     return count
 
@@ -97,7 +106,7 @@ def _seconds(layers: Sequence[nn.Linear | PackedLinear]) -> float:
 
 def _packed_layer(
     linear: nn.Linear, pack: bool | Literal["int8", "int4"], is_head: bool
-) -> nn.Module:
+) -> PackedLayer:
     fits = linear.out_features % 16 == 0 and linear.in_features % INT4_GROUP == 0
     if pack == "int4" and fits and not is_head:
         return Int4Linear(linear)
@@ -116,4 +125,5 @@ def _can_pack(model: nn.Module) -> bool:
         and bool(_dtypes(model))
         and _dtypes(model) <= set(PACKED_DTYPES)
         and not getattr(model, "_hf_peft_config_loaded", False)
+        and not any(map(is_adapter, model.modules()))
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from amulet import (
     Amulet,
     DecodeError,
+    ModelError,
     PromptTooLongError,
     Reply,
     Request,
@@ -19,7 +20,7 @@ from amulet import (
     Steering,
     TemplateError,
 )
-from tests.models import IM_END, ScriptedModel
+from tests.models import IM_END, ScriptedModel, byte_tokenizer, random_model
 
 
 def user(text: str) -> list[dict[str, Any]]:
@@ -271,3 +272,31 @@ def test_bad_options_are_named(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         amulet_saying(tokenizer, "x").chat(user("hi"), **options)
+
+
+def test_a_tokenizer_larger_than_the_embedding() -> None:
+    """Only what no ordinary prompt has may lack a row: padding, placeholders of images."""
+    tokenizer = byte_tokenizer()
+    model = random_model("llama", vocab_size=259)
+    model.generation_config.pad_token_id = None
+    assert Amulet(model, tokenizer).chat(user("Hi"), max_new_tokens=2).token_ids
+    changes: list[Any] = [
+        lambda it: it.add_tokens(["<new>"]),
+        lambda it: it.add_special_tokens({"additional_special_tokens": ["<new>"]}),
+        lambda it: it.add_special_tokens({"bos_token": "<new>"}),
+    ]
+    for add in changes:
+        larger = byte_tokenizer()
+        add(larger)
+        with pytest.raises(ModelError, match=r"260 tokens .* 259 rows; .* '<new>'.*resize"):
+            Amulet(model, larger)
+    padded = byte_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    amulet = Amulet(model, padded)
+    assert amulet.chat(user("Hi"), max_new_tokens=2) == Amulet(model, tokenizer).chat(
+        user("Hi"), max_new_tokens=2
+    )
+    with pytest.raises(RequestError, match="'<pad>'"):
+        amulet.complete("Hi <pad>")
+    model.resize_token_embeddings(260)
+    assert Amulet(model, padded).complete("Hi <pad>", max_new_tokens=1).token_ids

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.caches import BaseCache, InMemoryCache
 from langchain_core.load import dumps, loads
 from langchain_core.messages import HumanMessage
 
 from amulet import Amulet, Preference, Steering
+from amulet.packing import pack_linears
 from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.models import ScriptedModel, byte_tokenizer, random_model
 
@@ -153,3 +155,26 @@ def test_a_preference_stated_in_the_history_is_part_of_the_key(cache: BaseCache)
     for wish, answer in (("A", "A!"), ("B", "B!"), (None, "plain")):
         stated = {"preference": wish} if wish else {}
         assert model.invoke([HumanMessage("x", additional_kwargs=stated)]).content == answer
+
+
+@pytest.mark.parametrize("kind", [ChatAmulet, AmuletLLM])
+def test_an_answer_of_other_weights_is_no_hit(cache: BaseCache, kind: type[Any]) -> None:
+    """Loaded, rounded or edited weights of one name; the same ones are found again."""
+    tokenizer = byte_tokenizer()
+
+    def ask(model: Any) -> str:
+        return text(kind(amulet=Amulet(model, tokenizer), cache=cache, max_tokens=8).invoke("x"))
+
+    models = [random_model("llama", seed=seed, dtype=torch.bfloat16) for seed in (0, 1)]
+    for model, pack in zip(models, ("int8", "int8"), strict=True):
+        pack_linears(model, pack)  # type: ignore[arg-type]
+    assert ask(models[0]) != ask(models[1])
+    plain = random_model("llama", seed=0)
+    first = ask(plain)
+    plain.load_state_dict(random_model("llama", seed=2).state_dict())
+    assert ask(plain) != first
+    plain.load_state_dict(random_model("llama", seed=0).state_dict())
+    calls: list[int] = []
+    plain.get_input_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
+    assert ask(plain) == first
+    assert not calls
