@@ -106,7 +106,7 @@ class Spans:
     def finish(self, cut: bool = False) -> list[Piece]:
         pieces = self._scan(ended=not cut)
         while not cut and self._doubt is not None:
-            self._settle(pieces)
+            self._close_section(pieces)
             pieces += self._scan(ended=True)
         if self._reader is not None:
             pieces += [*(self._doubt.pieces if self._doubt else ()), *self._reader.finish(cut)]
@@ -203,11 +203,7 @@ class Spans:
             self._doubt = self._doubt or _Doubt(copy.deepcopy(self._reader))
             self._read(len(self._close), out)
             return True
-        pieces = [*(self._doubt.pieces if self._doubt else ()), *self._reader.finish(cut=False)]
-        if self._doubt is not None and any(piece.error for piece in pieces):
-            self._settle(out)
-        else:
-            self._end_section(pieces, out)
+        self._close_section(out)
         return True
 
     def _read(self, length: int, out: list[Piece]) -> None:
@@ -221,13 +217,14 @@ class Spans:
             self._doubt.text += text
             self._doubt.pieces += pieces
 
-    def _settle(self, out: list[Piece]) -> None:
-        """The first closing marker was one, though it seemed to be part of a value."""
-        assert self._doubt is not None
-        self._buffer = self._doubt.text + self._buffer
-        self._end_section(self._doubt.reader.finish(cut=False), out)
-
-    def _end_section(self, pieces: Sequence[Piece], out: list[Piece]) -> None:
+    def _close_section(self, out: list[Piece]) -> None:
+        assert self._reader is not None
+        pieces, doubt = self._reader.finish(cut=False), self._doubt
+        if doubt is not None:
+            pieces = [*doubt.pieces, *pieces]
+            if any(piece.error for piece in pieces):  # the first closing marker was one
+                pieces = doubt.reader.finish(cut=False)
+                self._buffer = doubt.text + self._buffer
         out += pieces
         self._buffer = self._buffer.removeprefix(self._close)
         self._reader = self._doubt = None

@@ -52,10 +52,12 @@ def normal_choice(choice: Any, schemas: Sequence[Mapping[str, Any]]) -> str | No
     """
     names = [schema["function"]["name"] for schema in schemas]
     if isinstance(choice, Mapping):
-        choice = (choice.get("function") or choice).get("name") or choice.get("type")
+        function = choice.get("function")
+        named = function if isinstance(function, Mapping) else choice
+        choice = named.get("name") or choice.get("type")
     if choice is None or choice in ("auto", "any", "none") or choice in names:
         return None if choice is None else str(choice)
-    if choice in SAME_CHOICE:
+    if isinstance(choice, str | bool) and choice in SAME_CHOICE:
         return SAME_CHOICE[choice]
     raise RequestError(
         f"tool_choice={choice!r}: expected 'auto', 'any', 'none' or one of the tools: "

@@ -115,7 +115,10 @@ def tool_choice(given: Any, required: bool) -> str:
         return "any" if required else "auto"
     if isinstance(given, Mapping):
         function = given.get("function")
-        given = function.get("name") if isinstance(function, Mapping) else given.get("name")
+        named = function if isinstance(function, Mapping) else given
+        given = named.get("name") or given.get("type")
+    if isinstance(given, bool):
+        given = "any" if given else "none"
     if not isinstance(given, str) or not given:
         raise RequestError(
             f'tool_choice={given!r}: expected "auto", "any", "none" or the name of a tool.'

@@ -289,6 +289,15 @@ def test_a_text_that_is_never_closed_does_not_swallow_what_follows(
     assert [call.name for call in reply.tool_calls] == ["get_weather"]
 
 
+def test_a_closing_marker_in_a_text_and_none_at_the_end(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    answer = '<tool_call>{"name": "ping", "arguments": {"a": "</tool_call>"}}'
+    reply = amulet_saying(tokenizer, answer, KNOWS_TOOLS).chat(user("hi"), tools=TOOLS)
+    assert [call.arguments for call in reply.tool_calls] == [{"a": "</tool_call>"}]
+    assert (reply.text, reply.invalid_tool_calls) == ("", ())
+
+
 def test_equal_calls_do_not_end_the_answer_and_a_loop_does(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

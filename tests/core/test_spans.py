@@ -66,6 +66,26 @@ def test_cutting_does_not_depend_on_the_pieces(
     assert scan(text, size, opened=opened) == (reasoning, said)
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "reasoning", "said"),
+    [
+        ("<thin", False, "", ""),
+        ("<think>a </thi", False, "a", ""),
+        ("a</think>b <", True, "a", "b <"),
+        ("b <", False, "", "b <"),
+    ],
+)
+def test_a_marker_that_a_limit_cuts_is_no_text(
+    text: str, opened: bool, reasoning: str, said: str
+) -> None:
+    spans = Spans(THINK, opened=opened)
+    pieces = [*spans.push(text), *spans.finish(cut=True)]
+    found = {
+        kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "text")
+    }
+    assert found == {"reasoning": reasoning, "text": said}
+
+
 def test_the_markers_are_those_of_the_template() -> None:
     assert find_thinking("... '</think>' ...") == THINK
     assert find_thinking("[THINK] x [/THINK]") == ("[THINK]", "[/THINK]")

@@ -115,6 +115,9 @@ def test_an_unknown_choice_or_tool_is_an_error() -> None:
     chat = scripted_chat("x")
     with pytest.raises(RequestError, match="tool_choice='divide': expected 'auto', 'any', 'none'"):
         chat.bind_tools(TOOLS, tool_choice="divide")
+    for wrong in (["add"], 3, {"function": "divide", "type": "x"}):
+        with pytest.raises(RequestError, match="expected 'auto', 'any', 'none'"):
+            chat.bind_tools(TOOLS, tool_choice=wrong)
     with pytest.raises(RequestError, match="tools: 3 is no tool"):
         chat.bind_tools([3])  # type: ignore[list-item]
     with pytest.raises(RequestError, match="did you mean parallel_tool_calls"):

@@ -77,6 +77,9 @@ def test_a_required_tool_is_enforced_by_grammar() -> None:
     response = llm.chat_with_tools(TOOLS, user_msg="?", tool_required=True, max_tokens=200)
     assert len(selected(llm, response)) == 1
     assert llm.amulet.last.tool_choice == "any"
+    for same in ("any", "required", True, {"type": "any"}):
+        llm.chat_with_tools(TOOLS, user_msg="?", tool_choice=same, max_tokens=1)
+        assert llm.amulet.last.tool_choice == "any"
     for choice in ("weather", {"type": "function", "function": {"name": "weather"}}):
         response = llm.chat_with_tools(TOOLS, user_msg="?", tool_choice=choice, max_tokens=200)
         assert selected(llm, response) == [("weather", {"city": "Rome"})]
