@@ -131,6 +131,9 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict):
         keys = [None if key is None else _value(key) for key in node.keys]
         return dict(zip(keys, map(_value, node.values), strict=True))
-    value = ast.literal_eval(node)
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)} is not a literal") from None
     json.dumps(value)  # bytes, sets and complex numbers are no arguments
     return value

@@ -239,7 +239,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         with self.engine.start(requests[0]) as stream:
             for event in stream.events():
                 if replies.says_something(event):
-                    yield replies.chunk(event)
+                    yield replies.chunk(event, self.output_version)
             yield replies.last_chunk(stream.reply, str(self.model), chosen)
 
     async def _astream(
@@ -254,7 +254,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         try:
             async for event in stream.events():
                 if replies.says_something(event):
-                    yield replies.chunk(event)
+                    yield replies.chunk(event, self.output_version)
             yield replies.last_chunk(stream.reply, str(self.model), chosen)
         finally:
             await stream.aclose()

@@ -18,6 +18,8 @@ from langchain_core.outputs import (
 from amulet.request import Event, Reply, TokenTrace, Usage
 from amulet_integrations._preference import Chosen
 
+CALL_BLOCKS = 1000  # more than an answer has sections
+
 
 def generation(reply: Reply, model_name: str, chosen: Chosen) -> ChatGeneration:
     """Return one finished answer; reasoning, tool calls and text each in their place."""
@@ -46,11 +48,13 @@ def says_something(event: Event) -> bool:
     return bool(event.text or event.tokens or event.kind == "tool_call")
 
 
-def chunk(event: Event) -> ChatGenerationChunk:
+def chunk(event: Event, output_version: str | None = None) -> ChatGenerationChunk:
     """Return one piece of a streamed answer: text, reasoning, or a piece of a tool call."""
     if event.kind == "tool_call":
         args = event.text if event.error is None else _unread(event.text, event.error)
-        piece = tool_call_chunk(name=event.name, args=args, id=event.id, index=event.index)
+        # In "v1" LangChain counts the other blocks from 0, and merges blocks of one index.
+        index = event.index + (CALL_BLOCKS if output_version == "v1" else 0)
+        piece = tool_call_chunk(name=event.name, args=args, id=event.id, index=index)
         message = AIMessageChunk(content="", tool_call_chunks=[piece])
     elif event.kind == "reasoning":
         message = AIMessageChunk(content="", additional_kwargs={"reasoning_content": event.text})

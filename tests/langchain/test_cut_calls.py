@@ -156,6 +156,26 @@ def test_line_breaks_in_a_text_stay_a_call_in_events_of_version_3() -> None:
     assert json.loads(pieces) == {"path": "a\nb"}
 
 
+def test_text_and_calls_stay_apart_in_blocks_of_v1() -> None:
+    calls = [tool_call_text("write", path=path) for path in "ab"]
+    answer = f"<think>\nHm.\n</think>\n\nNow. {calls[0]}\n{calls[1]}\nDone."
+    chat = scripted_chat(answer, output_version="v1").bind_tools([write])
+    whole: Any = joined(list(chat.stream("x")))
+    said = [(b["type"], b.get("reasoning") or b.get("text") or b["args"]) for b in whole.content]
+    assert said == [
+        ("reasoning", "Hm."),
+        ("text", "Now."),
+        ("tool_call", {"path": "a"}),
+        ("tool_call", {"path": "b"}),
+        ("text", "Done."),
+    ]
+    assert [call["args"]["path"] for call in whole.tool_calls] == ["a", "b"]
+    cut = scripted_chat(answer, output_version="v1", max_tokens=80).bind_tools([write])
+    merged: Any = joined(list(cut.stream("x")))
+    assert (merged.content[1]["type"], merged.content[1]["text"]) == ("text", "Now.")
+    assert (len(merged.tool_calls), len(merged.invalid_tool_calls)) == (1, 1)
+
+
 def test_the_model_sees_what_it_failed_to_say() -> None:
     chat = scripted_chat({"could not be read": "I see.", "x": BROKEN[0]})
     assert isinstance(chat, ChatAmulet)
