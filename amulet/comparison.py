@@ -69,7 +69,7 @@ def comparison_requests(
 
 def as_messages(question: str | Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Return a chat: the one that was given, or one of a single question."""
-    return [{"role": "user", "content": question}] if isinstance(question, str) else question
+    return [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
 
 
 def wished(preference: PreferenceLike) -> PreferenceLike:

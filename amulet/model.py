@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,6 +56,9 @@ class Amulet:
     >>> amulet = Amulet.embedded()
     >>> amulet.chat([{"role": "user", "content": "Hi!"}], preference="Be brief.").text
     """
+
+    # Whether a started answer is decoded along with the one that is read; a server's isn't.
+    decodes_here: ClassVar[bool] = True
 
     def __init__(
         self,

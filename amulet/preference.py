@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -131,7 +131,13 @@ def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
             f"a preference of type {type(given).__name__}: expected text, a Preference, a list of "
             "them, or None."
         )
-    preferences = (_one_preference(entry) for entry in entries if not _is_blank(entry))
+    listed = tuple(entries)
+    if not listed and isinstance(entries, Iterator):
+        raise RequestError(
+            f"a preference of type {type(given).__name__} that gives nothing: it can be read only "
+            "once, perhaps by an earlier request; give a list."
+        )
+    preferences = (_one_preference(entry) for entry in listed if not _is_blank(entry))
     return tuple(preference for preference in preferences if preference.weight != 0)
 
 

@@ -27,3 +27,17 @@ def refuse_unknown(
         close = difflib.get_close_matches(name, names, n=1)
         hint = hints.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
         raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
+
+
+def one_name(options: Mapping[str, Any], alias: str, name: str) -> dict[str, Any]:
+    """Return the options with `alias` called `name`.
+
+    Raises:
+        RequestError: both are given.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if alias in given and name in given:
+        raise RequestError(f"{name} and {alias} are one option: give one of them.")
+    if alias not in given:
+        return {key: value for key, value in options.items() if key != alias}
+    return {name if key == alias else key: options[key] for key in options if key != name}

@@ -7,11 +7,12 @@ and means off, so a nested call can refuse what it would inherit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from amulet.preference import Placement, PreferenceLike
+from amulet.errors import RequestError
+from amulet.preference import Placement, PreferenceLike, normal_preferences
 
 Source: TypeAlias = Literal["call", "conversation", "user", "constructor"]
 SOURCES: tuple[Source, ...] = get_args(Source)
@@ -23,7 +24,7 @@ class Chosen:
     """What is in force for one answer.
 
     Attributes:
-        preference: as it was given; None where nobody gave one, "" where somebody said "off".
+        preference: as plain JSON (see `plain`); None where nobody gave one, "" where it is off.
         strength, floor, placement: None takes the model's default.
         source: the level that the preference is from; None where nobody gave one.
     """
@@ -73,7 +74,28 @@ def choose(
             value = levels[source].get(name)
             if value is None or name in found:
                 continue
-            found[name] = value
+            found[name] = plain(value) if name == "preference" else value
             if name == "preference":
                 found["source"] = source
     return Chosen(**found)
+
+
+def plain(preference: PreferenceLike) -> str | list[str | dict[str, Any]] | None:
+    """Return a preference as plain JSON: text, or a list of texts and dicts; "" where it is off.
+
+    What is equal is then written alike, in the keys of a cache above all. None stays None.
+
+    Raises:
+        RequestError: it is something else than text, `Preference`, its dict, or a list of them.
+    """
+    if preference is None or isinstance(preference, str):
+        return preference
+    if isinstance(preference, Iterator):
+        raise RequestError(
+            f"a preference of type {type(preference).__name__} can be read only once, and settings "
+            "hold for many calls: give a list."
+        )
+    return [
+        wish.text if wish.weight == 1.0 else wish.model_dump()
+        for wish in normal_preferences(preference)
+    ] or ""

@@ -84,6 +84,8 @@ class RemoteAmulet(Amulet):
     their stream is first read, and the server decodes what is under way in one batch.
     """
 
+    decodes_here = False
+
     def __init__(
         self, client: openai.OpenAI, options: dict[str, Any], facts: dict[str, Any]
     ) -> None:

@@ -1,36 +1,263 @@
-"""What `ChatAmulet.bind` returns: bound options survive `bind_tools` and structured output."""
+"""What is composed of a model keeps its options, config and preference: `bind`, `with_config`, ...
+
+LangChain's own bindings hand `bind_tools`, `generate` and other methods to the bare model, and
+forget their keywords and config on the way.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, cast
 
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.language_models.chat_models import _ChatModelBinding
-from langchain_core.runnables import Runnable
+from langchain_core.outputs import LLMResult
+from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.runnables.base import RunnableBindingBase, RunnableSerializable
+from langchain_core.runnables.config import ensure_config, merge_configs
+from langchain_core.runnables.configurable import DynamicRunnable, RunnableConfigurableAlternatives
+from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 
+from amulet.errors import RequestError
+from amulet_integrations.langchain.options import AmuletOptions, checked, normal
 from amulet_integrations.langchain.structured import structured_output
+from amulet_integrations.langchain.tools import bound_tools
 
 
-class AmuletBinding(_ChatModelBinding):
-    """LangChain's own binding hands these methods to the bare model and forgets its keywords."""
+class Composable(RunnableSerializable[Any, Any]):
+    """Composes into an `AmuletBinding`, so that the next composition still knows the model."""
 
-    def bind_tools(self, tools: Any, **kwargs: Any) -> AmuletBinding:
-        """See `ChatAmulet.bind_tools`."""
-        bound: Any = self.bound
-        with_tools = bound.bind_tools(tools, **kwargs)
-        return type(self)(
-            bound=self.bound, kwargs={**self.kwargs, **with_tools.kwargs}, config=self.config
+    def _composed(self, runnable: Any) -> Any:
+        """Return what was composed of this as a binding."""
+        raise NotImplementedError
+
+    def with_retry(self, **options: Any) -> Any:
+        """See `Runnable.with_retry`."""
+        return self._composed(super().with_retry(**options))
+
+    def with_fallbacks(self, fallbacks: Any, **options: Any) -> Any:
+        """See `Runnable.with_fallbacks`."""
+        return self._composed(super().with_fallbacks(fallbacks, **options))
+
+    def with_alisteners(self, **listeners: Any) -> Any:
+        """See `Runnable.with_alisteners`."""
+        return self._composed(super().with_alisteners(**listeners))
+
+    def configurable_fields(self, **fields: Any) -> Any:
+        """See `Runnable.configurable_fields`."""
+        return self._composed(super().configurable_fields(**fields))
+
+    def configurable_alternatives(self, which: Any, **options: Any) -> Any:
+        """See `Runnable.configurable_alternatives`."""
+        return self._composed(super().configurable_alternatives(which, **options))
+
+
+class AmuletBinding(Composable, RunnableBinding[Any, Any]):
+    """A model, or what was composed of one, with keywords and config for every call."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "kwargs": normal(options.get("kwargs") or {})})
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        """Be written by `dumpd` as the class that this is, with better manners."""
+        return [*cls.get_lc_namespace(), RunnableBinding.__name__]
+
+    def bind(self, **kwargs: Any) -> Any:
+        """Bind options to every call, over those bound before."""
+        return super().bind(**normal(kwargs))
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Bind config; the settings in `configurable` are added to those bound before."""
+        given = {**(config or {}), **kwargs}
+        if "configurable" in given:
+            earlier = self.config.get("configurable", {})
+            given["configurable"] = {**earlier, **(given["configurable"] or {})}
+        return super().with_config(cast("RunnableConfig", given))
+
+    def configurable_fields(self, **fields: Any) -> Any:
+        """Make fields of the model configurable; see `Runnable.configurable_fields`."""
+        return self._over(_inside(self.bound, lambda one: one.configurable_fields(**fields)))
+
+    def with_preference(self, preference: Any = None, **settings: Any) -> Any:
+        """See `ChatAmulet.with_preference`."""
+        given = checked(preference, **settings)
+        several = _each(self.bound, lambda one: one.with_preference(preference, **settings))
+        kept = {name: self.kwargs[name] for name in self.kwargs if name not in given}
+        if "preference" in given:
+            kept.pop("preference_source", None)
+        if several is not None:
+            return self._over(several, kept)
+        return self._over(self.bound, {**kept, **given})
+
+    def generate(
+        self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        """Answer many prompts with what is bound; see the model's `generate`."""
+        model, options = self._for_generate(stop, callbacks, kwargs)
+        return cast("LLMResult", model.generate(messages, **options))
+
+    async def agenerate(
+        self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        """See `generate`."""
+        model, options = self._for_generate(stop, callbacks, kwargs)
+        return cast("LLMResult", await model.agenerate(messages, **options))
+
+    def generate_prompt(
+        self,
+        prompts: list[PromptValue],
+        stop: list[str] | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """See `generate`."""
+        model, options = self._for_generate(stop, callbacks, kwargs)
+        return cast("LLMResult", model.generate_prompt(prompts, **options))
+
+    async def agenerate_prompt(
+        self,
+        prompts: list[PromptValue],
+        stop: list[str] | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """See `generate`."""
+        model, options = self._for_generate(stop, callbacks, kwargs)
+        return cast("LLMResult", await model.agenerate_prompt(prompts, **options))
+
+    def _for_generate(
+        self, stop: list[str] | None, callbacks: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        model, config, bound = unbound(self)
+        if not isinstance(model, AmuletOptions):
+            raise RequestError(f"generate: a {type(model).__name__} is bound; call invoke().")
+        config = merge_configs(config, {"callbacks": callbacks} if callbacks else None)
+        options = model.folded(config, {**bound, **normal(kwargs)})
+        if stop is not None:
+            options["stop"] = stop
+        for name in ("callbacks", "tags", "metadata", "run_name"):
+            if (value := config.get(name)) and name not in options:
+                options[name] = value
+        return model, options
+
+    def _in_run(self, config: RunnableConfig | None) -> RunnableConfig | None:
+        """Return a call's config with what the run around it says and nothing nearer does."""
+        bound = self.config.get("configurable") or {}
+        own = (config or {}).get("configurable") or {}
+        around = ensure_config().get("configurable") or {}
+        if not (around and (bound or own)):
+            return config
+        return cast(
+            "RunnableConfig", {**(config or {}), "configurable": {**around, **bound, **own}}
         )
 
+    def _composed(self, runnable: Any) -> Any:
+        return type(self)(bound=runnable)
+
+    def _over(self, bound: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
+        kept: Any = {name: getattr(self, name) for name in RunnableBinding.model_fields}
+        return type(self)(
+            **{**kept, "bound": bound, "kwargs": self.kwargs if kwargs is None else kwargs}
+        )
+
+
+class ChatBinding(AmuletBinding):
+    """A chat model, or what was composed of one, with keywords and config for every call."""
+
+    def bind_tools(self, tools: Any, **options: Any) -> ChatBinding:
+        """See `ChatAmulet.bind_tools`."""
+        several = _each(self.bound, lambda one: one.bind_tools(tools, **options))
+        if several is not None:
+            return cast("ChatBinding", self._over(several))
+        return cast("ChatBinding", self.bind(**bound_tools(tools, **options)))
+
     def with_structured_output(
-        self, schema: dict[str, Any] | type | None = None, **kwargs: Any
+        self, schema: Any = None, **options: Any
     ) -> Runnable[LanguageModelInput, Any]:
         """See `ChatAmulet.with_structured_output`."""
-        return structured_output(self, schema, **kwargs)
+        several = _each(self.bound, lambda one: one.with_structured_output(schema, **options))
+        if several is not None:
+            return cast("Runnable[LanguageModelInput, Any]", self._over(several))
+        return structured_output(self, schema, **options)
 
-    def with_preference(self, preference: Any = None, **settings: Any) -> AmuletBinding:
-        """See `ChatAmulet.with_preference`."""
-        bound: Any = self.bound
-        pinned = bound.with_preference(preference, **settings)
-        dropped = {name: value for name, value in self.kwargs.items() if name not in pinned.pinned}
-        return type(self)(bound=pinned, kwargs=dropped, config=self.config)
+
+def _in_one_form(name: str) -> Callable[..., Any]:
+    """Return a method of `RunnableBinding` for what it would lose.
+
+    It adds a call's keywords to the bound ones by name, so both have to be spelled alike; and what
+    is bound in `configurable` would hide all that the run has there.
+    """
+    method = getattr(RunnableBinding, name)
+
+    @wraps(method)
+    def call(self: AmuletBinding, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        if isinstance(config, list | tuple):
+            config = [self._in_run(one) for one in config]
+        else:
+            config = self._in_run(config)
+        return method(self, input, config, **normal(kwargs))
+
+    return call
+
+
+for _name in (
+    *("invoke", "ainvoke", "stream", "astream", "batch", "abatch", "transform", "atransform"),
+    *("batch_as_completed", "abatch_as_completed", "stream_events", "astream_events"),
+):
+    setattr(AmuletBinding, _name, _in_one_form(_name))
+
+
+def unbound(runnable: Any) -> tuple[Any, RunnableConfig, dict[str, Any]]:
+    """Return the model inside of what was composed, with the config and keywords bound to it.
+
+    Of a choice of several it is the one that the config chooses, or that is tried first.
+    """
+    config: RunnableConfig | None = None  # not {}: to LangChain that is the run's around it
+    kwargs: dict[str, Any] = {}
+    while True:
+        if isinstance(runnable, RunnableBindingBase):
+            made = [make(config or {}) for make in runnable.config_factories]
+            config = merge_configs(runnable.config, *made, config)
+            kwargs = {**runnable.kwargs, **kwargs}
+            runnable = runnable.bound
+        elif isinstance(runnable, DynamicRunnable):
+            runnable, config = runnable.prepare(config)
+        elif isinstance(runnable, RunnableWithFallbacks):
+            runnable = runnable.runnable
+        else:
+            return runnable, config or {}, kwargs
+
+
+def _each(runnable: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a choice of several models with each of them changed; None where there is no choice.
+
+    Each model has its own form of tools and of structured output.
+    """
+    if isinstance(runnable, RunnableConfigurableAlternatives):
+        others = {name: _later(other, change) for name, other in runnable.alternatives.items()}
+        changed = {"default": change(runnable.default), "alternatives": others}
+        return runnable.model_copy(update=changed)
+    if isinstance(runnable, RunnableWithFallbacks):
+        others = [change(other) for other in runnable.fallbacks]  # type: ignore[assignment]
+        changed = {"runnable": change(runnable.runnable), "fallbacks": others}
+        return runnable.model_copy(update=changed)
+    if isinstance(runnable, RunnableBindingBase):
+        inner = _each(runnable.bound, change)
+        return None if inner is None else runnable.model_copy(update={"bound": inner})
+    return None
+
+
+def _later(runnable: Any, change: Callable[[Any], Any]) -> Any:
+    """Change an alternative, which may be a function that makes it."""
+    return change(runnable) if isinstance(runnable, Runnable) else lambda: change(runnable())
+
+
+def _inside(runnable: Any, change: Callable[[Any], Any]) -> Any:
+    """Change what has fields of its own: the model inside of retries and the like."""
+    if isinstance(runnable, RunnableBindingBase) and not isinstance(runnable, AmuletBinding):
+        return runnable.model_copy(update={"bound": _inside(runnable.bound, change)})
+    if isinstance(runnable, RunnableWithFallbacks):
+        return runnable.model_copy(update={"runnable": _inside(runnable.runnable, change)})
+    return change(runnable)

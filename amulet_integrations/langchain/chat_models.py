@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from typing import Any, Literal, cast
 
+from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.load import dumps
+from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
@@ -19,30 +20,27 @@ from pydantic import Field
 from amulet.errors import RequestError
 from amulet.grammar import Grammar, closed
 from amulet.request import Reply, Request
-from amulet_integrations._preference import SETTINGS, Chosen
+from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
-from amulet_integrations.langchain.binding import AmuletBinding
+from amulet_integrations.langchain.binding import ChatBinding
+from amulet_integrations.langchain.calls import AmuletCalls
 from amulet_integrations.langchain.messages import stated_settings, to_chat
 from amulet_integrations.langchain.options import (
-    CHAT,
-    OUTPUT,
-    PASSED_BY_LANGCHAIN,
-    SAMPLING,
-    AmuletOptions,
+    CHAT_OPTIONS,
     given,
     refuse_unknown,
-    together,
 )
 from amulet_integrations.langchain.structured import structured_output
-from amulet_integrations.langchain.tools import normal_choice, response_schema, tool_schemas
-
-CALL_OPTIONS = (
-    *(*SETTINGS, "preference_source", "max_new_tokens"),
-    *(*SAMPLING, *OUTPUT, *CHAT, *PASSED_BY_LANGCHAIN),
+from amulet_integrations.langchain.tools import (
+    bound_tools,
+    named_format,
+    normal_choice,
+    response_schema,
+    tool_schemas,
 )
 
 
-class ChatAmulet(AmuletOptions, BaseChatModel):
+class ChatAmulet(AmuletCalls, BaseChatModel):
     """A chat model for chains, agents and graphs, steered to a preference while it decodes.
 
     A preference comes from the nearest of: the call (`invoke(..., preference=...)`, `bind`,
@@ -54,7 +52,8 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         tools_prompt: "template" gives tools to the chat template and is an error where it knows
             none; "fallback" describes them in the system message for such a template.
         template_options: variables of the chat template, such as `enable_thinking`.
-        streaming: let `invoke` too call back with every token.
+        streaming: True lets `invoke` too call back with every token; False lets `stream` give
+            the answer in one piece.
             The others are those of `AmuletOptions`.
 
     >>> chat = ChatAmulet(model="Qwen/Qwen3-0.6B", preference="Answer in one short sentence.")
@@ -63,58 +62,14 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
 
     tools_prompt: Literal["template", "fallback"] = "template"
     template_options: dict[str, Any] = Field(default_factory=dict)
-    streaming: bool = False
-
-    # --- Runnable: the config's preference becomes part of the call
-
-    def invoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AIMessage:
-        return super().invoke(input, config, stop=stop, **self._folded(config, kwargs))
-
-    async def ainvoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AIMessage:
-        return await super().ainvoke(input, config, stop=stop, **self._folded(config, kwargs))
-
-    def stream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[AIMessageChunk]:
-        yield from super().stream(input, config, stop=stop, **self._folded(config, kwargs))
-
-    async def astream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[AIMessageChunk]:
-        chunks = super().astream(input, config, stop=stop, **self._folded(config, kwargs))
-        async for chunk in chunks:
-            yield chunk
+    streaming: bool | None = None
 
     def stream_events(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Any:
         """Stream events; version "v3" does not pass through `stream`, so it is folded here."""
         if kwargs.get("version") == "v3":
-            kwargs = self._folded(config, kwargs)
+            kwargs = self.folded(config, kwargs)
         return super().stream_events(input, config, **kwargs)
 
     def astream_events(
@@ -122,20 +77,8 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
     ) -> Any:
         """See `stream_events`."""
         if kwargs.get("version") == "v3":
-            kwargs = self._folded(config, kwargs)
+            kwargs = self.folded(config, kwargs)
         return super().astream_events(input, config, **kwargs)
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer many inputs in shared forward passes; each keeps its config, callbacks, cache."""
-        configs = together(config, len(inputs))
-        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def generate(
         self,
@@ -145,9 +88,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer many chats in shared forward passes."""
-        kwargs = self._folded(None, kwargs)
-        if len(messages) < 2:
-            return super().generate(messages, stop, callbacks, **kwargs)
+        kwargs = self.folded(None, kwargs)
         run_id = kwargs.pop("run_id", None)
         generate = super().generate
 
@@ -155,9 +96,13 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
             own = {"run_id": run_id} if position == 0 else {}
             return generate([messages[position]], stop, callbacks, **own, **kwargs)
 
-        with ThreadPoolExecutor(max_workers=len(messages)) as threads:
-            tasks = [threads.submit(copy_context().run, one, i) for i in range(len(messages))]
-            results = [task.result() for task in tasks]
+        def asked(position: int) -> Sequence[Request]:
+            options = {name: kwargs[name] for name in kwargs if name in CHAT_OPTIONS}
+            return self._asked(messages[position], stop, options)
+
+        count = len(messages)
+        answered = sorted(self._together(count, count, one, asked), key=lambda pair: pair[0])
+        results = [result for _, result in answered]
         return LLMResult(
             generations=[result.generations[0] for result in results],
             llm_output=self._combine_llm_outputs([result.llm_output for result in results]),
@@ -172,11 +117,19 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer many chats in shared forward passes."""
-        return await super().agenerate(messages, stop, callbacks, **self._folded(None, kwargs))
+        return await super().agenerate(messages, stop, callbacks, **self.folded(None, kwargs))
 
-    def bind(self, **kwargs: Any) -> AmuletBinding:
-        """Bind options to every call; `bind_tools` and `with_structured_output` keep them."""
-        return AmuletBinding(bound=self, kwargs=kwargs, config={})
+    def folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `AmuletOptions.folded`; tools and schemas are written out, for the cache's keys."""
+        folded = super().folded(config, kwargs)
+        if folded.get("tools") is not None:
+            folded["tools"] = tool_schemas(folded["tools"])
+        if isinstance(folded.get("response_format"), type):
+            folded["response_format"] = named_format(folded["response_format"])
+        return folded
+
+    def _composed(self, runnable: Any) -> ChatBinding:
+        return ChatBinding(bound=runnable)
 
     def bind_tools(
         self,
@@ -184,7 +137,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         *,
         tool_choice: Any = None,
         **kwargs: Any,
-    ) -> AmuletBinding:
+    ) -> ChatBinding:
         """Give the model tools.
 
         Args:
@@ -193,12 +146,9 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
                 a tool. A forced choice is enforced by a grammar.
             kwargs: further options of every call, such as `parallel_tool_calls` or `preference`.
         """
-        schemas = tool_schemas(tools)
-        kwargs["tools"] = schemas
-        if (choice := normal_choice(tool_choice, schemas)) is not None:
-            kwargs["tool_choice"] = choice
-        refuse_unknown(kwargs, CALL_OPTIONS, "bind_tools")
-        return self.bind(**kwargs)
+        options = bound_tools(tools, tool_choice=tool_choice, **kwargs)
+        refuse_unknown(options, CHAT_OPTIONS, "bind_tools")
+        return cast("ChatBinding", self.bind(**options))
 
     def with_structured_output(
         self, schema: dict[str, Any] | type | None = None, **kwargs: Any
@@ -216,7 +166,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         requests, chosen = self._requests(messages, stop, kwargs)
-        return self._result(self.engine.batch(requests), chosen)
+        return self._result(self._replies(requests), chosen)
 
     async def _agenerate(
         self,
@@ -236,7 +186,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         requests, chosen = self._requests(messages, stop, kwargs, streaming=True)
-        with self.engine.start(requests[0]) as stream:
+        with self._begun_earlier(requests[0]) or self.engine.start(requests[0]) as stream:
             for event in stream.events():
                 if replies.says_something(event):
                     yield replies.chunk(event, self.output_version)
@@ -266,7 +216,7 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         kwargs: Mapping[str, Any],
         streaming: bool = False,
     ) -> tuple[list[Request], Chosen]:
-        refuse_unknown(kwargs, CALL_OPTIONS, "The call")
+        refuse_unknown(kwargs, CHAT_OPTIONS, "The call")
         choices = self._choices(kwargs)
         if streaming and choices > 1:
             raise RequestError(f"n={choices}: a stream has one answer; use generate().")
@@ -276,18 +226,31 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
         if options := self._template_options(kwargs):
             fields["template_options"] = options
         fields["messages"] = to_chat(messages)
-        seeds = self._seeds(fields, choices)
-        return [Request(**{**fields, **seed}) for seed in seeds], chosen
+        return self._each_choice(Request(**fields), choices), chosen
+
+    def _asked(
+        self, input: LanguageModelInput, stop: Any, kwargs: dict[str, Any]
+    ) -> Sequence[Request]:
+        messages = self._convert_input(input).to_messages()
+        cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
+        if cache is not None and self.cache is not False:
+            traced = ("ls_structured_output_format", "structured_output_format")
+            seen = {name: kwargs[name] for name in kwargs if name not in traced}
+            prompt = dumps([message.model_copy(update={"id": None}) for message in messages])
+            if cache.lookup(prompt, self._get_llm_string(stop=stop, **seen)):
+                return []
+        return self._requests(messages, stop, kwargs)[0]
 
     def _tool_fields(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         call = given(kwargs)
         # Without tools too: the history may hold calls and results that the template can't show.
         fields: dict[str, Any] = {"tools_prompt": self.tools_prompt}
-        if tools := call.get("tools"):
-            fields["tools"] = tool_schemas(tools)
-            choice = normal_choice(call.get("tool_choice"), fields["tools"])
-            if choice is not None:
-                fields["tool_choice"] = choice
+        tools = tool_schemas(call.get("tools", ()))
+        choice = normal_choice(call.get("tool_choice"), tools)
+        if choice is not None:
+            fields["tool_choice"] = choice
+        if tools:
+            fields["tools"] = tools
             if "parallel_tool_calls" in call:
                 fields["parallel_tool_calls"] = call["parallel_tool_calls"]
         if "response_format" in call:
@@ -302,7 +265,10 @@ class ChatAmulet(AmuletOptions, BaseChatModel):
 
     def _template_options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         call = given(kwargs)
-        options = {**self.template_options, **call.get("template_options", {})}
+        own = call.get("template_options", {})
+        if not isinstance(own, Mapping):
+            raise RequestError(f"template_options={own!r}: expected a dict.")
+        options = {**self.template_options, **own}
         if "enable_thinking" in call:
             options["enable_thinking"] = call["enable_thinking"]
         return options

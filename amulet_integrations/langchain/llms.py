@@ -7,32 +7,21 @@ from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.language_models.llms import BaseLLM
+from langchain_core.language_models.llms import BaseLLM, get_prompts
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import Field
 
 from amulet.errors import RequestError
 from amulet.request import Reply, Request
-from amulet_integrations._preference import SETTINGS, Chosen
+from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
-from amulet_integrations.langchain.options import (
-    OUTPUT,
-    PASSED_BY_LANGCHAIN,
-    SAMPLING,
-    AmuletOptions,
-    refuse_unknown,
-    together,
-)
+from amulet_integrations.langchain.calls import AmuletCalls
+from amulet_integrations.langchain.options import LLM_OPTIONS, refuse_unknown
 
-CALL_OPTIONS = (
-    *(*SETTINGS, "preference_source", "max_new_tokens"),
-    *(*SAMPLING, *OUTPUT, *PASSED_BY_LANGCHAIN),
-)
 TRACING = ("tags", "metadata", "run_name", "run_id")
 
 
-class AmuletLLM(AmuletOptions, BaseLLM):
+class AmuletLLM(AmuletCalls, BaseLLM):
     """Continues raw prompts, without a chat template; for instruct models prefer `ChatAmulet`.
 
     A preference comes from the nearest of: the call, `config["configurable"]`, the user, the
@@ -45,73 +34,6 @@ class AmuletLLM(AmuletOptions, BaseLLM):
     # Of the call that a copy of this object answers: LangChain's cache sees an LLM's own
     # parameters, but not the keywords of a call.
     call: dict[str, Any] = Field(default_factory=dict, repr=False)
-
-    def invoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        return super().invoke(input, config, stop=stop, **self._folded(config, kwargs))
-
-    async def ainvoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        return await super().ainvoke(input, config, stop=stop, **self._folded(config, kwargs))
-
-    def stream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[str]:
-        yield from super().stream(input, config, stop=stop, **self._folded(config, kwargs))
-
-    async def astream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[str]:
-        pieces = super().astream(input, config, stop=stop, **self._folded(config, kwargs))
-        async for piece in pieces:
-            yield piece
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Continue many prompts in shared forward passes; each keeps its config and its errors."""
-        configs = together(config, len(inputs))
-        return Runnable.batch(self, inputs, configs, return_exceptions=return_exceptions, **kwargs)
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        """See `batch`."""
-        return await Runnable.abatch(
-            self, inputs, config, return_exceptions=return_exceptions, **kwargs
-        )
 
     def generate(
         self,
@@ -143,7 +65,7 @@ class AmuletLLM(AmuletOptions, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         requests, chosen, choices = self._requests(prompts, stop, kwargs)
-        return self._result(self.engine.batch(requests), chosen, choices)
+        return self._result(self._replies(requests), chosen, choices)
 
     async def _agenerate(
         self,
@@ -163,7 +85,7 @@ class AmuletLLM(AmuletOptions, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         request, chosen = self._one_request(prompt, stop, kwargs)
-        with self.engine.start(request) as stream:
+        with self._begun_earlier(request) or self.engine.start(request) as stream:
             for event in filter(replies.says_something, stream.events()):
                 piece = replies.text_chunk(event)
                 if run_manager is not None:
@@ -206,16 +128,25 @@ class AmuletLLM(AmuletOptions, BaseLLM):
         self, prompts: Sequence[str], stop: list[str] | None, kwargs: Mapping[str, Any]
     ) -> tuple[list[Request], Chosen, int]:
         options = {**self.call, **kwargs}
-        refuse_unknown(options, CALL_OPTIONS, "The call")
+        refuse_unknown(options, LLM_OPTIONS, "The call")
         choices = self._choices(options)
         chosen = self.chosen(options, {})
         fields = self._request_fields(options, stop, chosen)
         requests = [
-            Request(prompt=prompt, **{**fields, **seed})
+            request
             for prompt in prompts
-            for seed in self._seeds(fields, choices)
+            for request in self._each_choice(Request(prompt=prompt, **fields), choices)
         ]
         return requests, chosen, choices
+
+    def _asked(
+        self, input: LanguageModelInput, stop: Any, kwargs: dict[str, Any]
+    ) -> Sequence[Request]:
+        prompt = self._convert_input(input).to_string()
+        model, _ = self._for_call(kwargs)
+        params = {**model._identifying_params, "_type": model._llm_type, "stop": stop}
+        cached, _, _, _ = get_prompts(params, [prompt], self.cache)
+        return [] if cached else self._requests([prompt], stop, kwargs)[0]
 
     def _result(self, answers: Sequence[Any], chosen: Chosen, choices: int) -> LLMResult:
         model = str(self.model)
@@ -229,9 +160,9 @@ class AmuletLLM(AmuletOptions, BaseLLM):
         )
 
     def _for_call(self, kwargs: Mapping[str, Any]) -> tuple[AmuletLLM, dict[str, Any]]:
-        folded = self._folded(None, kwargs)
+        folded = self.folded(None, kwargs)
         tracing = {name: folded.pop(name) for name in TRACING if name in folded}
-        refuse_unknown(folded, CALL_OPTIONS, "The call")
+        refuse_unknown(folded, LLM_OPTIONS, "The call")
         return self.model_copy(update={"call": {**self.call, **folded}}), tracing
 
     @property

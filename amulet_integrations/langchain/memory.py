@@ -15,7 +15,7 @@ from typing_extensions import TypedDict, Unpack
 
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
-from amulet_integrations._preference import SETTINGS, Source, choose
+from amulet_integrations._preference import SETTINGS, Source, choose, plain
 
 ROOT = "preferences"
 KEPT = 8  # preferences per entry: each costs a row of every later answer, so old ones make room
@@ -240,15 +240,12 @@ def merge_settings(kept: Settings, given: Settings) -> Settings:
 
 
 def as_json(preference: PreferenceLike) -> list[str | dict[str, Any]] | str:
-    """Return preferences as plain JSON: a list of texts and dicts; "" where they are off.
+    """Return preferences as a list of texts and dicts; "" where they are off.
 
     Raises:
         RequestError: something else than text, `Preference`, its dict, or a list of them.
     """
-    return [
-        wish.text if wish.weight == 1.0 else wish.model_dump()
-        for wish in normal_preferences(preference)
-    ] or ""
+    return plain(normal_preferences(preference)) or ""
 
 
 def _settings(preference: PreferenceLike, push: Push) -> Settings:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
 from langchain.tools import ToolRuntime
 from langchain_core.messages import ToolMessage
-from langchain_core.runnables import RunnableBinding, ensure_config
+from langchain_core.runnables import ensure_config
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from langgraph.types import Command
 from typing_extensions import NotRequired, TypedDict
@@ -16,6 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike
 from amulet_integrations._preference import SETTINGS, Source, choose
+from amulet_integrations.langchain.binding import unbound
 from amulet_integrations.langchain.memory import PreferenceMemory, Settings, as_json, merge_settings
 from amulet_integrations.langchain.messages import stated_settings
 from amulet_integrations.langchain.options import AmuletOptions
@@ -136,13 +137,11 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         self, request: ModelRequest[Any], kept: Mapping[Source, Settings]
     ) -> ModelRequest[Any]:
         """Return the request with the settings in force as its model settings."""
-        model: Any = request.model
-        bound: Settings = {}
-        if isinstance(model, RunnableBinding):  # of `bind`
-            model, bound = model.bound, dict(model.kwargs)
+        model, config, bound = unbound(request.model)
         context = {name: _field(request.runtime.context, name) for name in SETTINGS}
         call = _nearest(request.model_settings, context, bound)
         conversation = _nearest(
+            config.get("configurable", {}),
             _configurable(),
             state_settings(request.state),
             stated_settings(request.messages),

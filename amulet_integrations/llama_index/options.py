@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
-from amulet import Amulet
 from amulet.errors import RequestError
 from amulet.request import Request
 from amulet_integrations import _options
 from amulet_integrations._preference import SETTINGS
-
-EMBEDDED = "embedded"
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "tools_prompt")
@@ -56,8 +52,6 @@ HINTS = {
     "additional_kwargs": "give the options by name",
 }
 
-_loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -90,11 +84,8 @@ def request_fields(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
         RequestError: an option is unknown, or given under two names.
     """
     refuse_unknown(call, CALL, "AmuletLLM")
+    call = _options.one_name(call, "max_new_tokens", "max_tokens")
     given = {name: value for name, value in call.items() if value is not None}
-    if "max_tokens" in given and "max_new_tokens" in given:
-        raise RequestError("max_tokens and max_new_tokens are one option: give one of them.")
-    if "max_new_tokens" in given:
-        given["max_tokens"] = given.pop("max_new_tokens")
     merged = {**{name: value for name, value in defaults.items() if value is not None}, **given}
     fields = {name: merged[name] for name in PASSED_ON if name in merged}
     if "max_tokens" in merged:
@@ -124,20 +115,6 @@ def tool_choice(given: Any, required: bool) -> str:
             f'tool_choice={given!r}: expected "auto", "any", "none" or the name of a tool.'
         )
     return "any" if given == "required" or (given == "auto" and required) else given
-
-
-def load(name: str, options: Mapping[str, Any]) -> Amulet:
-    """Return the `Amulet` of a name; two models of one name share their weights."""
-    key = repr((name, sorted(options.items(), key=lambda item: item[0])))
-    amulet = _loaded.get(key)
-    if amulet is None:
-        load = Amulet.embedded if name == EMBEDDED else _from_pretrained(name)
-        amulet = _loaded[key] = load(**options)
-    return amulet
-
-
-def _from_pretrained(name: str) -> Any:
-    return lambda **options: Amulet.from_pretrained(name, **options)
 
 
 def knows_tools(tokenizer: Any) -> bool:

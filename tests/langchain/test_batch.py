@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import RunnableParallel
+from langchain_core.runnables import ConfigurableField, RunnableParallel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from amulet import Amulet, RequestError, Steering
@@ -179,3 +182,162 @@ def test_an_llms_batch_shares_with_a_preference_and_an_error_per_item() -> None:
     result = llm.generate([f"{question}\n" for question in QUESTIONS])
     assert [row[0].text for row in result.generations] == list(ANSWERS.values())
     assert passes(llm) < one + 16
+
+
+class Threads(BaseCallbackHandler):
+    """Counts the threads there are while answers begin and end, and keeps the order of both."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self.seen: set[int] = set()
+
+    def _look(self, *_: Any, **__: Any) -> None:
+        self.most = max(self.most, threading.active_count())
+        self.seen.add(threading.get_ident())
+
+    on_chat_model_start = on_llm_start = on_llm_end = _look
+
+
+@pytest.mark.parametrize("way", ["batch", "generate", "batch_as_completed", "bound", "configured"])
+def test_a_batch_of_two_hundred_stays_in_the_calling_thread(way: str) -> None:
+    heard = Threads()
+    before = threading.active_count()
+    model: Any = scripted_chat("Hi", callbacks=[heard])
+    inputs = ["x"] * 200
+    if way == "generate":
+        rows = model.generate([[HumanMessage(text)] for text in inputs]).generations
+        answers = [row[0].text for row in rows]
+    elif way == "batch_as_completed":
+        answers = [answer.content for _, answer in model.batch_as_completed(inputs)]
+    else:
+        if way == "bound":
+            model = model.with_config(tags=["t"]).bind(max_tokens=9)
+        if way == "configured":
+            model = model.configurable_fields(max_tokens=ConfigurableField(id="limit"))
+        answers = [answer.content for answer in model.batch(inputs)]
+    assert answers == ["Hi"] * 200
+    assert heard.most == before
+    assert heard.seen == {threading.get_ident()}
+
+
+def test_an_llms_batch_stays_in_the_calling_thread_too() -> None:
+    heard = Threads()
+    before = threading.active_count()
+    tokenizer = byte_tokenizer()
+    scripted: Any = ScriptedModel(tokenizer, "Hi")
+    llm = AmuletLLM(amulet=Amulet(scripted, tokenizer), callbacks=[heard])
+    assert llm.batch(["x\n"] * 50) == ["Hi"] * 50
+    assert [answer for _, answer in llm.batch_as_completed(["x\n"] * 50)] == ["Hi"] * 50
+    assert (heard.most, heard.seen) == (before, {threading.get_ident()})
+
+
+class Interrupted(ScriptedModel):
+    """Is interrupted in its tenth forward pass, as by Ctrl-C."""
+
+    def forward(
+        self, input_ids: torch.Tensor, past_key_values: Any = None, **options: Any
+    ) -> CausalLMOutputWithPast:
+        if len(self.calls) == 9:
+            self.fail_with = KeyboardInterrupt()
+        return super().forward(input_ids, past_key_values=past_key_values, **options)
+
+
+@pytest.mark.parametrize("way", ["batch", "generate", "batch_as_completed", "llm.batch"])
+@pytest.mark.parametrize("return_exceptions", [False, True])
+def test_an_interrupt_ends_all_of_a_batch_at_once(way: str, return_exceptions: bool) -> None:
+    tokenizer = byte_tokenizer()
+    scripted: Any = Interrupted(tokenizer, "z" * 200)
+    engine = Amulet(scripted, tokenizer)
+    chat = ChatAmulet(amulet=engine)
+    option: dict[str, Any] = {"return_exceptions": return_exceptions}
+    calls: dict[str, Callable[[], Any]] = {
+        "batch": lambda: chat.batch(["x"] * 6, **option),
+        "batch_as_completed": lambda: list(chat.batch_as_completed(["x"] * 6, **option)),
+        "generate": lambda: chat.generate([[HumanMessage("x")]] * 6),
+        "llm.batch": lambda: AmuletLLM(amulet=engine).batch(["x"] * 6, **option),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls[way]()
+    assert len(scripted.calls) == 10
+    assert engine.rows == 0
+    assert engine.chat([{"role": "user", "content": "x"}], max_new_tokens=3).text == "zzz"
+
+
+def test_a_limit_holds_for_what_is_decoded_ahead() -> None:
+    model = slow({f"q{number}": "z" * 5 for number in range(6)})
+    most = 0
+
+    class Rows(BaseCallbackHandler):
+        def on_llm_end(self, *_: Any, **__: Any) -> None:
+            nonlocal most
+            most = max(most, max((shape[0] for shape in model.engine.model.calls), default=0))
+
+    model.batch([f"q{n}" for n in range(6)], {"max_concurrency": 2, "callbacks": [Rows()]})
+    assert most == 2
+
+
+def test_cached_answers_are_not_decoded_again_and_new_ones_are_kept() -> None:
+    model = chat().model_copy(update={"cache": InMemoryCache()})
+    model.invoke("q0")
+    passes(model)
+    assert [answer.content for answer in model.batch(QUESTIONS)] == list(ANSWERS.values())
+    prefilled = [shape for shape in model.engine.model.calls if shape[1] > 1]
+    assert sum(shape[0] for shape in prefilled) == 7
+    passes(model)
+    assert [answer.content for answer in model.batch(QUESTIONS)] == list(ANSWERS.values())
+    assert passes(model) == 0
+
+
+def test_answers_come_as_they_are_completed_and_an_early_end_stops_the_rest() -> None:
+    model = slow({"long": "z" * 30, "short": "s", "": "m" * 200})
+    order = [position for position, _ in model.batch_as_completed(["long", "short"])]
+    assert sorted(order) == [0, 1]
+    passes(model)
+    answers = model.batch_as_completed(["short", "middle"])
+    assert next(answers)[1].content == "s"
+    answers.close()
+    assert model.engine.rows == 0
+    assert passes(model) < 10
+
+
+def test_a_callbacks_own_call_does_not_take_what_is_under_way() -> None:
+    model = scripted_chat({"q0": "zero", "q1": "one", "": "else"})
+
+    class Asks(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def on_chat_model_start(self, *_: Any, **__: Any) -> None:
+            self.heard.append(other.invoke("q0").content)
+
+    other = scripted_chat({"q0": "the other's"})
+    asks = Asks()
+    answers = model.batch(["q0", "q1"], {"callbacks": [asks]})
+    assert [answer.content for answer in answers] == ["zero", "one"]
+    assert asks.heard == ["the other's"] * 2
+
+
+async def test_tokens_of_a_batch_reach_streaming_callbacks() -> None:
+    model = scripted_chat({"q0": "zero", "q1": "one"}, streaming=True)
+
+    class Tokens(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def on_llm_new_token(self, token: str, **_: Any) -> None:
+            self.heard.append(token)
+
+    tokens = Tokens()
+    model.batch(["q0", "q1"], {"callbacks": [tokens]})
+    assert "".join(tokens.heard) == "zeroone"
+
+
+def test_any_iterable_of_inputs_and_one_bad_one_among_them() -> None:
+    model = chat()
+    given: Any = (question for question in QUESTIONS)
+    assert [answer.content for answer in model.batch(given)] == list(ANSWERS.values())
+    odd: Any = ["q0", object(), [("image", "x")], "q1"]
+    answers = model.batch(odd, return_exceptions=True)
+    assert [getattr(answer, "content", None) for answer in answers] == [
+        *(ANSWERS["q0"], None, None, ANSWERS["q1"]),
+    ]

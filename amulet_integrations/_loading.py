@@ -1,0 +1,65 @@
+"""Loading the model behind an integration's class; all that name one model share its weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+from amulet import Amulet
+from amulet.errors import RequestError
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+
+_loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def key(name: str, options: Mapping[str, Any]) -> str:
+    """Return what tells one loaded model from another."""
+    name = EMBEDDED if name == "embedded" else name
+    return repr((name, sorted(options.items(), key=lambda item: item[0])))
+
+
+def load(name: str, options: Mapping[str, Any]) -> Amulet:
+    """Return the `Amulet` of a hub id, a folder or "embedded", loaded once per set of options."""
+    with _lock:
+        amulet = _loaded.get(key(name, options))
+        if amulet is None:
+            if name in (EMBEDDED, "embedded"):
+                amulet = Amulet.embedded(**options)
+            else:
+                amulet = Amulet.from_pretrained(name, **options)
+            _loaded[key(name, options)] = amulet
+        return amulet
+
+
+def check_given(amulet: Amulet, model: str | None, options: Mapping[str, Any], where: str) -> None:
+    """Check what is said about a model that is loaded already.
+
+    Raises:
+        RequestError: it is no `Amulet`, it has another name, or there are options for loading it.
+    """
+    if not isinstance(amulet, Amulet):
+        raise RequestError(f"{where}: amulet is a {type(amulet).__name__}: expected an Amulet.")
+    if model not in (None, amulet.name):
+        raise RequestError(
+            f"{where}: model={model!r} and amulet= ({amulet.name!r}) are two models: give one."
+        )
+    if options:
+        raise RequestError(
+            f"{where}: {', '.join(options)}: the given amulet is loaded already; give them to "
+            "Amulet.from_pretrained, or give model= instead of amulet=."
+        )
+
+
+def refuse_source(options: Mapping[str, Any], where: str) -> None:
+    """Refuse to be told which model by a constructor that knows.
+
+    Raises:
+        RequestError: `model` or `amulet` is among the options.
+    """
+    for name in ("model", "amulet"):
+        if options.get(name) is not None:
+            raise RequestError(f"{where} takes no {name}={options[name]!r}: it brings its own.")

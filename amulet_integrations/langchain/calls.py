@@ -1,0 +1,248 @@
+"""The ways of calling a model: all heed the config's preference, and a batch decodes together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import ContextVar, copy_context
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+from langchain_core.language_models import BaseLanguageModel, LanguageModelInput
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import get_config_list
+
+from amulet import Amulet
+from amulet.request import Reply, Request
+from amulet.stream import ReplyStream
+from amulet_integrations.langchain.binding import AmuletBinding, Composable
+from amulet_integrations.langchain.options import AmuletOptions
+
+CONNECTIONS = 16  # of one batch to a server
+
+# What the input that is being answered will ask for, under way already.
+_under_way: ContextVar[list[tuple[Amulet, Request, ReplyStream]] | None] = ContextVar(
+    "under_way", default=None
+)
+
+
+class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
+    """How both models are called and composed.
+
+    A batch stays in the calling thread: all of it is queued for decoding, then LangChain's own
+    `invoke` answers one input after the other, with its config, callbacks and cache, and finds
+    under way what it asks for. An interrupt ends all of it.
+    """
+
+    def invoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Answer one input; keywords are the call's options."""
+        folded = self.folded(config, kwargs)
+        return super().invoke(input, config, **folded)  # type: ignore[safe-super]
+
+    async def ainvoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """See `invoke`."""
+        return await super().ainvoke(input, config, **self.folded(config, kwargs))
+
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        """Answer one input piece by piece."""
+        yield from super().stream(input, config, **self.folded(config, kwargs))
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """See `stream`."""
+        async for piece in super().astream(input, config, **self.folded(config, kwargs)):
+            yield piece
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer many inputs in shared forward passes; each keeps its config, callbacks, cache."""
+        answered = self._answered(list(inputs), config, return_exceptions, False, kwargs)
+        return [answer for _, answer in sorted(answered, key=lambda one: one[0])]
+
+    def batch_as_completed(
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """`batch`, giving each answer with its position as soon as it is there."""
+        configs: Any = config if config is None or isinstance(config, dict) else list(config)
+        return self._answered(list(inputs), configs, return_exceptions, True, kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """See `batch`."""
+        listed = list(inputs)
+        return await Runnable.abatch(
+            self, listed, config, return_exceptions=return_exceptions, **kwargs
+        )
+
+    # --- composing
+
+    def _composed(self, runnable: Any) -> Any:
+        return AmuletBinding(bound=runnable)
+
+    def bind(self, **kwargs: Any) -> Any:
+        """Bind options to every call; `bind_tools` and `with_structured_output` keep them."""
+        return self._composed(self).bind(**kwargs)
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Bind config to every call; see `Runnable.with_config`."""
+        return self._composed(self).with_config(config, **kwargs)
+
+    def with_listeners(self, **listeners: Any) -> Any:
+        """See `Runnable.with_listeners`."""
+        return self._composed(self).with_listeners(**listeners)
+
+    def with_types(self, **types: Any) -> Any:
+        """See `Runnable.with_types`."""
+        return self._composed(self).with_types(**types)
+
+    # --- decoding together
+
+    def _asked(
+        self, input: LanguageModelInput, stop: Any, kwargs: dict[str, Any]
+    ) -> Sequence[Request]:
+        """Return what an input with these folded keywords asks for; nothing if it is cached."""
+        raise NotImplementedError
+
+    def _answered(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None,
+        return_exceptions: bool,
+        as_completed: bool,
+        kwargs: dict[str, Any],
+    ) -> Iterator[tuple[int, Any]]:
+        if not inputs:
+            return
+        configs = get_config_list(config, len(inputs))
+
+        def answer(position: int) -> Any:
+            try:
+                return self.invoke(inputs[position], configs[position], **kwargs)
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                return error
+
+        def asked(position: int) -> Sequence[Request]:
+            folded = self.folded(configs[position], kwargs)
+            return self._asked(inputs[position], folded.pop("stop", None), folded)
+
+        limit = configs[0].get("max_concurrency") or len(inputs)
+        yield from self._together(len(inputs), limit, answer, asked, as_completed)
+
+    def _together(
+        self,
+        count: int,
+        limit: int,
+        answer: Callable[[int], Any],
+        asked: Callable[[int], Sequence[Request]],
+        as_completed: bool = False,
+    ) -> Iterator[tuple[int, Any]]:
+        """Give every position's answer, of which up to `limit` are decoded at once."""
+        if not self.engine.decodes_here:
+            yield from _by_threads(count, min(limit, CONNECTIONS), answer)
+            return
+        if getattr(self, "rate_limiter", None):
+            limit = 1  # an answer begins when the limiter lets it
+        waiting = list(range(count))
+        streams: dict[int, list[tuple[Amulet, Request, ReplyStream]]] = {}
+        try:
+            while waiting:
+                for position in islice(waiting, limit if limit > 1 else 0):
+                    if position not in streams:
+                        streams[position] = self._begun(partial(asked, position))
+                position = waiting[0]
+                if as_completed:
+                    position = next(
+                        filter(lambda one: _is_done(streams.get(one)), waiting), position
+                    )
+                waiting.remove(position)
+                token = _under_way.set(streams.get(position, _under_way.get()))
+                try:
+                    outcome = answer(position)
+                finally:
+                    _under_way.reset(token)
+                _close(streams.pop(position, []))
+                yield position, outcome
+        finally:
+            for begun in streams.values():
+                _close(begun)
+
+    def _begun(
+        self, asked: Callable[[], Sequence[Request]]
+    ) -> list[tuple[Amulet, Request, ReplyStream]]:
+        """Queue what is asked for; nothing where it can't be, which `invoke` will find as well."""
+        begun: list[tuple[Amulet, Request, ReplyStream]] = []
+        try:
+            for request in asked():
+                begun.append((self.engine, request, self.engine.start(request)))
+        except Exception:
+            _close(begun)
+            return []
+        return begun
+
+    def _replies(self, requests: Sequence[Request]) -> list[Reply]:
+        """Decode requests together, as far as they are not under way."""
+        streams = [self._begun_earlier(request) for request in requests]
+        if not any(streams):
+            return cast("list[Reply]", self.engine.batch(requests))
+        pairs = zip(streams, requests, strict=True)
+        started = [stream or self.engine.start(request) for stream, request in pairs]
+        try:
+            return [stream.read() for stream in started]
+        finally:
+            for stream in started:
+                stream.close()
+
+    def _begun_earlier(self, request: Request) -> ReplyStream | None:
+        """Return the stream of a request that is under way; a callback's own calls have others."""
+        begun = _under_way.get() or []
+        for index, (engine, known, stream) in enumerate(begun):
+            if engine is self.engine and known == request:
+                del begun[index]
+                return stream
+        return None
+
+
+def _is_done(begun: list[tuple[Amulet, Request, ReplyStream]] | None) -> bool:
+    return bool(begun) and all(stream.generation.done for _, _, stream in begun or [])
+
+
+def _close(begun: list[tuple[Amulet, Request, ReplyStream]]) -> None:
+    for _, _, stream in begun:
+        stream.close()
+
+
+def _by_threads(count: int, limit: int, answer: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
+    threads = ThreadPoolExecutor(limit)
+    try:
+        futures = {threads.submit(copy_context().run, answer, i): i for i in range(count)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
