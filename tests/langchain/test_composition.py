@@ -326,7 +326,9 @@ async def test_a_generator_is_no_preference() -> None:
             lambda m=model: type(m)(amulet=m.engine, preference=once()),
             lambda m=model: m.batch(["x"], preference=map(str, ["A"])),
         ):
-            with pytest.raises(RequestError, match=r"a preference of type (generator|map) can be read"):
+            with pytest.raises(
+                RequestError, match=r"a preference of type (generator|map) can be read"
+            ):
                 attempt()
 
 
