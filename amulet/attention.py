@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from amulet import native
-from amulet.errors import one_line
+from amulet.errors import is_out_of_memory, one_line
 
 logger = logging.getLogger("amulet")
 
@@ -233,6 +233,19 @@ def _given(
     """Return the first arguments of the C functions: sizes, strides and addresses."""
     rows, heads, width, dim = query.shape
     kv_heads, columns = key.shape[1:3]
+    half = query.dtype == torch.bfloat16
+    if (
+        not key.shape == value.shape == (rows, kv_heads, columns, dim)
+        or heads % kv_heads
+        or width > columns
+        or not query.dtype == key.dtype == value.dtype
+        or not (half or query.dtype == torch.float32)
+        or dim % (32 if half else 16)
+    ):
+        raise ValueError(
+            f"attention of {list(query.shape)} over {list(key.shape)} and {list(value.shape)}, "
+            f"{query.dtype}, {key.dtype} and {value.dtype}: shapes or types do not fit together"
+        )
     sizes = (
         *(rows, kv_heads, heads // kv_heads, width, columns, dim),
         *query.stride()[:3],
@@ -242,7 +255,7 @@ def _given(
     )
     return (
         (ctypes.c_long * len(sizes))(*sizes),
-        query.dtype == torch.bfloat16,
+        half,
         *(states.data_ptr() for states in (query, key, value)),
     )
 
@@ -286,6 +299,8 @@ def try_triton(model: PreTrainedModel) -> None:
             _attend_on_gpu(query, keys, keys, columns.expand(1, 1, width, SIDE), 1.0)
         torch.cuda.synchronize(model.device)
     except Exception as error:  # Triton's own, a compiler's, the driver's
+        if is_out_of_memory(error):
+            raise
         _triton_serves = False
         logger.info("Attention on the GPU runs without Triton: %.300s", one_line(error))
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -60,6 +60,30 @@ class ColumnCache(Cache):
         return [False] * max(len(self._keys), 1)
 
 
+class BufferKind(NamedTuple):
+    """What a layer's keys, or its values, are, for however many rows and columns."""
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self, rows: int, columns: int) -> torch.Tensor:
+        """Return a buffer `[rows, heads, columns, dim]`.
+
+        Of zeros: a masked column may still be multiplied by a weight of 0.
+        """
+        shape = rows, self.heads, columns, self.dim
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+def _kind(buffer: torch.Tensor) -> BufferKind:
+    return BufferKind(buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
+
+
+_NO_POSITIONS = torch.zeros(1, 1, dtype=torch.long)  # made here: `clear` must need no memory
+
+
 class RowCache(ColumnCache):
     """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer.
 
@@ -78,13 +102,16 @@ class RowCache(ColumnCache):
         self._values: list[torch.Tensor | None] = []
         self._capacity = (0, 0)
         self._first, self._starts, self._width = 0, [0], 0
-        self._positions = torch.zeros(1, 1, dtype=torch.long)
-        self._known: tuple[list[torch.Tensor | None], ...] = [], []  # keys and values as they were
+        self._positions = _NO_POSITIONS
+        self._known: tuple[list[BufferKind | None], ...] = [], []  # keys and values as they were
 
     # The engine's side
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for `rows` rows of `columns` tokens, keeping what is there."""
+        """Make room for `rows` rows of `columns` tokens, keeping what is there.
+
+        All or nothing: after an error or an interrupt there is the room that there was.
+        """
         have_rows, have_columns = self._capacity
         if rows <= have_rows and columns <= have_columns:
             return
@@ -92,15 +119,23 @@ class RowCache(ColumnCache):
             rows = max(rows, 2 * have_rows)
         step = self._column_step
         columns = -(-max(columns, have_columns) // step) * step
-        self._capacity = (max(rows, have_rows), columns)
+        rows = max(rows, have_rows)
         self.layout = object()
+
+        def grown(buffer: torch.Tensor) -> torch.Tensor:
+            made = _kind(buffer).zeros(rows, columns)
+            made[:have_rows, :, :have_columns] = buffer[:have_rows, :, :have_columns]
+            return made
+
         try:
-            self._replace(self._grown)
-            self._make_as_before()
-        except torch.OutOfMemoryError:  # all layers have the old size again
-            self._capacity = have_rows, have_columns
+            if self._keys:
+                self._replace(grown)  # layer by layer: never two whole caches at once
+            else:
+                self._make_as_before(rows, columns)
+        except BaseException:  # all layers have the old size again
             self._replace(lambda buffer: buffer[:have_rows, :, :have_columns])
             raise
+        self._capacity = rows, columns
 
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:
         """Say where the next forward pass writes.
@@ -131,15 +166,10 @@ class RowCache(ColumnCache):
 
     def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
         """Put the first `length` tokens of what `row` returned into a row."""
-        rows, columns = self._capacity
         half = len(buffers) // 2
         for own, given in ((self._keys, buffers[:half]), (self._values, buffers[half:])):
             for layer, states in enumerate(given):
-                if layer == len(own):
-                    own.append(None)
-                if (buffer := own[layer]) is None:
-                    buffer = states.new_zeros((rows, states.shape[0], columns, states.shape[2]))
-                    own[layer] = buffer
+                buffer = self._buffer(own, layer, _kind(states[None]))
                 buffer[row, :, :length] = states[:, :length]
 
     def blank(self) -> None:
@@ -152,7 +182,7 @@ class RowCache(ColumnCache):
         """Free all memory, but remember of what shapes and types the buffers were."""
         if self._keys:
             known = tuple(
-                [b if b is None else b[:0, :, :0].clone() for b in buffers]
+                [b if b is None else _kind(b) for b in buffers]
                 for buffers in (self._keys, self._values)
             )
             self.clear()
@@ -224,20 +254,26 @@ class RowCache(ColumnCache):
                 if buffer is not None:
                     buffers[layer] = other(buffer)
 
-    def _make_as_before(self) -> None:
+    def _make_as_before(self, rows: int, columns: int) -> None:
         """Make the buffers that were freed, before a pass does so between tensors of its own.
 
         What it then frees would leave holes between them in the heap.
         """
-        if not self._keys:
-            self._keys, self._values = map(list, self._known)
-            self._replace(self._grown)
+        self._keys, self._values = (
+            [kind if kind is None else kind.zeros(rows, columns) for kind in kinds]
+            for kinds in self._known
+        )
 
-    def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
-        rows, columns = self._capacity
-        grown = buffer.new_zeros((rows, buffer.shape[1], columns, buffer.shape[3]))
-        grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-        return grown
+    def _buffer(
+        self, buffers: list[torch.Tensor | None], layer: int, kind: BufferKind
+    ) -> torch.Tensor:
+        """Return a layer's keys or values, made if there are none yet."""
+        buffer = buffers[layer] if layer < len(buffers) else None
+        if buffer is None:
+            buffer = kind.zeros(*self._capacity)
+            buffers += [None] * (layer + 1 - len(buffers))
+            buffers[layer] = buffer
+        return buffer
 
     # The model's side
 
@@ -257,18 +293,18 @@ class RowCache(ColumnCache):
             like: of their dtype and device.
 
         Raises:
-            IndexError: the pass was begun without room for it.
+            IndexError: the pass was begun without room for it, or the layer has other heads.
         """
-        rows, columns = self._capacity
-        if self._first + len(self._starts) > rows or self.columns > columns:
-            raise IndexError(f"no room for {len(self._starts)} rows of {self.columns} tokens")
-        found = []
-        for buffers, (heads, dim) in ((self._keys, keys), (self._values, values)):
-            while len(buffers) <= layer:
-                buffers.append(None)
-            buffer = buffers[layer]
-            if buffer is None:  # zeros: a masked column may still be multiplied by a weight of 0
-                buffer = buffers[layer] = like.new_zeros((rows, heads, columns, dim))
+        rows, found = self._first + len(self._starts), []
+        for buffers, shape in ((self._keys, keys), (self._values, values)):
+            buffer = self._buffer(buffers, layer, BufferKind(*shape, like.dtype, like.device))
+            # By the buffer's own shape: what writes into it may be C code.
+            have_rows, heads, have_columns, dim = buffer.shape
+            if rows > have_rows or self.columns > have_columns or (heads, dim) != shape:
+                raise IndexError(
+                    f"no room for {rows} rows of {self.columns} tokens of {shape} numbers in "
+                    f"buffers of {list(buffer.shape)}"
+                )
             found.append(buffer)
         return found[0], found[1]
 

@@ -22,7 +22,7 @@ from amulet import native
 from amulet.attention import grouped
 from amulet.cache import ColumnCache, Masks, StepCache, by_kind, cache_argument, column_mask
 from amulet.cache_folder import cache_folder
-from amulet.errors import one_line
+from amulet.errors import is_out_of_memory, one_line
 from amulet.layers import are_native
 from amulet.siblings import join_siblings, joint_products
 
@@ -130,9 +130,9 @@ class CompiledStep:
                 if self._compiled is None:
                     self._compile(arguments)
                 return self._run(*arguments)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):  # which says nothing of the compiler
+                raise
             self.broken = True
             logger.warning(
                 "The decode step can't be compiled and runs uncompiled: %s: %.300s",

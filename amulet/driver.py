@@ -18,7 +18,14 @@ import torch
 from transformers import PreTrainedModel
 
 from amulet.engine import Engine
-from amulet.errors import AmuletError, DecodeError, RequestError
+from amulet.errors import (
+    AmuletError,
+    DecodeError,
+    OutOfMemoryError,
+    RequestError,
+    is_out_of_memory,
+    one_line,
+)
 from amulet.generation import Generation
 from amulet.openmp import release
 
@@ -303,6 +310,10 @@ def _for_caller(error: BaseException) -> AmuletError:
     """A fresh error per caller: one instance raised in several threads would mix tracebacks."""
     if isinstance(error, AmuletError):
         return type(error)(str(error))
+    if is_out_of_memory(error):  # in a caller's own processor or grammar
+        return OutOfMemoryError(
+            f"Out of memory while a token was chosen: {one_line(error)} Use fewer requests at once."
+        )
     return DecodeError(
         f"Decoding failed: {type(error).__name__}: {error}. The Amulet object stays usable."
     )

@@ -7,9 +7,11 @@ rows are combined into one distribution, one token is chosen from it and appende
 from __future__ import annotations
 
 import inspect
+import logging
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from traceback import clear_frames
 from typing import Any, Literal
 
 import torch
@@ -21,13 +23,15 @@ from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported
 from amulet.choice import append_token, choose_tokens
 from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
 from amulet.drafts import NARROW, Draft
-from amulet.errors import DecodeError, OutOfMemoryError
+from amulet.errors import OutOfMemoryError, is_out_of_memory, one_line
 from amulet.generation import Generation
 from amulet.graphs import StepGraphs
 from amulet.layers import are_native, renew_packed
 from amulet.packed_layers import native_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
 from amulet.weights import execution_device, weights_state
+
+logger = logging.getLogger("amulet")
 
 CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
 GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
@@ -114,6 +118,23 @@ class Engine:
         """
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
+        joined, self._filling = False, True
+        try:
+            with self._naming_shortage(first + rows, longest):
+                self._renew(generation, longest)
+                self._cache.reserve(first + rows, longest + 1)
+                logits = self._prefill(generation, first)
+                if logits is not None:
+                    self._join(generation, first, logits)
+                    joined = True
+        finally:
+            self._filling = False
+            if not joined:  # it failed, or was cancelled meanwhile
+                self._clear_if_idle(keep=False)
+        self.sweep()
+
+    def _renew(self, generation: Generation, longest: int) -> None:
+        """Forget what is of no use to the next answer, whose longest prompt has so many ids."""
         changed = self._graphs.refresh(self._compiles())
         self._notice_weights()
         generation.computed_with = self._weights
@@ -126,18 +147,10 @@ class Engine:
         wanted = longest + min(generation.max_new_tokens, GPU_COLUMN_STEP)
         if not self.running and (changed or self._cache.capacity[1] > TOO_LONG * wanted):
             self._cache.clear()
-        logits, self._filling = None, True
-        try:
-            self._cache.reserve(first + rows, longest + 1)
-            logits = self._prefill(generation, first)
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(first + rows, longest) from error
-        finally:
-            self._filling = False
-            if logits is None:  # it failed, or was cancelled meanwhile
-                self._clear_if_idle(keep=False)
-        if logits is None:
-            return
+
+    def _join(self, generation: Generation, first: int, logits: torch.Tensor) -> None:
+        """Let a prefilled generation join the batch; decode its first token, or leave no trace."""
+        rows = len(generation.prompts)
         self._prepare(generation, logits)
         place = len(self._owners)  # rows before `first` may have left during the prefill
         for i in range(rows if place < first else 0):
@@ -145,8 +158,12 @@ class Engine:
         generation.rows = list(range(place, place + rows))
         self._owners += [(generation, i) for i in range(rows)]
         self.running.append(generation)
-        self._decide([generation], logits, list(range(rows)))
-        self.sweep()
+        try:
+            self._decide([generation], logits, list(range(rows)))
+        except BaseException:
+            del self._owners[place:]
+            self.running.remove(generation)
+            raise
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -168,13 +185,11 @@ class Engine:
                 ids[row] += [0] * (width - len(ids[row]))
         # Compiled code brings loops for OpenMP's threads, which the team's would get in the way of.
         alone = len(ids) * width <= self._team_rows and not self._compiles()
-        try:
+        with self._naming_shortage(len(ids), max(starts)):
             self._cache.reserve(len(ids), max(starts) + width)
             with native.team() if alone else nullcontext():
                 logits = self._decode(ids, starts)  # [rows, width, vocab]
                 self._accept(drafts, logits)
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(len(ids), max(starts)) from error
         self._seconds += time.perf_counter() - begun
         self.sweep()
 
@@ -222,11 +237,9 @@ class Engine:
         """Drop the rows of finished generations; the last rows move into their places."""
         if all(not generation.done for generation in self.running):
             return
-        if any(map(self._may_keep, self.running)):
-            self._notice_weights()
+        self._keep_ended()
         for row in range(len(self._owners) - 1, -1, -1):
             if self._owners[row][0].done:
-                self._keep(row)
                 generation, i = self._owners.pop()
                 if row < len(self._owners):
                     length = len(generation.prompts[i]) + len(generation.token_ids) - 1
@@ -254,8 +267,18 @@ class Engine:
         else:
             self._cache.free()
 
+    def _keep_ended(self) -> None:
+        """Keep ended rows for prompts that begin with the same ids; nothing, where that fails."""
+        try:
+            if any(map(self._may_keep, self.running)):
+                self._notice_weights()
+            for row in range(len(self._owners)):
+                self._keep(row)
+        except Exception as error:  # nobody's answer ends with it
+            logger.info("Nothing is kept of ended answers: %.200s", one_line(error))
+            self.prefixes.clear()  # the answers that run need the memory more
+
     def _keep(self, row: int) -> None:
-        """Keep an ended row for prompts that begin with the same ids."""
         generation, i = self._owners[row]
         if self._may_keep(generation) and generation.computed_with is self._weights:
             ids = (*generation.prompts[i], *generation.token_ids[:-1])
@@ -445,12 +468,23 @@ class Engine:
                     generation.scores.append(trace)
                 append_token(generation, token_id)
 
-    def _out_of_memory(self, rows: int, tokens: int) -> DecodeError:
-        return OutOfMemoryError(
-            f"Out of memory on {self.device} with {rows} rows of up to {tokens} tokens "
-            f"({self.cache_bytes / 2**20:.0f} MiB of KV cache); use fewer requests at once, a "
-            "shorter prompt, or a smaller dtype."
-        )
+    @contextmanager
+    def _naming_shortage(self, rows: int, tokens: int) -> Iterator[None]:
+        """Raise OutOfMemoryError with the batch's size where the block runs out of memory."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            held = self.cache_bytes / 2**20
+            # Whoever keeps the error would keep all that the failed pass had computed.
+            clear_frames(error.__traceback__)
+            self.prefixes.clear()
+            raise OutOfMemoryError(
+                f"Out of memory on {self.device} with {rows} rows of up to {tokens} tokens "
+                f"({held:.0f} MiB of KV cache); use fewer requests at once, a shorter prompt, or a "
+                "smaller dtype."
+            ) from error
 
     def _width(self, left: int) -> int:
         """Return how many of a prefill's tokens that are left a row gets in the next pass.

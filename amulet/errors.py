@@ -7,7 +7,7 @@
     ├── ModelError                    the model or tokenizer can't be loaded or isn't supported
     │   └── MissingPackageError (ImportError)   an optional package is not installed
     ├── DecodeError (RuntimeError)    decoding started and could not go on
-    │   └── OutOfMemoryError          the device has no room for the batch
+    │   └── OutOfMemoryError          the device has no room for the batch, or for the model
     └── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
 Each message says what was given, what was expected and how to mend it. Where to read more stands
@@ -66,13 +66,42 @@ class DecodeError(AmuletError, RuntimeError):
 
 
 class OutOfMemoryError(DecodeError):
-    """The device ran out of memory; states how many rows and tokens the batch had."""
+    """The device ran out of memory; states how many rows and tokens the batch had.
+
+    Loading and packing a model raise it as well.
+    """
 
 
 class EvaluationError(AmuletError):
     """An evaluation's question file, rule, method, run folder or judge can't be used as given."""
 
 
-def one_line(error: Exception) -> str:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of Python's or PyTorch's says that memory is short.
+
+    A GPU's allocator raises `torch.OutOfMemoryError`. The CPU's, the driver's and the libraries'
+    raise a plain `RuntimeError`, which only its text tells from others.
+    """
+    if isinstance(error, AmuletError):  # named already
+        return False
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"MemoryError", "OutOfMemoryError"}:  # by name: this module loads no torch
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(text in said for text in _NO_MEMORY)
+
+
+# PyTorch's CPU allocator on Linux and on Windows, CUDA's driver, cuBLAS, and C++ libraries.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+
+
+def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split())

@@ -27,7 +27,7 @@ from amulet.attention import (
     steps_are_native,
 )
 from amulet.cache import RowCache, cache_argument
-from amulet.errors import ModelError
+from amulet.errors import ModelError, is_out_of_memory
 from amulet.packed_layers import PackedLayer, PackedLinear
 from amulet.products import FLOAT32
 from amulet.weights import weights_state
@@ -38,6 +38,7 @@ logger = logging.getLogger("amulet")
 KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
 ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # is it GELU?
 PART = 128  # tokens that `native/layer.c` takes at once of a long pass, on up to four cores
+OUTSIDE = -1  # what `native/layer.c` returns where a pass doesn't lie within its buffers
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
 
 
@@ -58,6 +59,8 @@ def use_native_layers(model: nn.Module) -> int:
         layers = [NativeLayer(module) for module in found]
         agrees = layers[0].agrees(found[0], model.config)
     except Exception as error:  # Transformers has changed its layers; its own code still serves
+        if is_out_of_memory(error):
+            raise
         logger.info("Layers aren't C code: %s: %.200s", type(error).__name__, error)
         return 0
     if not agrees:
@@ -190,7 +193,10 @@ class _Layer(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("rows", "width", "columns", "part")),
+        *(
+            (name, ctypes.c_long)
+            for name in ("rows", "width", "columns", "part", "room_rows", "room_columns")
+        ),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
         ("angles", ctypes.c_long),
         ("mask", ctypes.c_void_p),
@@ -255,10 +261,10 @@ class NativeLayer:
             not isinstance(cache, RowCache)
             or cache.positions.shape != hidden.shape[:2]
             or hidden.dtype != self._dtype
+            or hidden.shape[2] != self._linears[0].in_features
             or hidden.device.type != "cpu"
             or not (mask is None or mask.dtype == torch.bool)
-            or position_embeddings[0].shape[-1] != self._dim
-            or position_embeddings[0].dtype != self._dtype
+            or any(not self._turns(angles, hidden) for angles in position_embeddings)
             or any(self._hooks)  # somebody wants to see or change what is inside of the layer
         ):
             return None
@@ -272,6 +278,12 @@ class NativeLayer:
         if rows * width > most:
             return self._by_operations(*given)
         return self._whole(*given, part)
+
+    def _turns(self, angles: torch.Tensor, hidden: torch.Tensor) -> bool:
+        """Whether cosines or sines `[rows or 1, width, dim]` are those of a pass's tokens."""
+        rows, width = hidden.shape[:2]
+        shapes = ((rows, width, self._dim), (1, width, self._dim))
+        return angles.dtype == self._dtype and angles.shape in shapes
 
     def _whole(
         self,
@@ -290,6 +302,7 @@ class NativeLayer:
         size = hidden.itemsize
         now = _Pass(
             *(rows, width, columns, part),
+            *(keys.shape[0] - cache.first, min(keys.shape[2], values.shape[2])),
             *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
             *(native.address(mask), *mask_strides),
             cache.positions.data_ptr(),
@@ -297,10 +310,15 @@ class NativeLayer:
             values.data_ptr() + cache.first * value_strides[0] * size,
             *(*key_strides[:3], *value_strides[:3]),
         )
+        if not keys.dtype == values.dtype == hidden.dtype:
+            raise IndexError(f"keys of {keys.dtype}, values of {values.dtype}: not {hidden.dtype}")
         out = torch.empty_like(hidden)
-        if native.library().amulet_layer(
+        failed = native.library().amulet_layer(
             ctypes.byref(self._in_c), ctypes.byref(now), hidden.data_ptr(), out.data_ptr()
-        ):
+        )
+        if failed == OUTSIDE:
+            raise IndexError(f"{rows} rows of {columns} tokens lie outside of {list(keys.shape)}")
+        if failed:
             raise native.out_of_memory()
         return out
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from amulet.errors import MissingPackageError, ModelError
+from amulet.errors import MissingPackageError, ModelError, OutOfMemoryError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ def load_pretrained(
     Raises:
         ModelError: an option is not valid, or the model can't be loaded; says why.
         MissingPackageError: loading needs a package that is not installed.
+        OutOfMemoryError: the weights do not fit into memory.
     """
     dtype = _checked_dtype(dtype)
     if device is not None and device_map is not None:
@@ -106,7 +107,11 @@ def load_pretrained(
     except ImportError as error:
         raise MissingPackageError(f"{source}: {_first_lines(error)}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise _no_room(source, error) from error
         raise ModelError(_explain(source, error)) from error
+    except MemoryError as error:
+        raise _no_room(source, error) from error
     model, report = loaded
     _check_complete(source, report)
     model.eval()
@@ -248,6 +253,13 @@ def _explain(source: str, error: Exception) -> str:
             f"The hub's client said: {_first_lines(error)}"
         )
     return f"{source} can't be loaded: {type(error).__name__}: {_first_lines(error)}"
+
+
+def _no_room(source: str, error: Exception) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{source} does not fit into memory: load it in a smaller dtype, or on another device. "
+        f"{_first_lines(error)}"
+    )
 
 
 def _first_lines(error: Exception) -> str:

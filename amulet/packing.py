@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from amulet.errors import ModelError
+from amulet.errors import ModelError, OutOfMemoryError, is_out_of_memory, one_line
 from amulet.layers import use_native_layers
 from amulet.packed_layers import INT4_GROUP, Int4Linear, Int8Linear, PackedLayer, PackedLinear
 from amulet.weights import is_adapter, weights_state
@@ -41,6 +41,8 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
     Raises:
         ModelError: `pack` is not one of these, or int8 or int4 was asked for and the model is not
             in bfloat16 on the CPU.
+        OutOfMemoryError: there is no room to pack the next layer; the model decodes as before, but
+            may be packed in part.
     """
     if pack not in (True, False, "int8", "int4"):
         raise ModelError(f'pack={pack!r}: expected True, False, "int8" or "int4".')
@@ -51,6 +53,18 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
             f'pack="{pack}" is for models in bfloat16 on the CPU, without adapters: load with '
             'dtype="bfloat16" and device="cpu", or leave pack out.'
         )
+    try:
+        return _pack(model, pack)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            "Out of memory while the model's weights were packed: load it with pack=False, or in "
+            f"a smaller dtype. {one_line(error)}"
+        ) from error
+
+
+def _pack(model: nn.Module, pack: bool | Literal["int8", "int4"]) -> int:
     if not _can_pack(model) or _slows(model):
         return 0
     head = getattr(model, "get_output_embeddings", lambda: None)()

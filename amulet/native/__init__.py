@@ -173,4 +173,4 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 def out_of_memory() -> torch.OutOfMemoryError:
     """Return the error to raise where C code found no memory."""
-    return torch.OutOfMemoryError("no memory for a step's intermediate results")
+    return torch.OutOfMemoryError("out of memory for a step's intermediate results")

@@ -24,6 +24,7 @@ struct layer {
 struct pass {
     long rows, width, columns;
     long part; /* how many tokens are taken at once; 0: all, attending by `amulet_attend` */
+    long room_rows, room_columns; /* of the cache from `keys` and `values` on */
     const void *cosine, *sine; /* [angles][dim] */
     long angles;               /* one for each token, or those of one row */
     const uint8_t *mask;
@@ -53,12 +54,26 @@ static void rotate(const struct layer *of, const struct pass *in, void *states, 
                   in->angles);
 }
 
-/* Return 0, or 1 where memory is short. `hidden` and `out` are [rows][width][hidden size]. In parts
+enum { OUTSIDE = -1 };
+
+/* Whether the cache has all rows and columns that the pass reads and writes. */
+static int is_inside(const struct pass *in)
+{
+    int inside = in->rows > 0 && in->width > 0 && in->angles > 0 && in->width <= in->columns
+                 && in->rows <= in->room_rows && in->columns <= in->room_columns;
+    for (long i = 0; inside && i < in->rows * in->width; i++)
+        inside = in->places[i] >= 0 && in->places[i] < in->columns;
+    return inside;
+}
+
+/* Return 0, 1 where memory is short, or OUTSIDE, with nothing written. `hidden` and `out` are [rows][width][hidden size]. In parts
    of a long pass everything but attention is done for one after the other: what lies between two
    products then stays in the processor's cache, and takes little memory. */
 int amulet_layer(const struct layer *of, const struct pass *in, const char *hidden, char *out)
 {
     const struct linear *q = &of->query, *k = &of->key, *v = &of->value, *up = &of->up;
+    if (!is_inside(in))
+        return OUTSIDE;
     int half = (int)of->half;
     long tokens = in->rows * in->width, size = half ? 2 : 4, wide = q->in;
     long parts = in->part ? (tokens + in->part - 1) / in->part : 1;

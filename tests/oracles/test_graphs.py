@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from amulet import graphs
-from amulet.cache import GPU_COLUMN_STEP, RowCache
+from amulet.cache import GPU_COLUMN_STEP, BufferKind, RowCache
 from amulet.engine import Engine
 from amulet.errors import OutOfMemoryError
 from amulet.graphs import Graph, StepGraphs, _can_record, _given
@@ -202,15 +202,15 @@ def test_a_prompt_without_room_leaves_the_engine_as_it_was(
     engine.admit(first)
     if not running:
         run(engine, [])
-    grown, made = RowCache._grown, [0]
+    zeros, made = BufferKind.zeros, [0]
 
-    def grows_some(cache: RowCache, buffer: torch.Tensor) -> torch.Tensor:
+    def makes_some(kind: BufferKind, rows: int, columns: int) -> torch.Tensor:
         made[0] += 1
         if made[0] == 4:
             raise torch.OutOfMemoryError("no room")
-        return grown(cache, buffer)
+        return zeros(kind, rows, columns)
 
-    monkeypatch.setattr(RowCache, "_grown", grows_some)
+    monkeypatch.setattr(BufferKind, "zeros", makes_some)
     with pytest.raises(OutOfMemoryError):
         engine.admit(plain(ids(random.Random(11), 600)))
     second = plain(ids(random.Random(12), 300))

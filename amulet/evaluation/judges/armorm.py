@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amulet.errors import EvaluationError
+from amulet.errors import EvaluationError, is_out_of_memory
 from amulet.evaluation.judging import JudgeOptions, Tell, missing
 from amulet.evaluation.run import Answer, Run
 from amulet.loading import default_device
@@ -242,11 +242,11 @@ def score_answers(
 
 
 def _marks(judge: ArmoRM, chats: Sequence[Sequence[int]]) -> list[list[float]]:
-    import torch
-
     try:
         marks: list[list[float]] = judge.marks(chats).tolist()
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise EvaluationError(
             f"The memory is too small to mark {len(chats)} answers of {max(map(len, chats))} "
             "tokens at once: give a smaller batch_size, or judge without the answering model."
