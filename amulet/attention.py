@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from amulet import native
@@ -62,6 +63,11 @@ def _sdpa(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     attend = grouped_attention if _pass.is_ours else _sdpa_before
     attended: tuple[torch.Tensor, None] = attend(*args, **options)
     return attended
+
+
+def _sdpa_mask(*args: Any, **options: Any) -> Any:
+    """Make no mask in Amulet's passes: they bring theirs, where plain causal is not right."""
+    return None if _pass.is_ours else _sdpa_mask_before(*args, **options)
 
 
 def grouped_attention(
@@ -370,3 +376,5 @@ def _behind_cached(
 
 _sdpa_before = ALL_ATTENTION_FUNCTIONS["sdpa"]
 AttentionInterface.register("sdpa", _sdpa)
+_sdpa_mask_before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+AttentionMaskInterface.register("sdpa", _sdpa_mask)
