@@ -366,6 +366,14 @@ class Amulet:
         """Return the ids of a chat's prompt without preference; options as for `chat`."""
         return self._preparer.encode(Request(messages=messages, **options))
 
+    def calls_tools(self, tools_prompt: Literal["template", "fallback"] = "template") -> bool:
+        """Tell whether tools can be used: the model sees them, and its calls are read.
+
+        Args:
+            tools_prompt: as in a `Request`.
+        """
+        return self._preparer.calls_tools(tools_prompt)
+
     @property
     def _preparer(self) -> Preparer:
         tokenizer = own_tokenizer(self.tokenizer)

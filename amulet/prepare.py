@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -109,6 +110,18 @@ class Preparer:
     def encode(self, request: Request) -> list[int]:
         """Return the base prompt of a request, as token ids."""
         return self._encode(request, self._tools(request), (), None).base
+
+    def calls_tools(self, tools_prompt: Literal["template", "fallback"]) -> bool:
+        """Tell whether tools reach the model and the calls in its answers are read."""
+        probe = Request(
+            messages=({"role": "user", "content": "x"},),
+            tools=({"name": "probe"},),
+            tools_prompt=tools_prompt,
+        )
+        try:
+            return self._tools(probe).dialect is not None or self._has_response_template
+        except TemplateError:
+            return False
 
     def _tools(self, request: Request) -> _Tools:
         """Find how the template takes the tools; write them and the history as text if it can't."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 from amulet.aio import AsyncReplyStream
@@ -15,6 +15,7 @@ from amulet.preference import Steering
 from amulet.remote.model import RemoteModel, RemoteTokenizer
 from amulet.request import Reply, Request
 from amulet.stream import ReplyStream
+from amulet.tools import find_dialect
 
 try:
     import openai
@@ -210,6 +211,13 @@ class RemoteAmulet(Amulet):
         request = Request(messages=messages, **options)
         body = {"messages": list(request.messages or ()), **chat_options(request)}
         return self._tokenize({name: value for name, value in body.items() if value is not None})
+
+    def calls_tools(self, tools_prompt: Literal["template", "fallback"] = "template") -> bool:
+        """Tell whether tools can be used, as far as the template's text says it."""
+        template = self.tokenizer.chat_template or ""
+        return tools_prompt == "fallback" or (
+            "tools" in template and find_dialect(template) is not None
+        )
 
     @staticmethod
     def _send(client: Any, body: dict[str, Any]) -> Any:

@@ -53,10 +53,13 @@ class AmuletLLM(AmuletSettings):
         amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
         dtype, device, device_map, model_kwargs: for loading; as for `Amulet.from_pretrained`.
         preference, strength, floor, placement: how answers should be where neither the call nor
-            the conversation nor the user says; see `amulet.Steering`.
+            the conversation nor the user says; see `amulet.Steering`. In raw text (a model without
+            a chat template, `messages_to_prompt`) a preference stands before the prompt, whatever
+            the placement.
         max_tokens, ..., seed: defaults for the calls; see `amulet.Request`.
         tools_prompt: "fallback" describes tools in the system message, for a chat template that
-            knows none; without it such a model is not a function calling model.
+            knows none, or calls in a form that isn't read; without it such a model is not a
+            function calling model.
         system_prompt, messages_to_prompt, completion_to_prompt, callback_manager, ...: as for
             every LlamaIndex LLM. The model's own chat template is used unless you give
             `messages_to_prompt` or `completion_to_prompt`.

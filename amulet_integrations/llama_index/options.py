@@ -115,10 +115,3 @@ def tool_choice(given: Any, required: bool) -> str:
             f'tool_choice={given!r}: expected "auto", "any", "none" or the name of a tool.'
         )
     return "any" if given == "required" or (given == "auto" and required) else given
-
-
-def knows_tools(tokenizer: Any) -> bool:
-    """Tell whether a tokenizer's chat template has a place for tools."""
-    source = getattr(tokenizer, "chat_template", None) or ""
-    templates = source.values() if isinstance(source, Mapping) else [source]
-    return any("tools" in template for template in templates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from amulet import Amulet
 from amulet.errors import RequestError
-from amulet.preference import Placement, PreferenceLike, describe
+from amulet.preference import Placement, PreferenceLike, describe, normal_preferences
 from amulet.request import Request
 from amulet_integrations import _loading, _options
 from amulet_integrations._preference import SETTINGS, Chosen, choose
@@ -33,6 +33,8 @@ from amulet_integrations.llama_index.messages import (
 from amulet_integrations.llama_index.options import SAMPLING, Plan
 from amulet_integrations.llama_index.scope import checked, scopes
 from amulet_integrations.llama_index.stage import Stage, stage_of_call
+
+RESERVED = 256  # tokens of the window, or an eighth of a small one
 
 Self = TypeVar("Self", bound="AmuletSettings")
 
@@ -61,7 +63,7 @@ class AmuletSettings(FunctionCallingLLM):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: list[str] | str | None = None
-    tools_prompt: str | None = None
+    tools_prompt: Literal["template", "fallback"] | None = None
 
     def __init__(self, **given: Any) -> None:
         watch()
@@ -104,17 +106,28 @@ class AmuletSettings(FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What the model is: its window, its answers' limit, and whether it chats and calls."""
-        tokenizer = self.amulet.tokenizer
-        chats = bool(getattr(tokenizer, "chat_template", None))
+        """What the model is: its window, its answers' limit, and whether it chats and calls.
+
+        `context_window` leaves room for a preference, which LlamaIndex knows nothing of when it
+        fills the window: for the one in force, and for one of some 200 tokens that comes later.
+        """
+        window = self.amulet.window or DEFAULT_CONTEXT_WINDOW
+        calls = self._has_template and self.amulet.calls_tools(self.tools_prompt or "template")
         return LLMMetadata(
-            context_window=self.amulet.window or DEFAULT_CONTEXT_WINDOW,
+            context_window=max(1, window - self._reserved(window)),
             num_output=self.max_tokens or Request(prompt="-").max_new_tokens,
-            is_chat_model=chats or not self._default_messages_to_prompt,
-            is_function_calling_model=chats
-            and (self.tools_prompt == "fallback" or options.knows_tools(tokenizer)),
+            is_chat_model=self._chats,
+            is_function_calling_model=calls and self._default_messages_to_prompt,
             model_name=str(self.model),
         )
+
+    def _reserved(self, window: int) -> int:
+        """Return how many tokens of the window are kept for the preference and the template."""
+        chosen = self._chosen({}, {})
+        texts = {wish.text for wish in normal_preferences(chosen.preference)}
+        longest = max((self.amulet.count_tokens(text) for text in texts), default=0)
+        twice = 2 if chosen.placement == "both" else 1
+        return min(RESERVED, window // 8) + twice * longest
 
     def with_preference(
         self: Self,
@@ -145,7 +158,7 @@ class AmuletSettings(FunctionCallingLLM):
         said = [m for m in messages if not (m.role == MARK_ROLE and MARK in m.additional_kwargs)]
         if self.system_prompt and not _begins_with(said, self.system_prompt):
             said = self._extend_messages(said)
-        if self.metadata.is_chat_model and self._default_messages_to_prompt:
+        if self._has_template and self._default_messages_to_prompt:
             source: dict[str, Any] = {"messages": to_chat(said)}
         elif fields.get("tools"):
             raise RequestError("Tools need the model's own chat template, not messages_to_prompt.")
@@ -156,7 +169,7 @@ class AmuletSettings(FunctionCallingLLM):
 
     def _plan_complete(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Plan:
         own = self.completion_to_prompt is not default_completion_to_prompt
-        if self.metadata.is_chat_model and not formatted and not own:
+        if self._chats and not formatted and not own:
             message = ChatMessage(role="user", content=prompt)
             return self._plan_chat([message], kwargs, "complete")
         if not formatted:
@@ -174,21 +187,24 @@ class AmuletSettings(FunctionCallingLLM):
         stage: Stage,
         stated: dict[str, Any],
     ) -> Plan:
+        chosen = self._chosen(kwargs, stated)
+        if fields.get("grammar") is not None and not fields.get("steer_grammar"):
+            stage, chosen = "internal", Chosen()  # read by a program, whoever asks
+        elif stage == "internal" and kwargs.get("preference") is None:
+            chosen = Chosen()
+        raw = {"model": self.model, "stage": stage, "preference_source": chosen.source}
+        request = Request(**source, **fields, **chosen.as_dict())
+        return Plan(request, raw, stage == "react" and bool(request.preference))
+
+    def _chosen(self, kwargs: Mapping[str, Any], stated: Mapping[str, Any]) -> Chosen:
         call = {name: kwargs[name] for name in SETTINGS if kwargs.get(name) is not None}
         around = scopes()
-        chosen = choose(
+        return choose(
             call={**self.pinned, **call},
             conversation={**stated, **around.get("conversation", {})},
             user=around.get("user"),
             constructor=self._settings(),
         )
-        if fields.get("grammar") is not None and not fields.get("steer_grammar"):
-            stage, chosen = "internal", Chosen()  # read by a program, whoever asks
-        elif stage == "internal" and "preference" not in call:
-            chosen = Chosen()
-        raw = {"model": self.model, "stage": stage, "preference_source": chosen.source}
-        request = Request(**source, **fields, **chosen.as_dict())
-        return Plan(request, raw, stage == "react" and bool(request.preference))
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SETTINGS}
@@ -199,6 +215,14 @@ class AmuletSettings(FunctionCallingLLM):
     def _loading(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in ("dtype", "device", "device_map")}
         return {**self.model_kwargs, **{k: v for k, v in given.items() if v is not None}}
+
+    @property
+    def _chats(self) -> bool:
+        return self._has_template or not self._default_messages_to_prompt
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.amulet.tokenizer, "chat_template", None))
 
     @property
     def _default_messages_to_prompt(self) -> bool:

@@ -7,7 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import llama_index.core
 import pytest
+from llama_index.core import PromptTemplate
 from llama_index.core.base.llms.types import (
     CacheControl,
     CachePoint,
@@ -21,12 +23,18 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.program import LLMTextCompletionProgram
+from llama_index.core.program.utils import get_program_for_llm
+from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
+from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import BaseModel
 
 import amulet_integrations.llama_index as package
 from amulet import Preference
 from amulet.errors import RequestError
-from amulet_integrations.llama_index import AmuletLLM
+from amulet_integrations.llama_index import AmuletLLM, preference
 from tests.llama_index.doubles import PLAIN, STEERED, WISH, calling, scripted
+from tests.models import byte_tokenizer
 
 USER = ChatMessage(role="user", content="Hi")
 
@@ -197,7 +205,7 @@ def test_logprobs() -> None:
 def test_metadata_is_true_to_the_model() -> None:
     llm = scripted(max_tokens=33, window=512)
     assert llm.metadata.model_dump() == {
-        "context_window": 512,
+        "context_window": 512 - 64,  # an eighth of it, for a preference to come
         "num_output": 33,
         "is_chat_model": True,
         "is_function_calling_model": False,
@@ -206,11 +214,62 @@ def test_metadata_is_true_to_the_model() -> None:
     }
     assert scripted(tools_prompt="fallback").metadata.is_function_calling_model
     assert calling("x").metadata.is_function_calling_model
+    own = calling("x", messages_to_prompt=lambda said: "x")
+    assert not own.metadata.is_function_calling_model
+
+
+def test_a_model_calls_functions_only_where_its_calls_are_read() -> None:
+    tokenizer = byte_tokenizer()
+    # Tools are shown, in no dialect that is known.
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }} Write CALL name(args).{% endif %}"
+        + tokenizer.chat_template
+    )
+    llm = scripted(tokenizer=tokenizer)
+    assert not llm.metadata.is_function_calling_model
+    assert isinstance(
+        get_program_for_llm(Answer, PromptTemplate("?"), llm), LLMTextCompletionProgram
+    )
+    assert scripted(tokenizer=tokenizer, tools_prompt="fallback").metadata.is_function_calling_model
+
+
+class Answer(BaseModel):
+    text: str
+
+
+# ---- the context window ----
+
+LONG_WISH = "Answer as briefly as you can, and as if to a child, please, now."
+MODES = [mode for mode in ResponseMode if mode not in ("no_text", "context_only")]
+
+
+def test_the_window_leaves_room_for_the_preference_in_force() -> None:
+    llm = scripted(window=4096)
+    assert llm.metadata.context_window == 4096 - 256
+    with preference(LONG_WISH):
+        assert llm.metadata.context_window == 4096 - 256 - 64
+        assert llm.with_preference("").metadata.context_window == 4096 - 256
+    both = scripted(window=4096, preference=[LONG_WISH, WISH], placement="both")
+    assert both.metadata.context_window == 4096 - 256 - 2 * 64
+    assert scripted(window=8).metadata.context_window == 7
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_llama_index_packs_leaves_room_for_a_wish(
+    mode: ResponseMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = scripted({"": "word"}, window=2048, max_tokens=200)
+    monkeypatch.setattr(llama_index.core, "global_tokenizer", llm.amulet.tokenizer.encode)
+    synthesizer = get_response_synthesizer(llm=llm, response_mode=mode)
+    nodes = [NodeWithScore(node=TextNode(text="Moss grows on the mill. " * 200))]
+    with preference(LONG_WISH, placement="system"):
+        await synthesizer.asynthesize("Where is moss?", nodes)
+        assert "word" in str(synthesizer.synthesize("Where is moss?", nodes))
+    for request in llm.amulet.requests:
+        assert len(llm.amulet.encode_chat(request.messages)) + 64 + 200 <= 2048
 
 
 def test_a_base_model_completes() -> None:
-    from tests.models import byte_tokenizer
-
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     llm = scripted(tokenizer=tokenizer, preference=WISH)
