@@ -87,6 +87,27 @@ class Amulet:
         self._driver = Driver.of(decoder, max_rows, prefix_cache_bytes, compile, drafts)
         self._engine = self._driver.engine
 
+    def __copy__(self) -> Amulet:
+        """Return another `Amulet` over the same model; its settings can be changed apart."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Amulet:
+        """Return the same as `copy.copy`: a loaded model is shared, never copied."""
+        return self.__copy__()
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "An Amulet holds a loaded model and can't be pickled: keep the model's name, and load "
+            "it with Amulet.from_pretrained where it is used."
+        )
+
     @classmethod
     def from_pretrained(
         cls,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 from amulet import Amulet
-from amulet.errors import RequestError
+from amulet.errors import ModelError, RequestError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 
 _loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
+_live: WeakValueDictionary[str, Amulet] = WeakValueDictionary()  # given ones, by a random name
 _lock = threading.Lock()
 
 
@@ -33,6 +35,32 @@ def load(name: str, options: Mapping[str, Any]) -> Amulet:
                 amulet = Amulet.from_pretrained(name, **options)
             _loaded[key(name, options)] = amulet
         return amulet
+
+
+def name_live(amulet: Amulet) -> str | None:
+    """Return a name by which this process finds a given object; None for one that `load` made."""
+    if amulet in _loaded.values():
+        return None
+    with _lock:
+        known = next((name for name, live in _live.items() if live is amulet), None)
+        name = known or f"live {secrets.token_hex(8)}"
+        _live[name] = amulet
+    return name
+
+
+def find_live(name: str, where: str) -> Amulet:
+    """Return the object that `name_live` has named.
+
+    Raises:
+        ModelError: it is not in this process.
+    """
+    if (amulet := _live.get(name)) is None:
+        raise ModelError(
+            f"This {where} comes from a checkpoint, and the Amulet that it had is not in this "
+            "process: keep the chat model out of the state and pass it to the node, or make it "
+            "with model='hub id or folder', which is loaded anew."
+        )
+    return amulet
 
 
 def check_given(amulet: Amulet, model: str | None, options: Mapping[str, Any], where: str) -> None:

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from langchain_core.runnables import RunnableConfig, ensure_config
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from amulet import Amulet
 from amulet.errors import RequestError
@@ -86,7 +94,7 @@ class AmuletOptions(BaseModel):
     )
 
     model: str | None = None
-    amulet: Amulet | None = Field(default=None, exclude=True, repr=False)
+    amulet: Amulet | None = Field(default=None, repr=False)
     dtype: Any = None
     device: Any = None
     device_map: Any = None
@@ -122,6 +130,16 @@ class AmuletOptions(BaseModel):
             cause = error.errors()[0].get("ctx", {}).get("error")
             told = str(cause) if isinstance(cause, RequestError) else describe(error)
             raise RequestError(f"{type(self).__name__}: {told}") from None
+
+    @field_serializer("amulet")
+    def _name_of_live(self, amulet: Amulet | None) -> str | None:
+        """Let a checkpoint hold a name of the live object; None where `model` loads the same."""
+        return _loading.name_live(amulet) if amulet is not None else None
+
+    @field_validator("amulet", mode="before")
+    @classmethod
+    def _live_of_name(cls, given: Any) -> Any:
+        return _loading.find_live(given, cls.__name__) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _load_and_check(self: Self) -> Self:
@@ -257,7 +275,8 @@ class AmuletOptions(BaseModel):
     @property
     def engine(self) -> Amulet:
         """The loaded `Amulet`."""
-        assert self.amulet is not None  # the validator has loaded it
+        if not isinstance(self.amulet, Amulet):  # LangGraph's `model_construct` after an error
+            return _loading.find_live(str(self.amulet), type(self).__name__)
         return self.amulet
 
     @property

@@ -65,6 +65,15 @@ class AmuletSettings(FunctionCallingLLM):
     stop: list[str] | str | None = None
     tools_prompt: Literal["template", "fallback"] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled: LlamaIndex's own way takes the model off the live object.
+
+        Raises:
+            ModelError: always.
+        """
+        state: dict[str, Any] = self.amulet.__reduce__()
+        return state
+
     def __init__(self, **given: Any) -> None:
         watch()
         known = [*type(self).model_fields, "max_new_tokens"]
