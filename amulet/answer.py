@@ -12,6 +12,7 @@ import secrets
 import string
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from amulet.generation import Generation
 from amulet.grammar import Matcher
 from amulet.request import Event, InvalidToolCall, ToolCall
 from amulet.spans import Scanner
-from amulet.text import StopStrings, TextStream
+from amulet.text import StopStrings, TextStream, special_letters, without_letters
 from amulet.tools.base import Piece
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Answer:
         scanner: finds reasoning and calls.
         matcher: follows the grammar of what comes after the reasoning, if there is one.
         parallel: more than one call may be made.
+        context: ids that the answer goes on from in the same text; () for a turn of its own.
 
     Attributes:
         queue: events to be read, each with the range `[start, end)` of the tokens it covers.
@@ -57,6 +59,7 @@ class Answer:
         scanner: Scanner,
         matcher: Matcher | None = None,
         parallel: bool = True,
+        context: Sequence[int] = (),
     ) -> None:
         self.queue: deque[tuple[Event, int, int]] = deque()
         self.text = ""
@@ -64,9 +67,11 @@ class Answer:
         self.tool_calls: list[ToolCall] = []
         self.invalid_tool_calls: list[InvalidToolCall] = []
         self.finished = False
-        self._detokenizer = TextStream(tokenizer)
+        self._detokenizer = TextStream(tokenizer, context=context)
         self._silent = _silent_markers(tokenizer, scanner.markers)
-        self._stops = StopStrings(stop)
+        letters = special_letters(tokenizer, stop)
+        self._letters = {token_id: letter for token_id, (_, letter) in letters.items()}
+        self._stops = StopStrings(stop, dict(letters.values()))
         self._scanner = scanner
         self._matcher = matcher
         self._parallel = parallel
@@ -92,6 +97,8 @@ class Answer:
         self._tokens += 1
         complete = self._control.took(token_id, self._scanner.section)
         marker = self._silent.get(token_id)
+        if marker is None and self._scanner.section == "text":
+            marker = self._letters.get(token_id)
         if marker is None:
             text = self._detokenizer.push(token_id)
         else:
@@ -123,7 +130,10 @@ class Answer:
                 return
             if piece.kind == "text":
                 self._say(self._stops.push(piece.text))
-            elif piece.kind == "reasoning":
+                continue
+            if self._letters:
+                piece = replace(piece, text=without_letters(piece.text))
+            if piece.kind == "reasoning":
                 self.reasoning += piece.text
                 self._put(Event("reasoning", piece.text))
             elif not self._has_its_call():

@@ -31,6 +31,9 @@ from amulet.tools.base import Dialect, Function, Piece, Schema
 from amulet.tools.fallback import with_instructions
 from amulet.tools.response import ResponseTemplate
 
+CONTEXT = 8
+"""Ids of the prompt that tell whether a space begins an answer that goes on from it."""
+
 
 @dataclass(frozen=True)
 class _Tools:
@@ -84,7 +87,14 @@ class Preparer:
             if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
                 rows, weights = [prompts.preferred[0]], []
         matcher = grammar.matcher(self.tokenizer, self.end_ids) if grammar is not None else None
-        answer = Answer(self.tokenizer, request.stop, scanner, matcher, request.parallel_tool_calls)
+        answer = Answer(
+            self.tokenizer,
+            request.stop,
+            scanner,
+            matcher,
+            request.parallel_tool_calls,
+            prompts.base[-CONTEXT:] if _goes_on(tools) else (),
+        )
         generation = Generation(
             prompts=rows,
             plain=prompts.base,
@@ -272,6 +282,12 @@ def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:
     spans = Spans(None, calls=Calls(dialect, ()))
     pieces = [*spans.push(chat[begun:]), *spans.finish()]
     return Piece("name", "probe_tool") in pieces
+
+
+def _goes_on(tools: _Tools) -> bool:
+    """Tell whether the answer goes on in a text of the prompt: in raw text, or in a turn."""
+    last = tools.messages[-1] if tools.messages else None
+    return last is None or (last["role"] == "assistant" and bool(last["content"].strip()))
 
 
 def _knows_tools(template: ChatTemplate) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from amulet.template import token_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What every tokenizer's decode puts for bytes that are not (yet) a character."""
+
+_LETTERS = re.compile("[\ud800-\udfff]")
 
 _HELD_LIMIT = 8
 """Held tokens from which on bytes that never become a character are given up, piece by piece.
@@ -34,6 +39,7 @@ class TextStream:
         tokenizer: any Transformers tokenizer.
         stop: strings that end the answer, not empty; they may lie across token edges.
         skip_special_tokens: give special tokens no text, which is what a reader wants.
+        context: ids that the answer goes on from: some tokenizers drop a text's first space.
 
     Attributes:
         text: all that was released so far.
@@ -45,10 +51,13 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
     ) -> None:
         self.text = ""
-        self._detokenizer = _Detokenizer(tokenizer, skip_special_tokens)
-        self._stops = StopStrings(stop)
+        self._detokenizer = _Detokenizer(tokenizer, skip_special_tokens, context)
+        letters = special_letters(tokenizer, stop) if skip_special_tokens else {}
+        self._letters = {token_id: letter for token_id, (_, letter) in letters.items()}
+        self._stops = StopStrings(stop, dict(letters.values()))
 
     @property
     def stop_string(self) -> str | None:
@@ -59,7 +68,9 @@ class TextStream:
         """Take the next token; return the text that can be released now, "" while held back."""
         if self._stops.found is not None:
             return ""
-        return self._release(self._stops.push(self._detokenizer.push(token_id)))
+        letter = self._letters.get(token_id)
+        text = self._detokenizer.finish() + letter if letter else self._detokenizer.push(token_id)
+        return self._release(self._stops.push(text))
 
     def finish(self) -> str:
         """Return what was held back, once decoding has ended; "" after a stop string."""
@@ -77,14 +88,21 @@ class StopStrings:
 
     Args:
         strings: not empty ones; none lets everything through.
+        special: special tokens and the letters that stand for them in the text; see
+            `special_letters`. They take part in stop strings and are never released.
 
     Attributes:
         found: the stop string that was complete first; from then on nothing is released.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    def __init__(self, strings: Sequence[str], special: Mapping[str, str] | None = None) -> None:
         self.found: str | None = None
-        self._strings = tuple(strings)
+        letters = dict(special or {})
+        pattern = token_pattern(letters)
+        # A special token's own text may also be written by ordinary tokens.
+        self._meant = {string: string for string in strings}
+        self._meant |= {pattern.sub(lambda m: letters[m[0]], string): string for string in strings}
+        self._strings = tuple(self._meant)
         self._longest_hold = max((len(string) for string in self._strings), default=1) - 1
         self._tail = ""
 
@@ -99,11 +117,12 @@ class StopStrings:
             if (start := text.find(string)) >= 0
         ]
         if found:
-            _, keep, self.found = min(found)
+            _, keep, written = min(found)
+            self.found = self._meant[written]
         else:
             keep = len(text) if ended else len(text) - self._held_length(text)
         self._tail = "" if found else text[keep:]
-        return text[:keep]
+        return without_letters(text[:keep])
 
     def _held_length(self, text: str) -> int:
         """The length of the longest suffix with which a stop string begins."""
@@ -113,6 +132,30 @@ class StopStrings:
         return 0
 
 
+def special_letters(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+) -> dict[int, tuple[str, str]]:
+    """Return the special tokens that stop strings contain, by id: their text, and a letter for it.
+
+    Decoding gives them no text. The letters are lone surrogates, which no decoded text holds.
+    """
+    named = [
+        (token_id, token.content)
+        for token_id, token in (tokenizer.added_tokens_decoder.items() if stop else ())
+        if any(token.content in string for string in stop)
+    ]
+    return {
+        token_id: (text, chr(0xD800 + rank))
+        for rank, (token_id, text) in enumerate(named)
+        if not tokenizer.decode([token_id], skip_special_tokens=True)
+    }
+
+
+def without_letters(text: str) -> str:
+    """Return a text without the letters that stand for special tokens."""
+    return _LETTERS.sub("", text)
+
+
 class _Detokenizer:
     """Decodes a growing list of ids by a window: the ids of the last piece, then the pending ones.
 
@@ -120,10 +163,15 @@ class _Detokenizer:
     tokenizers drop the space before the first token only.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        skip_special_tokens: bool,
+        context: Sequence[int],
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._context: list[int] = []
+        self._context = list(context)
         self._pending: list[int] = []
         self._pending_text = ""
         self._released = 0  # characters of the pending text that are out already

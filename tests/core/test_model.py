@@ -20,7 +20,8 @@ from amulet import (
     Steering,
     TemplateError,
 )
-from tests.models import IM_END, ScriptedModel, byte_tokenizer, random_model
+from tests.core.test_text import llama_like
+from tests.models import IM_END, IM_START, ScriptedModel, byte_tokenizer, random_model
 
 
 def user(text: str) -> list[dict[str, Any]]:
@@ -251,7 +252,7 @@ def test_a_raw_prompt_needs_no_template(tokenizer: PreTrainedTokenizerFast) -> N
     try:
         assert amulet.complete("go on\n").text == "<think>raw</think>"
         assert list(amulet.stream_complete("go on\n", stop="raw")) == list("<think>")
-        with pytest.raises(TemplateError, match=r"use complete\(\)"):
+        with pytest.raises(TemplateError, match=r"Amulet\.complete\(\)"):
             amulet.chat(user("hi"))
     finally:
         tokenizer.chat_template = template
@@ -300,3 +301,30 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
         amulet.complete("Hi <pad>")
     model.resize_token_embeddings(260)
     assert Amulet(model, padded).complete("Hi <pad>", max_new_tokens=1).token_ids
+
+
+def test_a_special_token_as_stop_string(tokenizer: PreTrainedTokenizerFast) -> None:
+    answer = [*b"Yes. ", IM_START, *b"user\nNo", IM_END]
+    amulet = amulet_saying(tokenizer, answer)
+    for stop in ("<|im_start|>", "<|im_start|>user", ". <|im_start|>us"):
+        reply = amulet.chat(user("hi"), stop=[stop], trace=True)
+        assert (reply.stop_string, reply.finish_reason) == (stop, "stop")
+        assert reply.text == "Yes. "[: 3 if stop[0] == "." else 5]
+    for options in ({}, {"stop": ["<|im_start|>x"]}):
+        assert amulet.chat(user("hi"), **options).text == "Yes. user\nNo"
+
+
+def test_a_continued_text_keeps_its_first_space() -> None:
+    tokenizer = llama_like()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content }}"
+        "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+    )
+    ids = [*tokenizer.convert_tokens_to_ids(["▁a", "▁b"]), tokenizer.eos_token_id]
+    amulet = Amulet(ScriptedModel(tokenizer, ids), tokenizer)  # type: ignore[arg-type]
+    assert amulet.complete("ab").text == " a b"
+    assert list(amulet.stream_complete("ab", preference="b a")) == [" a", " b"]
+    assert amulet.chat([*user("b"), {"role": "assistant", "content": "ab"}]).text == " a b"
+    assert amulet.chat(user("b")).text == "a b"
+    assert amulet.chat([*user("b"), {"role": "assistant", "content": ""}]).text == "a b"
+    assert amulet.complete("ab", stop=[" a"]).stop_string == " a"

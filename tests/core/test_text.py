@@ -301,6 +301,42 @@ def test_which_stop_string_wins_does_not_depend_on_the_tokens(
 
 
 @pytest.mark.parametrize(
+    ("stop", "ids", "text", "matched"),
+    [
+        (["<|im_start|>"], [97, IM_START, 98], "a", "<|im_start|>"),
+        (["<|im_start|>us"], [97, IM_START, *b"user"], "a", "<|im_start|>us"),
+        (["<|im_start|>us"], [97, IM_START, *b"un", IM_START, *b"us"], "aun", "<|im_start|>us"),
+        (["b<|im_start|>"], [97, 98, IM_START], "a", "b<|im_start|>"),
+        (["<|im_start|><|endoftext|>"], [97, IM_START, 258, 98], "a", "<|im_start|><|endoftext|>"),
+        (["<|im_start|>c"], [97, IM_START, 98], "ab", None),
+        (["<|im_start|>"], [97, *b"<|im_start|>"], "a", "<|im_start|>"),  # as ordinary tokens
+        (["<|im_start|>", "b"], [97, 98, IM_START], "a", "b"),
+        (["<|im_end|>"], [97, IM_START, 98], "ab", None),
+    ],
+)
+def test_special_tokens_in_stop_strings(
+    stop: list[str], ids: list[int], text: str, matched: str | None
+) -> None:
+    stream = TextStream(BYTES, stop)
+    assert "".join(stream_all(stream, ids)) == stream.text == text
+    assert stream.stop_string == matched
+
+
+@pytest.mark.parametrize("tokenizer", [LLAMA, UNIGRAM], ids=["llama", "unigram"])
+@pytest.mark.parametrize("before", ["a", "ab ba.", "a ", "你", "\n"])
+@pytest.mark.parametrize("text", ["a", " a b", " ", "  a", " 你", ".", "\n a"])
+def test_an_answer_that_goes_on_keeps_its_first_space(
+    tokenizer: PreTrainedTokenizerFast, before: str, text: str
+) -> None:
+    ids = encode(tokenizer, before + text)
+    for cut_at in range(1, len(ids)):
+        known = full_decode(tokenizer, ids[:cut_at])
+        if full_decode(tokenizer, ids).startswith(known) and "\ufffd" not in known:
+            stream = TextStream(tokenizer, context=ids[:cut_at])
+            assert known + "".join(stream_all(stream, ids[cut_at:])) == before + text
+
+
+@pytest.mark.parametrize(
     ("tokenizer", "ids"),
     [
         (BYTES, encode(BYTES, "Some words 你好 👧 " * 40)),
