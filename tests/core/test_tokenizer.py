@@ -120,7 +120,8 @@ def test_a_tokenizer_in_python_keeps_no_such_state() -> None:
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert own_tokenizer(tokenizer) is tokenizer
-    amulet = Amulet(ScriptedModel(byte_tokenizer(), "yes"), tokenizer)  # type: ignore[arg-type]
+    model = ScriptedModel(byte_tokenizer(), "yes", vocab_size=len(tokenizer))
+    amulet = Amulet(model, tokenizer)  # type: ignore[arg-type]
     expected = [byte + 3 for byte in b"x" * 40]
     with hammered(tokenizer):
         assert all(amulet.encode_chat(user("x" * 40)) == expected for _ in range(200))
