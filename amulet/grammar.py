@@ -8,9 +8,11 @@ ids, takes each token, and ends the answer where nothing can follow.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -28,6 +30,14 @@ SPACING: Mapping[str, Any] = {
     "item_separator": ", ",
     "key_separator": ": ",
 }
+# llguidance's switch in a schema: what a grammar can't say (`not`, `if`, `uniqueItems`, an unknown
+# format) is left out of it, for whoever reads the answer to check.
+LENIENT: Mapping[str, Any] = {"x-guidance": {**SPACING, "lenient": True, "coerce_one_of": True}}
+# Keywords that hold schemas by name, and those that hold data, which is no schema.
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+DATA = ("const", "enum", "default", "examples", "example")
+DRAFT = re.compile(r"https?://json-schema\.org/draft[-/]")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
         """JSON that is valid against a schema, spaced as `json.dumps` does, keys in its order.
 
+        Decoding raises `RequestError` for what a grammar can't say; see `json_like`.
+
         Raises:
             RequestError: the schema is not a dict that can be written as JSON.
         """
@@ -56,8 +68,22 @@ class Grammar:
             )
         try:
             return cls("json_schema", json.dumps(schema))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"The JSON schema can't be written as JSON: {error}.") from None
+
+    @classmethod
+    def json_like(cls, schema: Mapping[str, Any]) -> Grammar:
+        """JSON as near to a schema as a grammar comes; for answers that are validated afterwards.
+
+        Objects have the listed keys and no others, unless they say so. Left out is what a grammar
+        can't say: `not`, `if`, `uniqueItems`, unknown formats, patterns with look-around, ...
+
+        Raises:
+            RequestError: the schema is not a dict that can be written as JSON.
+        """
+        if not isinstance(schema, Mapping):
+            return cls.json_schema(schema)
+        return cls.json_schema({**closed(schema), **LENIENT})
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -122,11 +148,14 @@ class Grammar:
         matcher = _llguidance().LLMatcher
         try:
             if self.kind == "json_schema":
-                return str(matcher.grammar_from_json_schema(self.source, defaults=dict(SPACING)))
+                source = self.source
+                if '"x-guidance"' in source:
+                    source = json.dumps(sayable(json.loads(source)))
+                return str(matcher.grammar_from_json_schema(source, defaults=dict(SPACING)))
             if self.kind == "regex":
                 return str(matcher.grammar_from_regex(self.source))
             return str(matcher.grammar_from_lark(self.source))
-        except ValueError as error:  # the JSON of a schema, or text that is not Unicode
+        except (ValueError, RecursionError) as error:  # a schema's JSON, or text not Unicode
             raise RequestError(f"grammar ({self.kind}): {error}") from None
 
     def matcher(
@@ -219,7 +248,8 @@ def converted_tokenizer(
 def _checked_matcher(grammar: Grammar, converted: LLTokenizer) -> LLMatcher:
     matcher: LLMatcher = _llguidance().LLMatcher(converted, grammar.compiled(), log_level=0)
     if matcher.is_error():
-        raise RequestError(f"grammar ({grammar.kind}): {matcher.get_error().strip()}")
+        fault = fault_in(json.loads(grammar.source)) if grammar.kind == "json_schema" else None
+        raise RequestError(f"grammar ({grammar.kind}): {fault or matcher.get_error().strip()}")
     return matcher
 
 
@@ -240,17 +270,111 @@ def _text(name: str, given: object) -> str:
     return given
 
 
+def sayable(schema: Any) -> Any:
+    """Return a JSON schema without what llguidance refuses even where it is to be lenient.
+
+    That is patterns that only other engines know (look-around, back-references), bounds beyond 64
+    bits, and the name of an unknown dialect.
+    """
+    if isinstance(schema, list):
+        return [sayable(entry) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in NAMED and isinstance(value, Mapping):
+            kept[name] = {key: sayable(entry) for key, entry in value.items()}
+        elif name in DATA:
+            kept[name] = value
+        elif not _is_unsayable(name, value):
+            kept[name] = sayable(value)
+    names = kept.get("patternProperties")
+    if isinstance(names, Mapping) and any(_is_unsayable("pattern", name) for name in names):
+        del kept["patternProperties"]  # any key then, with any value
+        kept.pop("additionalProperties", None)
+    return kept
+
+
+def _is_unsayable(name: str, value: Any) -> bool:
+    if name == "pattern" and isinstance(value, str):
+        return _is_foreign(value)
+    if name == "$schema":
+        return not (isinstance(value, str) and DRAFT.match(value))
+    return name in BOUNDS and isinstance(value, int | float) and abs(value) >= 2**63
+
+
+@lru_cache(maxsize=1024)
+def _is_foreign(pattern: str) -> bool:
+    """Whether a pattern means something to Python, and nothing to llguidance."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False  # it is wrong, and the error shall say so
+    return _refusal({"type": "string", "pattern": pattern}) is not None
+
+
+def _refusal(schema: Any) -> str | None:
+    """Return llguidance's words about a schema that it refuses."""
+    matcher = _llguidance().LLMatcher
+    made = matcher.grammar_from_json_schema(json.dumps(schema), defaults=dict(SPACING))
+    return str(matcher.validate_grammar(made)).strip() or None
+
+
+def fault_in(schema: Mapping[str, Any]) -> str | None:
+    """Return which field of a schema has no grammar, and why; None where all have one."""
+    lenient = sayable(schema) if "x-guidance" in schema else schema
+    return _fault(lenient, lenient, (), frozenset())
+
+
+def _fault(
+    part: Any, root: Mapping[str, Any], path: tuple[str, ...], seen: frozenset[str]
+) -> str | None:
+    shared = {name: root[name] for name in ("$defs", "definitions", "x-guidance") if name in root}
+    if not isinstance(part, Mapping) or not (refusal := _refusal({**shared, **part})):
+        return None
+    inner: list[tuple[tuple[str, ...], Any, frozenset[str]]] = []
+    properties = part.get("properties")
+    if isinstance(properties, Mapping):
+        inner += [((*path, str(name)), entry, seen) for name, entry in properties.items()]
+    for name in ("items", "additionalProperties"):
+        inner.append(((*path, "[]"), part.get(name), seen))
+    for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        entries = part.get(name)
+        inner += [(path, entry, seen) for entry in entries] if isinstance(entries, list) else []
+    reference = part.get("$ref")
+    if isinstance(reference, str) and reference not in seen:
+        inner.append((path, resolved(reference, root), seen | {reference}))
+    found = (_fault(entry, root, where, known) for where, entry, known in inner)
+    here = f"field {'.'.join(path)!r}: {refusal}" if path else refusal
+    return next(filter(None, found), here)
+
+
+def resolved(reference: str, root: Any) -> Any:
+    """Return what a reference within a schema, such as "#/$defs/City", points at; else None."""
+    for part in reference.removeprefix("#").strip("/").split("/") if reference != "#" else ():
+        root = root.get(part) if isinstance(root, Mapping) else None
+    return root
+
+
 def closed(schema: Any) -> Any:
     """Return a JSON schema whose objects have the listed keys and no others.
 
     A class's schema permits further keys, and a small model goes on inventing some. An object that
-    says itself what else it permits is left as it is.
+    says itself what else it permits is left as it is, and so is a schema in which `allOf` puts
+    objects together: each part would refuse the others' keys.
     """
+    try:
+        return schema if '"allOf"' in json.dumps(schema, default=str) else _closed(schema)
+    except (ValueError, RecursionError):  # it holds itself: whoever writes it as JSON says so
+        return schema
+
+
+def _closed(schema: Any) -> Any:
     if isinstance(schema, Mapping):
-        inner = {name: closed(value) for name, value in schema.items()}
-        says = ("additionalProperties", "patternProperties", "allOf")
+        inner = {name: value if name in DATA else _closed(value) for name, value in schema.items()}
+        says = ("additionalProperties", "patternProperties", "$ref")
         is_listed = isinstance(inner.get("properties"), dict) and inner.get("type") == "object"
         if is_listed and not any(name in inner for name in says):
             inner["additionalProperties"] = False
         return inner
-    return [closed(entry) for entry in schema] if isinstance(schema, list) else schema
+    return [_closed(entry) for entry in schema] if isinstance(schema, list) else schema

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from amulet.answer import Answer
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.generation import Generation
-from amulet.grammar import Grammar
+from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
 from amulet.messages import Message, calls_as_text, normal_messages
 from amulet.preference import Preference, Steering, row_weights
 from amulet.prompts import Prompts, encode_chat, encode_text
@@ -27,7 +27,7 @@ from amulet.tools import (
     no_tools_error,
     tool_schemas,
 )
-from amulet.tools.base import Dialect, Function, Piece, Schema
+from amulet.tools.base import Dialect, Function, Piece, Schema, arguments_schema
 from amulet.tools.fallback import with_instructions
 from amulet.tools.response import ResponseTemplate
 
@@ -86,7 +86,7 @@ class Preparer:
             # The prompt alone needs no base row, where no part is to be decoded plainly.
             if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
                 rows, weights = [prompts.preferred[0]], []
-        matcher = grammar.matcher(self.tokenizer, self.end_ids) if grammar is not None else None
+        matcher = self._matcher(grammar, tools) if grammar is not None else None
         answer = Answer(
             self.tokenizer,
             request.stop,
@@ -191,6 +191,15 @@ class Preparer:
             request.grammar,
             tools.template,
         )
+
+    def _matcher(self, grammar: Grammar, tools: _Tools) -> Matcher:
+        try:
+            return grammar.matcher(self.tokenizer, self.end_ids)
+        except RequestError:
+            for function in tools.functions:
+                if fault := fault_in({**arguments_schema(function), **LENIENT}):
+                    raise RequestError(f"tools: {function.name}: {fault}") from None
+            raise
 
     def _scanner(self, request: Request, tools: _Tools, prompts: Prompts) -> Scanner:
         if request.prompt is not None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from amulet.errors import RequestError
-from amulet.grammar import Grammar, closed
+from amulet.grammar import Grammar
 from amulet.preference import Floor, Placement, Strength
 from amulet.request import Request
 from amulet.serve.errors import ApiError
@@ -411,6 +411,6 @@ def response_grammar(given: dict[str, Any] | None) -> Grammar | None:
     if kind == "json_object":
         schema = {"type": "object", **schema}
     try:
-        return Grammar.json_schema(closed(schema))
+        return Grammar.json_like(schema)
     except (RequestError, RecursionError) as error:
         raise ApiError(400, f"response_format: {error}", param="response_format") from None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-from amulet.grammar import SPACING
+from amulet.grammar import LENIENT, resolved, sayable
 
 PieceKind: TypeAlias = Literal["text", "reasoning", "name", "arguments", "end"]
 Schema: TypeAlias = dict[str, Any]
@@ -295,14 +295,6 @@ def _kinds(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
     return frozenset(kinds if isinstance(kinds, list) else [kinds]) & every if kinds else every
 
 
-def resolved(reference: str, root: Schema) -> Any:
-    """Return what a schema's `$ref` refers to in the schema that holds it; None where nothing."""
-    target: Any = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
-        target = target.get(part) if isinstance(target, dict) else None
-    return target
-
-
 def bare_value_rules(name: str, schema: Any, root: Schema, end: str) -> list[str]:
     """Return Lark rules of which the one of that name is a bare value and what ends it, a term."""
     entry = schema if isinstance(schema, dict) else {}
@@ -344,12 +336,17 @@ def arguments_rule(i: int, function: Function) -> str:
 def arguments_schema(function: Function) -> Schema:
     """Return the schema of the arguments; undeclared ones are permitted only where it says so."""
     schema: Schema = {"type": "object", **function.parameters}
+    # A class that contains itself is written as a reference to one of its own parts.
+    if isinstance(found := resolved(str(schema.get("$ref", "")), schema), dict):
+        schema = {**schema, **found}
+        schema.pop("$ref", None)
     schema.setdefault("properties", {})
-    if not any(key in schema for key in ("additionalProperties", "patternProperties", "allOf")):
+    says = ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+    if not any(key in schema for key in says):
         schema["additionalProperties"] = False
     return schema
 
 
 def json_term(schema: Schema) -> str:
     """Return a Lark term for JSON that is valid against a schema."""
-    return "%json " + json.dumps({**schema, "x-guidance": dict(SPACING)})
+    return "%json " + json.dumps(sayable({**schema, **LENIENT}))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from amulet.grammar import resolved
 from amulet.tools.base import (
     CUT,
     CallReader,
@@ -18,7 +19,6 @@ from amulet.tools.base import (
     Piece,
     Schema,
     arguments_schema,
-    resolved,
 )
 
 NAME = "Gemma"

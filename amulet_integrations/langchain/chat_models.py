@@ -18,7 +18,7 @@ from langchain_core.tools import BaseTool
 from pydantic import Field
 
 from amulet.errors import RequestError
-from amulet.grammar import Grammar, closed
+from amulet.grammar import Grammar
 from amulet.request import Reply, Request
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
@@ -257,7 +257,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
             schema = response_schema(call["response_format"])
             # Agents send both: a forced call leaves no text to give a form.
             if schema is not None and fields.get("tool_choice", "auto") in ("auto", "none"):
-                grammar = Grammar.json_schema(closed(schema)) if schema else Grammar.json_object()
+                grammar = Grammar.json_like(schema) if schema else Grammar.json_object()
                 fields["grammar"] = grammar
         if "steer_grammar" in call:
             fields["steer_grammar"] = call["steer_grammar"]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 
 from amulet.errors import DecodeError, RequestError
-from amulet.grammar import Grammar, closed
+from amulet.grammar import Grammar
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -29,7 +29,7 @@ def call_options(
         RequestError: the class can't be written as a JSON schema.
     """
     given = {name: value for name, value in (llm_kwargs or {}).items() if name not in _NOT_NEEDED}
-    return {"grammar": Grammar.json_schema(closed(_schema(output_cls))), **given}
+    return {"grammar": Grammar.json_like(_schema(output_cls)), **given}
 
 
 def with_schema(messages: Sequence[ChatMessage], output_cls: type[BaseModel]) -> list[ChatMessage]:

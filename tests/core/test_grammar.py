@@ -213,3 +213,44 @@ def test_closed_schemas_permit_no_further_keys_unless_they_say_so() -> None:
     assert shut["properties"]["open"]["additionalProperties"] is True
     assert shut["properties"]["any"] == {"type": "object"}
     assert "additionalProperties" not in schema, "the given schema is left alone"
+
+
+def test_json_like_leaves_out_what_a_grammar_can_not_say(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    entry = {"type": "string", "pattern": "^(?=a)a+$", "format": "colour"}
+    listed = {"type": "array", "items": entry, "uniqueItems": True, "not": {"maxItems": 0}}
+    schema = {
+        "$schema": "https://example.com/own",
+        "type": "object",
+        "properties": {"pattern": listed},
+    }
+    with pytest.raises(RequestError, match=r"grammar \(json_schema\)"):
+        Grammar.json_schema(schema).matcher(tokenizer)
+    matcher = Grammar.json_like(schema).matcher(tokenizer)
+    for token_id in tokenizer.encode('{"pattern": ["a", "b"]}', add_special_tokens=False):
+        matcher.consume(token_id)
+    assert matcher.complete
+    with pytest.raises(DecodeError):
+        Grammar.json_like(schema).matcher(tokenizer).consume(ord("["))
+
+
+@pytest.mark.parametrize("make", [Grammar.json_schema, Grammar.json_like])
+def test_the_field_that_has_no_grammar_is_named(
+    tokenizer: PreTrainedTokenizerFast, make: Any
+) -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "strin"}}}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/inner"}},
+        "$defs": {"inner": inner},
+    }
+    with pytest.raises(RequestError, match=r"field 'a\.b': Invalid type: strin"):
+        make(schema).matcher(tokenizer)
+
+
+def test_a_schema_that_holds_itself_is_refused() -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    schema["properties"] = {"self": schema}
+    with pytest.raises(RequestError, match="can't be written as JSON"):
+        Grammar.json_like(schema)
