@@ -137,7 +137,6 @@ def _attends_natively(
     halves = query.dtype == torch.bfloat16
     return (
         query.device.type == "cpu"
-        and native.library() is not None
         and (width <= WIDEST or _prefills(query, mask))
         and (halves or query.dtype == torch.float32)
         and query.dtype == key.dtype == value.dtype
@@ -147,6 +146,7 @@ def _attends_natively(
         and (not halves or key.stride(2) % 2 == value.stride(2) % 2 == 0)
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        and native.library() is not None  # the last question: it may compile
     )
 
 
@@ -332,12 +332,12 @@ def steps_are_native(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     dim = _head_dim(config)
     return (
-        native.library() is not None
-        and causal_behind_cached(model)
+        causal_behind_cached(model)
         and model.dtype in (torch.float32, torch.bfloat16)
         and dim % 32 == 0
         and not getattr(config, "attn_logit_softcapping", None)
         and not getattr(config, "v_head_dim", None)  # keys and values of unlike size
+        and native.library() is not None  # the last question: it may compile
     )
 
 

@@ -150,7 +150,8 @@ class CompiledStep:
 
     def _compile(self, arguments: tuple[Any, ...]) -> None:
         """Compile all that will be needed, now: nothing is to be compiled during a chat."""
-        native.library()  # looked for now: the compiler can't trace that
+        if self._model.device.type == "cpu":
+            native.library()  # looked for now: the compiler can't trace that
         self.prepare()
         if are_native(self._model):
             logger.warning(

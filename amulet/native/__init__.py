@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ FOLDER = Path(__file__).parent
 HEADERS = "common.h", "threads.h", "attention.h", "products.h", "rowwise.h"
 SOURCES = "threads.c", "attention.c", "prefill.c", "products.c", "rowwise.c", "layer.c"
 FLAGS = "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-fPIC"
+FORGOTTEN_AFTER = 24 * 3600  # seconds until a compiler that failed is tried again
 MOST_THREADS = 16  # of the team: with more its taking turns was not measured
 
 
@@ -77,7 +79,7 @@ def _load() -> tuple[Any, str]:
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        said = " ".join(str(getattr(error, "stderr", None) or error).split())
+        said = _said(error)
         logger.info("The CPU's decode steps run without Amulet's C code: %.300s", said)
         return None, said
     pointer, number = ctypes.c_void_p, ctypes.c_long
@@ -108,10 +110,20 @@ def _load() -> tuple[Any, str]:
     return loaded, ""
 
 
+def _said(error: Exception) -> str:
+    """Return in one line what a compiler said, or the error itself."""
+    return " ".join(str(getattr(error, "stderr", None) or error).split())
+
+
 def _built() -> Path:
-    """Compile, unless that was done before for these files, this compiler and processor."""
+    """Compile, unless that was done before for these files, this compiler and processor.
+
+    Nothing is compiled in vain twice a day: a compiler that failed is remembered as well.
+    """
     if sys.platform != "linux":
         raise OSError(f"it is compiled on Linux alone, not on {sys.platform}")
+    if "avx512f" not in processor().split():
+        raise OSError("it is for processors with AVX-512, which this one lacks")
     name, *options = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
     compiler = shutil.which(name)
     if compiler is None:
@@ -125,11 +137,26 @@ def _built() -> Path:
     if path.is_file():
         _check_own(path)
         return path
+    failed = path.with_suffix(".failed")
+    if failed.is_file() and time.time() - failed.stat().st_mtime < FORGOTTEN_AFTER:
+        said = failed.read_text(encoding="utf-8", errors="replace")
+        raise OSError(f"{said} (to try again at once, delete {failed})")
+    try:
+        _compile(compiler, options, path)
+    except subprocess.SubprocessError as error:
+        if getattr(error, "returncode", 1) > 0:  # and nobody has killed it
+            failed.write_text(_said(error), encoding="utf-8")
+        raise
+    failed.unlink(missing_ok=True)
+    return path
+
+
+def _compile(compiler: str, options: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = {name: str(Path(folder, name).with_suffix(".o")) for name in SOURCES}
         with ThreadPoolExecutor() as pool:
             commands = [
-                (compiler, *options, *FLAGS, "-c", str(FOLDER / name), "-o", target)
+                (compiler, *FLAGS, *options, "-c", str(FOLDER / name), "-o", target)
                 for name, target in objects.items()
             ]
             list(pool.map(_run, commands))
@@ -139,7 +166,6 @@ def _built() -> Path:
         _run((compiler, *options, "-shared", "-pthread", *objects.values(), "-o", whole))
         os.chmod(whole, 0o755)
         os.replace(whole, path)
-    return path
 
 
 def _check_own(path: Path) -> None:

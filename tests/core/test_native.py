@@ -8,17 +8,22 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
 from amulet import doctor, native, products
-from amulet.attention import grouped_attention
+from amulet.attention import grouped_attention, steps_are_native
+from amulet.engine import Engine
 from amulet.packed_layers import PackedLinear
+from amulet.packing import pack_linears
 from tests.marks import needs_code
+from tests.models import random_model
 
 
 @pytest.fixture
@@ -60,13 +65,82 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch
 def test_a_compiler_that_fails_is_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*command: str) -> None:
-        raise subprocess.CalledProcessError(1, command, stderr="cc: no such\n  instruction")
-
-    monkeypatch.setattr(native, "_run", fail)
+    monkeypatch.setattr(native, "processor", lambda: "flags : avx512f")
+    monkeypatch.setattr(native, "_run", Mock(side_effect=FAILED))
     caplog.set_level(logging.INFO, "amulet")
     assert native.library() is None
     assert "cc: no such instruction" in caplog.text
+
+
+FAILED = subprocess.CalledProcessError(1, "cc", stderr="cc: no such\n  instruction")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs a compiler")
+@pytest.mark.usefixtures("uncached")
+def test_a_compiler_that_failed_is_not_asked_at_every_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "processor", lambda: "flags : avx512f")
+    run = Mock(side_effect=FAILED)
+    monkeypatch.setattr(native, "_run", run)
+
+    def reason_at_a_start() -> str:
+        native._libraries.clear()
+        return native.reason()
+
+    assert reason_at_a_start() == "cc: no such instruction"
+    asked = run.call_count
+    (failed,) = (tmp_path / "native").glob("*.failed")
+    assert reason_at_a_start() == f"cc: no such instruction (to try again at once, delete {failed})"
+    assert run.call_count == asked
+    monkeypatch.setenv("CC", "cc -O2")  # another compiler's failure is another
+    assert reason_at_a_start() == "cc: no such instruction"
+    monkeypatch.delenv("CC")
+    asked = run.call_count
+    yesterday = time.time() - native.FORGOTTEN_AFTER - 1
+    os.utime(failed, (yesterday, yesterday))
+    assert reason_at_a_start() == "cc: no such instruction"
+    assert run.call_count > asked
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs a compiler")
+@pytest.mark.usefixtures("uncached")
+def test_a_compiler_that_was_killed_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "processor", lambda: "flags : avx512f")
+    killed = subprocess.CalledProcessError(-9, "cc", stderr="")
+    monkeypatch.setattr(native, "_run", Mock(side_effect=killed))
+    assert native.library() is None
+    assert not list((tmp_path / "native").glob("*.failed"))
+
+
+@pytest.mark.usefixtures("uncached")
+def test_without_avx_512_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "processor", lambda: "flags : fpu avx2 avx512fp16x")
+    monkeypatch.setattr(native, "_run", Mock(side_effect=AssertionError("compiles")))
+    assert native.library() is None
+    if sys.platform == "linux":
+        assert native.reason() == "it is for processors with AVX-512, which this one lacks"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float16), ("cpu", torch.float64)]
+)
+@pytest.mark.parametrize("compile", [False, "auto"])
+@pytest.mark.usefixtures("uncached")
+def test_for_a_model_that_it_does_not_serve_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, compile: bool
+) -> None:
+    """Such as one on a GPU, for which another device stands here."""
+    monkeypatch.setattr(native, "library", Mock(side_effect=AssertionError("compiles")))
+    model = random_model("llama", head_dim=64, dtype=dtype).to(device)
+    assert pack_linears(model) == 0
+    assert not steps_are_native(model)
+    if device == "cpu":
+        Engine(model, compile=compile)
+    query, key = (torch.empty(1, 1, n, 64, dtype=dtype, device=device) for n in (1, 9))
+    grouped_attention(nn.Module(), query, key, key, None)
 
 
 @pytest.mark.skipif(
@@ -111,6 +185,7 @@ def test_avx_512_without_bfloat16_gives_the_same_results(
 def test_processors_without_avx_512_keep_pytorch_s_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where the compiler doesn't know what the processor has."""
     monkeypatch.setenv("CC", "cc -mno-avx512f")
     assert native.library() is None
     assert "for processors with AVX-512" in native.reason()
