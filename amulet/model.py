@@ -6,6 +6,7 @@ Request -> Preparer -> Generation -> Driver -> Answer -> ReplyStream -> Reply
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, cast
@@ -394,6 +395,20 @@ class Amulet:
             tools_prompt: as in a `Request`.
         """
         return self._preparer.calls_tools(tools_prompt)
+
+    def count_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> int:
+        """Return how many tokens a chat's prompt has, without preference; options as for `chat`.
+
+        Any part of a chat can be counted. What the template refuses, such as a call without its
+        result or no user turn, is counted by its texts, with a few tokens for each turn's markers.
+        """
+        called = messages[-1].get("tool_calls") or () if messages else ()
+        results = [{"role": "tool", "content": ""} for _ in called]
+        try:
+            return len(self.encode_chat([*messages, *results], **options)) if messages else 0
+        except RequestError:
+            parts = [*messages, *(options.get("tools") or ())]
+            return self.count_tokens(json.dumps(parts, ensure_ascii=False, default=str))
 
     @property
     def _preparer(self) -> Preparer:

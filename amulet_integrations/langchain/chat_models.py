@@ -24,7 +24,7 @@ from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
 from amulet_integrations.langchain.binding import ChatBinding
 from amulet_integrations.langchain.calls import AmuletCalls
-from amulet_integrations.langchain.messages import stated_settings, to_chat
+from amulet_integrations.langchain.messages import countable, stated_settings, to_chat
 from amulet_integrations.langchain.options import (
     CHAT_OPTIONS,
     given,
@@ -308,10 +308,13 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Return how many tokens the chat has as the model's template writes it."""
+        """Return how many tokens the chat has as the model's template writes it.
+
+        Any part of a chat can be counted; images and the like count for nothing.
+        """
         fields = self._tool_fields({"tools": tools})
         options = self._template_options({})
-        return len(self.engine.encode_chat(to_chat(messages), template_options=options, **fields))
+        return self.engine.count_chat(countable(messages), template_options=options, **fields)
 
     def _resolve_model_profile(self) -> ModelProfile | None:
         template = str(getattr(self.engine.tokenizer, "chat_template", "") or "")

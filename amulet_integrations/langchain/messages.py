@@ -14,6 +14,7 @@ from langchain_core.messages import (
     HumanMessage,
     SystemMessage,
     ToolMessage,
+    convert_to_messages,
 )
 
 from amulet.errors import RequestError
@@ -50,6 +51,23 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         else:
             chat.append({"role": _role(message), "content": _text(message)})
     return chat
+
+
+def countable(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Return `to_chat`, with the text alone of messages that it refuses."""
+    given = convert_to_messages(messages)
+    try:
+        return to_chat(given)
+    except RequestError:
+        return [entry for message in given for entry in _text_alone(message)]
+
+
+def _text_alone(message: BaseMessage) -> list[dict[str, Any]]:
+    try:
+        return to_chat([message])
+    except RequestError:
+        role = {"ai": "assistant", "system": "system"}.get(message.type, "user")
+        return [{"role": role, "content": str(message.text)}]
 
 
 def stated_settings(messages: Sequence[BaseMessage]) -> dict[str, Any]:
