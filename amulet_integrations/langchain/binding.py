@@ -21,6 +21,7 @@ from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 
 from amulet.errors import RequestError
 from amulet_integrations.langchain.options import AmuletOptions, checked, normal
+from amulet_integrations.langchain.runs import in_its_run
 from amulet_integrations.langchain.structured import structured_output
 from amulet_integrations.langchain.tools import bound_tools
 
@@ -197,7 +198,7 @@ def _in_one_form(name: str) -> Callable[..., Any]:
             config = [self._in_run(one) for one in config]
         else:
             config = self._in_run(config)
-        return method(self, input, config, **normal(kwargs))
+        return in_its_run(method(self, input, config, **normal(kwargs)))
 
     return call
 

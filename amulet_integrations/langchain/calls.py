@@ -18,6 +18,7 @@ from amulet.request import Reply, Request
 from amulet.stream import ReplyStream
 from amulet_integrations.langchain.binding import AmuletBinding, Composable
 from amulet_integrations.langchain.options import AmuletOptions
+from amulet_integrations.langchain.runs import in_its_run
 
 CONNECTIONS = 16  # of one batch to a server
 
@@ -52,14 +53,19 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[Any]:
         """Answer one input piece by piece."""
-        yield from super().stream(input, config, **self.folded(config, kwargs))
+        return cast(
+            "Iterator[Any]",
+            in_its_run(super().stream(input, config, **self.folded(config, kwargs))),
+        )
 
-    async def astream(
+    def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Any]:
         """See `stream`."""
-        async for piece in super().astream(input, config, **self.folded(config, kwargs)):
-            yield piece
+        return cast(
+            "AsyncIterator[Any]",
+            in_its_run(super().astream(input, config, **self.folded(config, kwargs))),
+        )
 
     def batch(
         self,
@@ -83,7 +89,8 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     ) -> Iterator[Any]:
         """`batch`, giving each answer with its position as soon as it is there."""
         configs: Any = config if config is None or isinstance(config, dict) else list(config)
-        return self._answered(list(inputs), configs, return_exceptions, True, kwargs)
+        answers = self._answered(list(inputs), configs, return_exceptions, True, kwargs)
+        return cast("Iterator[Any]", in_its_run(answers))
 
     async def abatch(
         self,
