@@ -76,10 +76,15 @@ def stated_in(messages: Iterable[ChatMessage]) -> Settings:
     """Return the settings that a conversation states; the last message that says something counts.
 
     Raises:
-        RequestError: a message states something that is not a preference.
+        RequestError: a message states something that is not a preference, or is no message.
     """
     stated: Settings = {}
-    for message in messages:
+    for index, message in enumerate(messages):
+        if not isinstance(message, ChatMessage):
+            raise RequestError(
+                f"messages[{index}] is a {type(message).__name__}: expected a ChatMessage, such as "
+                'ChatMessage(role="user", content="...").'
+            )
         given = message.additional_kwargs.get(MARK)
         if given is not None:
             stated = checked(**given) if isinstance(given, dict) else checked(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ from pydantic import BaseModel
 import amulet_integrations.llama_index as package
 from amulet import Preference
 from amulet.errors import RequestError
-from amulet_integrations.llama_index import AmuletLLM, preference
+from amulet_integrations.llama_index import AmuletLLM, preference, preference_message
 from tests.llama_index.doubles import PLAIN, STEERED, WISH, calling, scripted
 from tests.models import byte_tokenizer
 
@@ -307,6 +308,46 @@ async def test_unknown_options_are_refused(given: dict[str, Any], hint: str) -> 
     with pytest.raises(RequestError, match="does not know"):
         AmuletLLM(amulet=llm.amulet, **given)
     assert llm.amulet.requests == []
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"seed": "five"}, "seed='five'"),
+    ({"max_tokens": 2.5}, "max_new_tokens=2.5"),
+    ({"max_tokens": 2, "max_new_tokens": 3}, "are one option"),
+    ({"template_options": "x", "enable_thinking": True}, "template_options='x': expected a dict"),
+    ({"tools": "x"}, "tools='x'"),
+    ({"tool_choice": "any"}, "needs tools"),
+    ({"preference": (wish for wish in [WISH])}, "can be read only once"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG)
+async def test_options_of_a_wrong_type_are_refused(given: dict[str, Any], said: str) -> None:
+    llm = scripted()
+    for call in (llm.chat, llm.stream_chat):
+        with pytest.raises(RequestError, match=re.escape(said)):
+            call([USER], **given)
+    for acall in (llm.achat, llm.astream_chat):
+        with pytest.raises(RequestError, match=re.escape(said)):
+            await acall([USER], **given)
+    assert llm.amulet.steered == []
+
+
+def test_what_is_no_message_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"messages\[0\] is a dict: expected a ChatMessage"):
+        scripted().chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_generator_of_preferences_holds_for_many_calls_or_is_refused() -> None:
+    amulet = scripted().amulet
+    with pytest.raises(RequestError, match="can be read only once"):
+        AmuletLLM(amulet=amulet, preference=(wish for wish in [WISH]))
+    pinned = AmuletLLM(amulet=amulet).with_preference(wish for wish in [WISH])
+    with preference(wish for wish in [WISH]):
+        for llm in (pinned, AmuletLLM(amulet=amulet)):
+            assert [llm.complete("Hi").text for _ in range(2)] == [STEERED, STEERED]
+    said = [preference_message(wish for wish in [WISH]), USER]
+    assert [pinned.chat(said).message.content for _ in range(2)] == [STEERED, STEERED]
 
 
 def test_ranges_are_checked_by_the_constructor() -> None:
