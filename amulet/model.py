@@ -22,6 +22,7 @@ from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.request import Reply, Request
 from amulet.stream import ReplyStream
+from amulet.template import check_unicode
 from amulet.tokenizer import own_tokenizer
 from amulet.weights import decoder_of
 
@@ -381,8 +382,8 @@ class Amulet:
             text: any text.
             special: add the special tokens that the tokenizer adds, such as BOS.
         """
-        ids = own_tokenizer(self.tokenizer).encode(text, add_special_tokens=special)
-        return list(ids)
+        check_unicode(text)
+        return list(own_tokenizer(self.tokenizer).encode(text, add_special_tokens=special))
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a chat's prompt without preference; options as for `chat`."""

@@ -142,7 +142,9 @@ def encode_text(
     if getattr(tokenizer, "chat_template", None):
         dialect = ChatTemplate(tokenizer, None, {}).dialect()
     else:
-        control = token_pattern(tokenizer.all_special_tokens)
+        known = tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in known if token.special]
+        control = token_pattern([*tokenizer.all_special_tokens, *special])
         dialect = Dialect(control=control, special=control)
     bos = tokenizer.bos_token or ""
     # SmolLM2 names <|im_start|> its BOS and never adds it: only a BOS that is added can double.

@@ -11,16 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
+from amulet.template import THINKING
 from amulet.tools.base import CUT, CallReader, Dialect, Function, Piece
 
 Section: TypeAlias = Literal["text", "reasoning", "call"]
-
-# The markers of thinking spans that models are trained with.
-THINKING: tuple[tuple[str, str], ...] = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-)
 
 
 def find_thinking(template: str) -> tuple[str, str] | None:

@@ -26,11 +26,18 @@ RESERVED_OPTIONS = frozenset(
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
     | {"return_assistant_tokens_mask"}
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # A private-use character put inside a control token found in a content. The text is encoded piece
 # by piece between these, so the token is read as text and the character itself is never encoded.
 BREAK = "\U0010f6d5"
 SYSTEM, USER, ANSWER, TOOL = (f"zqx{name}xqz" for name in ("system", "user", "answer", "tool"))
 NEVER = re.compile(r"(?!)")
+# The markers of thinking spans that models are trained with.
+THINKING: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Dialect:
         has_system: a system message is rendered, not refused and not dropped.
         default_system: the system text that it writes where the chat has none; "" for none.
         control: the tokens that may not come from a content.
-        special: those of them that may not come from the assistant's content either.
+        special: those of them that may not come from the assistant's content either: special
+            tokens, and what begins and ends turns.
         markers: role markers that are plain text, such as `[/INST]` or `### Response:`.
         lists: the roles whose contents it shows only as lists of parts.
     """
@@ -175,10 +183,14 @@ def _probe(template: ChatTemplate) -> Dialect:
     shown = "\n".join(
         (attempt(*lead, user), attempt(*lead, user, answer, user), attempt(*lead, user, *calls))
     )
+    # Up to the last user turn: a generation prompt may open a thinking span.
+    turns = attempt(*lead, user, answer, user).rpartition(USER)[0]
+    thinking = {marker for pair in THINKING for marker in pair}
     special, control = set(), set()
     for token in template.tokenizer.added_tokens_decoder.values():
-        if token.special:
-            special.add(token.content)
+        if token.special or (token.content in turns and token.content not in thinking):
+            if not token.content.isspace():
+                special.add(token.content)
         # Gemma has "\n" and runs of spaces among its added tokens: whitespace controls nothing.
         elif not token.content.isspace() and (token.content in template.source + shown):
             control.add(token.content)
@@ -230,28 +242,44 @@ def _spaced(match: re.Match[str]) -> str:
 
 
 def break_message(message: Message, dialect: Dialect) -> Message:
-    """Put `BREAK` into the control tokens of a message, the assistant's own ones excepted."""
-    pattern = dialect.special if message["role"] == "assistant" else dialect.control
-    broken: Message = break_all(message, pattern)
+    """Put `BREAK` into the control tokens of a message, those of the assistant's texts excepted."""
+    broken: Message = break_all(message, dialect.control)
+    if message["role"] == "assistant":
+        own = {key: text for key, text in message.items() if isinstance(text, str)}
+        broken.update(break_all(own, dialect.special))
     return {**broken, "role": message["role"]}
 
 
 def break_all(value: Any, pattern: re.Pattern[str]) -> Any:
-    """Put `BREAK` into every control token of the strings in `value`; other values stay."""
+    """Put `BREAK` into every control token of the strings in `value`, keys too; others stay."""
     if isinstance(value, str):
         text = value.replace(BREAK, "")
         while pattern.search(text):  # breaking one token can leave another one whole
             text = pattern.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
         return text
     if isinstance(value, Mapping):
-        return {key: break_all(entry, pattern) for key, entry in value.items()}
+        return {break_all(k, pattern): break_all(entry, pattern) for k, entry in value.items()}
     if isinstance(value, list | tuple):
         return [break_all(entry, pattern) for entry in value]
     return value
 
 
+def check_unicode(text: str) -> None:
+    """Raise for what no tokenizer takes.
+
+    Raises:
+        RequestError: the text holds half of a surrogate pair.
+    """
+    if _SURROGATE.search(text):
+        raise RequestError(
+            "A text holds half of a surrogate pair, which is no character: give valid Unicode, "
+            'such as text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+        )
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """Encode once, or piece by piece where `BREAK` keeps characters apart."""
+    """Encode once, or piece by piece where `BREAK` keeps characters apart; see `check_unicode`."""
+    check_unicode(text)
     first, *pieces = text.split(BREAK)
     ids = list(tokenizer(first, add_special_tokens=special, verbose=False)["input_ids"])
     # Some tokenizers close every text; a prompt that is to be gone on from stays open.

@@ -100,6 +100,7 @@ class StopStrings:
         letters = dict(special or {})
         pattern = token_pattern(letters)
         # A special token's own text may also be written by ordinary tokens.
+        strings = [string for string in strings if not _LETTERS.search(string)]
         self._meant = {string: string for string in strings}
         self._meant |= {pattern.sub(lambda m: letters[m[0]], string): string for string in strings}
         self._strings = tuple(self._meant)

@@ -125,16 +125,23 @@ def _text(message: BaseMessage) -> str:
     return "".join(_block_text(block, message.type) for block in message.content)
 
 
-def _block_text(block: str | Mapping[str, Any], role: str) -> str:
+def _block_text(block: Any, role: str) -> str:
     if isinstance(block, str):
         return block
-    kind = block.get("type")
-    if kind in ("text", "input_text", "output_text", "text-plain"):
-        return str(block.get("text", ""))
+    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        return _string(block, "refusal" if kind == "refusal" else "text", "", role)
+    if kind == "text-plain":  # one that is a file has no text
+        return _string(block, "text", None, role)
     if kind == "json":
-        return json.dumps(block.get("json"), ensure_ascii=False)
+        try:
+            return json.dumps(block.get("json"), ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"a {role} message has a json block that is not: {error}.") from None
     if kind == "tool_result":
-        return _nested(block.get("content"), role)
+        content = block.get("content")
+        parts = content if isinstance(content, list) else [] if content is None else [content]
+        return "".join(_block_text(part, role) for part in parts)
     if kind in SKIPPED or kind in REASONING:
         return ""
     raise RequestError(
@@ -143,9 +150,14 @@ def _block_text(block: str | Mapping[str, Any], role: str) -> str:
     )
 
 
-def _nested(content: Any, role: str) -> str:
-    blocks = content if isinstance(content, list) else [content or ""]
-    return "".join(_block_text(block, role) for block in blocks)
+def _string(block: Mapping[str, Any], key: str, default: str | None, role: str) -> str:
+    text = block.get(key, default)
+    if not isinstance(text, str):
+        raise RequestError(
+            f"a {role} message has a content block of type {block['type']!r} whose {key} is a "
+            f"{type(text).__name__}: expected a string."
+        )
+    return text
 
 
 def _reasoning(message: AIMessage) -> str:
@@ -154,7 +166,9 @@ def _reasoning(message: AIMessage) -> str:
     if isinstance(message.content, str):
         return ""
     return "".join(
-        str(block.get(REASONING[block["type"]], ""))
+        _string(block, REASONING[block["type"]], "", message.type)
         for block in message.content
-        if isinstance(block, dict) and block.get("type") in REASONING
+        if isinstance(block, dict)
+        and block.get("type") in REASONING
+        and block.get(REASONING[block["type"]]) is not None
     )

@@ -143,7 +143,12 @@ def _text(index: int, block: ContentBlock) -> str:
     if isinstance(block, CitationBlock) and isinstance(block.cited_content, TextBlock):
         return block.cited_content.text
     if isinstance(block, DocumentBlock) and (block.document_mimetype or "").startswith("text/"):
-        return str(block.resolve_document().read().decode())
+        try:
+            return str(block.resolve_document().read().decode())
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"messages[{index}] has a document that is not UTF-8: {error}."
+            ) from None
     raise RequestError(
         f"messages[{index}] has a {block.block_type} block: this model reads only text; leave it "
         "out or describe it in words."
@@ -151,7 +156,7 @@ def _text(index: int, block: ContentBlock) -> str:
 
 
 def _call(call_id: str | None, name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
-    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, default=str)
     function = {"name": name, "arguments": written}
     return {"id": call_id or "", "type": "function", "function": function}
 

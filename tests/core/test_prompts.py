@@ -380,6 +380,21 @@ def test_text_parts_are_joined() -> None:
             r"messages\[1\] has a content part of type 'image_url'",
         ),
         ([turn("user", [{"type": "text"}])], r"messages\[0\] has a content part of type 'text'"),
+        ([turn("user", [{"type": "text", "text": None}])], "whose text is a NoneType: expected a"),
+        ([turn("user", [{"type": "text", "text": ["a", "b"]}])], "whose text is a list"),
+        ([turn("user", [None])], "content part of type 'NoneType'"),
+        ([turn("user", [["a"]])], "content part of type 'list'"),
+        ([turn("user", {"type": "text", "text": "a"})], "content of type dict"),
+        ([turn("user", "a", name=5)], r"messages\[0\] has name of type int: expected text"),
+        (
+            [turn("assistant", "a", reasoning_content=["b"]), *HI],
+            "reasoning_content of type list",
+        ),
+        ([*HI, turn("assistant", "", tool_calls={"a": 1}), *HI], "tool_calls of type dict"),
+        (
+            [*HI, turn("assistant", "", tool_calls=[{"function": {"name": None}}]), *HI],
+            "a tool call without a name",
+        ),
         (
             [*HI, turn("assistant", "", tool_calls=[{"name": "f"}])],
             "calls tools: add a tool message",

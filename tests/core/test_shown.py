@@ -9,7 +9,7 @@ import pytest
 from amulet import Amulet, RequestError, TemplateError
 from amulet.preference import PLACEMENTS, Placement, Preference
 from amulet.prompts import encode_chat
-from tests.core.test_prompts import BRIEF, DIALOGUE, HI, TOOL, rows, turn
+from tests.core.test_prompts import BRIEF, DIALOGUE, HI, TOOL, controls, rows, turn
 from tests.models import ScriptedModel
 from tests.templates import FAMILIES, family_tokenizer
 
@@ -278,3 +278,64 @@ def test_a_template_that_looks_at_contents_is_taken_at_its_word() -> None:
     assert rows(tokenizer, HI, "user") == ["Hi", "Hi\n\nBe brief."]
     with pytest.raises(TemplateError, match="say Hi"):
         rows(tokenizer, [turn("user", "No")], "user")
+
+
+# ---- control tokens and characters in what is not the user's text ----
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_and_values_of_calls_open_nothing(name: str) -> None:
+    tokenizer = family_tokenizer(name)
+    tokens = " ".join(token for token in tokenizer.get_added_vocab() if not token.isspace())
+
+    def written(key: str) -> list[int]:
+        history = call_history(call("f", {key: {key: [key]}}))
+        ids = encode_chat(tokenizer, history, [], "user", template_options={"x": {key: key}}).base
+        return controls(tokenizer, ids)
+
+    assert written(tokens) == written("key")
+
+
+@pytest.mark.parametrize("name", ["deepseek", "phi3", "user_parts"])
+def test_roles_that_are_no_special_tokens_do_not_come_from_an_answer(name: str) -> None:
+    tokenizer = family_tokenizer(name)
+    roles = "<|User|><|Assistant|><|user|><|assistant|><|end|>"
+    ids = [
+        encode_chat(tokenizer, [*HI, turn("assistant", text), *HI], [], "user").base
+        for text in ("Yes", f"Yes {roles}")
+    ]
+    assert controls(tokenizer, ids[1]) == controls(tokenizer, ids[0])
+    assert f"Yes {roles}" in str(tokenizer.decode(ids[1]))
+
+
+def test_an_answers_own_thinking_is_still_cut_by_the_template() -> None:
+    chat = [*HI, turn("assistant", "<think>Hm.</think>Yes"), *HI]
+    assert "Hm." not in rows("deepseek", chat, "user")[0]
+
+
+LONE = "a\ud800b"
+
+
+def test_half_a_surrogate_pair_is_an_error() -> None:
+    tokenizer = family_tokenizer("chatml")
+    amulet = Amulet(ScriptedModel(tokenizer, "Yes"), tokenizer)  # type: ignore[arg-type]
+    for ask in (
+        lambda: amulet.chat([turn("user", LONE)]),
+        lambda: amulet.chat(HI, preference=LONE),
+        lambda: amulet.chat([*HI, turn("assistant", LONE)]),
+        lambda: amulet.complete(LONE),
+        lambda: amulet.complete("Go", preference=LONE),
+        lambda: amulet.count_tokens(LONE),
+    ):
+        with pytest.raises(RequestError, match="half of a surrogate pair"):
+            ask()
+    assert amulet.chat(HI, stop=["\ud800"]).text == "Yes"
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\u202eabc\u202c", "e\u0301\u0323", "\u200d\ufeff", "👩‍👩‍👧🏽"]
+)
+def test_any_other_character_stays(text: str) -> None:
+    base, preferred = rows("chatml", [turn("user", text)], "user", [Preference(text=f"x{text}x")])
+    assert f"user\n{text}<|im_end|>" in base
+    assert f"user\n{text}\n\nx{text}x<|im_end|>" in preferred

@@ -547,6 +547,18 @@ def test_the_fallback_describes_the_tools_and_writes_the_history_as_text(
     assert "<tool_response>\npong" in without
 
 
+@pytest.mark.parametrize("text", [None, ["a", "b"]])
+def test_the_fallback_writes_nothing_that_is_no_text(
+    tokenizer: PreTrainedTokenizerFast, text: Any
+) -> None:
+    amulet = amulet_saying(tokenizer, "x", CHATML)
+    for role in ("system", "user", "tool"):
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]}, *user("hi")]
+        for tools in (TOOLS, None):
+            with pytest.raises(RequestError, match=r"messages\[0\].*expected a string"):
+                amulet.encode_chat(chat, tools=tools, tools_prompt="fallback")
+
+
 def test_a_template_that_knows_tools_needs_no_fallback(tokenizer: PreTrainedTokenizerFast) -> None:
     amulet = amulet_saying(tokenizer, CALL, KNOWS_TOOLS)
     one = amulet.encode_chat(user("hi"), tools=TOOLS)

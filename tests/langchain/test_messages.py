@@ -107,6 +107,44 @@ def test_what_a_text_model_can_not_read_is_refused(kind: str) -> None:
         to_chat([HumanMessage([{"type": kind}])])
 
 
+@pytest.mark.parametrize(
+    ("block", "finding"),
+    [
+        ({"type": "text", "text": None}, "of type 'text' whose text is a NoneType: expected a str"),
+        ({"type": "text", "text": ["a", "b"]}, "of type 'text' whose text is a list"),
+        ({"type": "text", "text": {"a": 1}}, "of type 'text' whose text is a dict"),
+        ({"type": "text-plain", "base64": "YQ=="}, "of type 'text-plain' whose text is a NoneType"),
+        ({"type": "json", "json": {1, 2}}, "json block that is not"),
+        ({"type": "tool_result", "content": 5}, "of type 'int'"),
+        ({"type": "tool_result", "content": [{"type": "text", "text": None}]}, "is a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("kind", [HumanMessage, SystemMessage, AIMessage])
+def test_what_is_no_text_is_refused(
+    kind: type[BaseMessage], block: dict[str, Any], finding: str
+) -> None:
+    with pytest.raises(RequestError, match=finding):
+        to_chat([kind([block])])
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "text"},
+        {"type": "tool_result", "content": None},
+        {"type": "reasoning", "reasoning": None},
+        {"type": "reasoning", "summary": []},
+    ],
+)
+def test_what_says_nothing_writes_nothing(block: dict[str, Any]) -> None:
+    assert to_chat([AIMessage([block, "a"])]) == [{"role": "assistant", "content": "a"}]
+
+
+def test_a_refusal_is_text() -> None:
+    message = AIMessage([{"type": "refusal", "refusal": "No."}])
+    assert to_chat([message]) == [{"role": "assistant", "content": "No."}]
+
+
 def test_an_unknown_kind_of_message_is_refused() -> None:
     with pytest.raises(RequestError, match="a message of type RemoveMessage"):
         to_chat([RemoveMessage(id="1")])
