@@ -11,7 +11,7 @@ SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
+.PHONY: help install demo test test-random eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +35,10 @@ demo: install ## Answer two people's questions from the same documents, each to 
 # One thread each: processes that share cores and wait for each other's threads crawl.
 test: install ## Run the tests, offline, on all cores.
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+# Draws of its own at every run, and twenty times as many.
+test-random: install ## Search long and at random for what the fixed examples of the tests miss.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-profile=random -o timeout=7200 $(ARGS)
 
 eval-smoke: install ## Show that the default setting still steers and keeps the text sound.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/evaluation/test_smoke.py

@@ -16,9 +16,19 @@ from tests.models import byte_tokenizer
 with suppress(ImportError):  # the environment of vLLM's tests goes without Hypothesis
     from hypothesis import settings
 
-    # A busy machine is slow, and nothing here measures time.
-    settings.register_profile("untimed", deadline=None)
-    settings.load_profile("untimed")
+    # A busy machine is slow, and nothing here measures time. The draws are the same at every run:
+    # what somebody's change breaks fails at once, and nothing else. `make test-random` searches on.
+    settings.register_profile("fixed", deadline=None, derandomize=True)
+    settings.register_profile("random", deadline=None, max_examples=2000)
+    settings.load_profile("fixed")
+
+
+def pytest_report_header() -> list[str]:
+    """Say whether the C code is tested here: many tests are left out where it can't be."""
+    from amulet import native
+
+    found = native.reason()
+    return [f"C code: {'not tested here, ' + found if found else 'compiled, and tested'}"]
 
 
 @pytest.fixture(scope="session")

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amulet import attention, native
 from amulet.attention import FEW, WIDEST, grouped_attention
+from tests import bounds
+from tests.bounds import check
 from tests.marks import needs_code
-
-
-def exact(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """Return attention by its definition in float64, `[rows, width, heads, dim]`."""
-    groups, width, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    if mask is None:
-        mask = torch.ones(width, columns, dtype=torch.bool).tril(columns - width)[None, None]
-    products = query.double() @ key.double().repeat_interleave(groups, 1).transpose(-1, -2)
-    weights = (products * scale).masked_fill(~mask, float("-inf")).softmax(-1)
-    return (weights @ value.double().repeat_interleave(groups, 1)).transpose(1, 2)
-
-
-def check(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.shape == expected.shape
-    near = 1e-5 if found.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found.double(), expected, atol=near, rtol=near)
+from tests.search import examples
 
 
 def states(rows: int, heads: int, columns: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -42,7 +23,7 @@ def states(rows: int, heads: int, columns: int, dim: int, dtype: torch.dtype) ->
 
 
 @needs_code
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     rows=st.integers(1, 4),
     kv_heads=st.integers(1, 3),
@@ -79,11 +60,11 @@ def test_few_tokens_attend_as_the_definition_says(
             mask &= torch.arange(columns) > last - 5
     assert attention._attends_natively(query, key, value, mask)
     found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.2)
-    check(found, exact(query, key, value, mask, 0.2))
+    check(found, bounds.attention(query, key, value, mask, 0.2))
 
 
 @needs_code
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
@@ -108,7 +89,7 @@ def test_many_tokens_attend_as_the_definition_says(
     query = torch.randn(rows, width, kv_heads * groups, dim).to(dtype).transpose(1, 2)
     key, value = (states(rows, kv_heads, cached + width, dim, dtype) for _ in range(2))
     found = attention._prefill(query, key, value, 0.2)
-    check(found, exact(query, key, value, None, 0.2))
+    check(found, bounds.attention(query, key, value, None, 0.2))
 
 
 @needs_code
@@ -121,7 +102,7 @@ def test_key_heads_that_take_turns_attend_as_the_definition_says(
     torch.manual_seed(0)
     query = torch.randn(rows, 200, 5, 128).to(dtype).transpose(1, 2)
     key, value = (states(rows, 5, 2500, 128, dtype) for _ in range(2))
-    expected = exact(query, key, value, None, 0.2)
+    expected = bounds.attention(query, key, value, None, 0.2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -159,14 +140,14 @@ def test_many_tokens_with_scores_of_any_size(dtype: torch.dtype) -> None:
     for size in (0.0, 1e-3, 30.0, 1e4):
         query = size * torch.randn(1, 2, 80, 64).to(dtype)
         found = attention._prefill(query, key, value, 64**-0.5)
-        expected = exact(query, key, value, None, 64**-0.5)
-        torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+        expected = bounds.attention(query, key, value, None, 64**-0.5)
+        check(found, expected)
     # The largest score last, so that all before it is to be made small.
     key[0, 0, :] = (torch.arange(400)[:, None] / 4).to(dtype)
     query = torch.ones(1, 2, 80, 64, dtype=dtype)
     found = attention._prefill(query, key, value, 64**-0.5)
-    expected = exact(query, key, value, None, 64**-0.5)
-    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+    expected = bounds.attention(query, key, value, None, 64**-0.5)
+    check(found, expected)
 
 
 @needs_code
@@ -177,8 +158,8 @@ def test_large_and_small_scores_neither_overflow_nor_vanish(dtype: torch.dtype) 
     for size in (0.0, 1e-3, 30.0, 1e4):
         query = size * torch.ones(1, 2, 1, 64, dtype=dtype)
         found, _ = grouped_attention(torch.nn.Module(), query, key, value, None)
-        expected = exact(query, key, value, None, 64**-0.5)
-        torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+        expected = bounds.attention(query, key, value, None, 64**-0.5)
+        check(found, expected)
 
 
 @needs_code
@@ -222,8 +203,8 @@ def test_states_and_masks_need_not_be_contiguous() -> None:
     turned = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (query, key, value)]
     assert key.stride() != turned[1].stride()
     found = attention._attend(*turned, mask.transpose(2, 3), 0.1)
-    expected = exact(query, key, value, mask.mT, 0.1).float()
-    torch.testing.assert_close(found, expected)
+    expected = bounds.attention(query, key, value, mask.mT, 0.1)
+    check(found, expected)
 
 
 @needs_code
@@ -279,3 +260,19 @@ def test_what_it_can_not_do_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) 
         grouped_attention(torch.nn.Module(), one, one, one, None, softcap=30.0)
     monkeypatch.setattr(native, "library", lambda: None)
     assert not can()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_sees_a_column_too_few_and_one_too_many(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, 50, 256).to(dtype)
+    key, value = torch.randn(2, 1, 2, 700, 256).to(dtype)
+    allowed = bounds.attention(query, key, value, None, 256**-0.5)
+    check(allowed[0].to(dtype), allowed)
+    seen = torch.ones(50, 700, dtype=torch.bool).tril(650)
+    for row, column in ((20, 3), (20, 671)):
+        other = seen.clone()
+        other[row, column] ^= True
+        wrong, _ = bounds.attention(query, key, value, other[None, None], 256**-0.5)
+        with pytest.raises(AssertionError, match="what rounding explains"):
+            check(wrong.to(dtype), allowed)

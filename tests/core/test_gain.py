@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amulet.errors import AmuletError, RequestError
 from amulet.gain import game_gain, steer, steer_many
 from tests.oracles.literal_game import literal_game, log_softmax
+from tests.search import examples
 
 # The gain grows like T^(α/λ − 1), and with it the numbers of the literal game and their rounding:
 # α = 4λ reaches 1e5 within 60 steps. Up to α = 2λ, the largest ratio that design and paper try
@@ -38,14 +39,14 @@ def assert_is_the_game(preferred: np.ndarray, base: np.ndarray, game: dict[str, 
     assert (steered.argmax(axis=-1) == expected.argmax(axis=-1)).all()
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(game=game_numbers, rows=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
 def test_the_closed_form_is_the_literal_game(game: dict[str, Any], rows: int, seed: int) -> None:
     logits = np.random.default_rng(seed).normal(scale=3.0, size=(2, rows, 997))
     assert_is_the_game(log_softmax(logits[0]), log_softmax(logits[1]), game)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(ratio=st.floats(0.05, 1.0), lam=st.floats(0.1, 10.0), eta=st.floats(0.01, 100.0))
 def test_the_closed_form_is_the_literal_game_over_many_steps(
     ratio: float, lam: float, eta: float

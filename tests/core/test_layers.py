@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -22,8 +22,10 @@ from amulet.attention import FEW
 from amulet.engine import Engine
 from amulet.layers import PART, NativeLayer, are_native, use_native_layers
 from amulet.packing import pack_linears
+from tests.bounds import of_logits
 from tests.marks import needs_code
 from tests.models import Kind, random_model
+from tests.search import examples
 
 pytestmark = needs_code
 
@@ -74,8 +76,7 @@ def logits_of(model: PreTrainedModel, starts: list[int], width: int) -> torch.Te
 
 
 def check(made: torch.Tensor, expected: torch.Tensor) -> None:
-    bound = 1e-4 if made.dtype == torch.float32 else 0.05  # in bfloat16 a rounding is passed on
-    assert (made - expected).abs().max() <= bound * expected.abs().max()
+    assert (made - expected).abs().max() <= of_logits(made.dtype) * expected.abs().max()
 
 
 WEIGHTS: list[tuple[torch.dtype, Pack]] = [(torch.float32, True), (torch.bfloat16, True)]
@@ -84,7 +85,7 @@ if products.serves(products.INT8):  # elsewhere layers with rounded weights aren
 KINDS: list[Kind] = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     kind=st.sampled_from(KINDS),
     weights=st.sampled_from(WEIGHTS),

@@ -17,6 +17,7 @@ from amulet import native, packed_layers, packing, products
 from amulet.errors import ModelError
 from amulet.packed_layers import Int4Linear, Int8Linear, PackedLayer, PackedLinear
 from amulet.packing import pack_linears
+from tests.bounds import of_logits
 from tests.models import random_model
 
 
@@ -41,7 +42,8 @@ def test_a_packed_model_gives_the_same_logits_and_keeps_a_tied_embedding() -> No
     with torch.inference_mode():
         before = model(ids).logits
         assert pack_linears(model) == 4 * 7 + 1
-        torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)
+        off = (model(ids).logits - before).abs().max()
+        assert off <= of_logits(torch.float32, columns=40) * before.abs().max()
     assert model.get_input_embeddings().weight.shape == (320, 64)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from amulet import products
 from amulet.packed_layers import PackedLinear
 from tests.marks import needs_bfloat16_code, needs_code
+from tests.search import examples
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -54,7 +55,7 @@ ROWS = st.one_of(st.integers(1, 20), st.sampled_from([47, 48, 49, 97, 130]))  # 
 
 
 @needs_code
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=ROWS,
     n=st.integers(2, 200),  # a single output is no matrix to oneDNN, and is left to it
@@ -73,7 +74,7 @@ def test_a_product_is_as_near_as_rounding_allows(
 
 
 @needs_bfloat16_code
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=ROWS,
     n=st.integers(1, 200),
@@ -99,7 +100,7 @@ def test_an_int8_product_is_as_near_as_rounding_allows(
 
 
 @needs_bfloat16_code
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=ROWS,
     parts=st.integers(1, 12),

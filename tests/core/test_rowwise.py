@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from math import pi
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from amulet import rowwise
+from tests.bounds import FLOAT32
 from tests.marks import needs_code
 
 pytestmark = needs_code
@@ -29,16 +31,11 @@ HIDDEN: dict[str, Any] = {
 }
 
 
-def check(made: torch.Tensor, expected: torch.Tensor) -> None:
-    """In bfloat16 the very same but for a rounding here and there; in float32 to the last bits."""
-    assert made.dtype == expected.dtype
-    if made.dtype == torch.bfloat16:
-        assert (made != expected).float().mean() < 0.01
-    near = 2e-6 if made.dtype == torch.float32 else 2**-6
-    torch.testing.assert_close(made, expected, rtol=near, atol=1e-30)
+def assert_few_differ(made: torch.Tensor, expected: torch.Tensor) -> None:
+    """In bfloat16 the very same but for a rounding here and there: one in 2**12 of float32's."""
+    assert (made != expected).sum() <= 3 + 0.01 * made.numel()
 
 
-@settings(deadline=None)
 @given(
     kind=st.sampled_from([LlamaRMSNorm, Gemma3RMSNorm]),
     **HIDDEN,
@@ -58,11 +55,15 @@ def test_a_norm(
         hidden = (scale * torch.randn(rows, 2, 16 * size)).to(dtype)
         before = hidden.clone()
         made = rowwise.norm(hidden, theirs.weight, 1e-5, plus_one=kind is Gemma3RMSNorm)
-        check(made, theirs(hidden))
+        expected = theirs(hidden)
+    # Half of what each of the two sums is off, by the root; and three roundings more of each.
+    near = FLOAT32 * (16 * size + 6) + (2 * torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+    torch.testing.assert_close(made, expected, rtol=near, atol=1e-30)
+    if dtype == torch.bfloat16:
+        assert_few_differ(made, expected)
     assert torch.equal(hidden, before)
 
 
-@settings(deadline=None)
 @given(
     rows=ROWS,
     width=st.integers(1, 4),
@@ -83,7 +84,6 @@ def test_rotary_positions(
     assert torch.equal(made, expected.transpose(1, 2))
 
 
-@settings(deadline=None)
 @given(
     by_tanh=st.booleans(),
     **HIDDEN,
@@ -95,14 +95,17 @@ def test_a_gated_activation(
     gate, up = (scale * torch.randn(2, rows, 16 * size)).to(dtype)
     made = gate.clone()
     rowwise.gate_(made, up, gelu=by_tanh)
-    # PyTorch's GELU is a sum with tanh, which leaves few digits of a small one: so in float64.
+    # PyTorch's GELU is a sum with tanh, which leaves no digits of a small one; its other form does.
     wide = gate.double()
-    active = gelu(wide, approximate="tanh") if by_tanh else silu(wide)
-    expected = active.to(dtype).double() * up.double()
-    near = 4e-6 if dtype == torch.float32 else 2**-6
-    torch.testing.assert_close(made.double(), expected, rtol=near, atol=1e-9 * scale)
+    power = (8 / pi) ** 0.5 * (wide + 0.044715 * wide**3) if by_tanh else wide
+    expected = (wide * power.sigmoid()).to(dtype).double() * up.double()
+    # What goes into the exponential has five roundings; all the rest 16, and what is below e^-87
+    # is 0. In bfloat16 two numbers are stored.
+    near = FLOAT32 * (16 + 5 * power.abs().clamp(max=88)) + (dtype != torch.float32) * 2**-7
+    allowed = near * expected.abs() + 2e-38 * (wide * up.double()).abs() + 1e-30
+    assert ((made.double() - expected).abs() <= allowed).all()
     if dtype == torch.bfloat16 and not by_tanh:
-        assert (made != silu(gate) * up).float().mean() < 0.01
+        assert_few_differ(made, silu(gate) * up)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

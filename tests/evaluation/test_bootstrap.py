@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amulet.errors import EvaluationError
 from amulet.evaluation.bootstrap import at_zero, difference, interval
+from tests.search import examples
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 several = st.lists(numbers, min_size=1, max_size=30)
@@ -20,7 +21,7 @@ clusters = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(several, st.floats(0.01, 0.99), st.integers(1, 60))
 def test_the_interval_contains_the_mean(values: list[float], level: float, resamples: int) -> None:
     mean, low, high = interval(values, level, resamples)
@@ -28,19 +29,19 @@ def test_the_interval_contains_the_mean(values: list[float], level: float, resam
     assert mean == pytest.approx(math.fsum(values) / len(values), rel=1e-9, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(numbers, st.integers(1, 30))
 def test_constant_data_has_no_width(value: float, count: int) -> None:
     assert interval([value] * count, resamples=50) == (value, value, value)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(clusters)
 def test_the_difference_of_equal_data_is_zero(values: dict[int, list[float]]) -> None:
     assert difference(values, dict(reversed(values.items())), resamples=50) == (0.0, 0.0, 0.0)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(clusters, st.integers(0, 2**32))
 def test_equal_seeds_give_equal_intervals_and_the_wider_level_holds_the_narrower(
     values: dict[int, list[float]], seed: int
@@ -52,7 +53,7 @@ def test_equal_seeds_give_equal_intervals_and_the_wider_level_holds_the_narrower
     assert wide[1] <= narrow[1] <= narrow[2] <= wide[2]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(several, st.integers(-1000, 1000))
 def test_shifted_data_has_a_shifted_interval(values: list[float], shift: int) -> None:
     here = interval(values, resamples=100)
