@@ -13,6 +13,8 @@ from amulet.errors import ModelError, RequestError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 
+LIVE = "live "  # begins the name of a given object
+
 _loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
 _live: WeakValueDictionary[str, Amulet] = WeakValueDictionary()  # given ones, by a random name
 _lock = threading.Lock()
@@ -43,7 +45,7 @@ def name_live(amulet: Amulet) -> str | None:
         return None
     with _lock:
         known = next((name for name, live in _live.items() if live is amulet), None)
-        name = known or f"live {secrets.token_hex(8)}"
+        name = known or f"{LIVE}{secrets.token_hex(8)}"
         _live[name] = amulet
     return name
 

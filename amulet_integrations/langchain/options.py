@@ -139,7 +139,8 @@ class AmuletOptions(BaseModel):
     @field_validator("amulet", mode="before")
     @classmethod
     def _live_of_name(cls, given: Any) -> Any:
-        return _loading.find_live(given, cls.__name__) if isinstance(given, str) else given
+        is_name = isinstance(given, str) and given.startswith(_loading.LIVE)
+        return _loading.find_live(given, cls.__name__) if is_name else given
 
     @model_validator(mode="after")
     def _load_and_check(self: Self) -> Self:

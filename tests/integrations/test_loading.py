@@ -61,6 +61,8 @@ def test_two_models_are_refused_and_one_named_twice_is_not(kind: Any) -> None:
 def test_what_is_no_amulet_is_refused(kind: Any) -> None:
     with pytest.raises(RequestError, match=r"(?s)amulet.*Amulet"):
         kind(amulet="Qwen/Qwen3-0.6B")
+    with pytest.raises(RequestError, match=r"(?s)amulet.*Amulet"):
+        kind(amulet=5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
