@@ -322,7 +322,7 @@ async def _events(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIter
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
                 return
-            if line:
+            if line.startswith("data: "):  # else a comment, which keeps the connection alive
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
                 yield event
@@ -381,13 +381,14 @@ async def clients(
 
 
 @contextlib.contextmanager
-def serving(dtype: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run `amulet serve` on a free loopback port in a process of its own."""
+def serving(dtype: str, log: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run `amulet serve`, with further options, on a free loopback port in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from amulet.cli import app; app()", "serve"]
     command += ["--port", str(port), "--dtype", dtype, "--max-tokens", "256", "--queue", "256"]
+    command += options
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{port}"

@@ -201,7 +201,16 @@ def start(
             style="yellow",
         )
     whole = app if around is None else around(app)
-    config = uvicorn.Config(whole, host, port, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        whole,
+        host,
+        port,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        # Longer than clients and proxies keep a connection: else one is closed here at the moment
+        # at which they send a request on it.
+        timeout_keep_alive=75,
+    )
     servers.append(Server(config, app.state.service, drain_seconds, on_start))
     servers[0].run()
     if servers[0].failure is not None:

@@ -79,6 +79,7 @@ def test_it_listens_on_loopback_unless_told(servers: list[Server]) -> None:
     server = servers[0]
     assert (server.config.host, server.config.port) == ("127.0.0.1", 8000)
     assert not server.config.access_log
+    assert server.config.timeout_keep_alive == 75  # longer than clients keep a connection
     models = asyncio.run(ask(server, "/v1/models")).json()
     assert [model["id"] for model in models["data"]] == ["SmolLM2-135M-Instruct"]
     assert asyncio.run(ask(server, "/health", host="evil.example")).status_code == 403
