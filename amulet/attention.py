@@ -295,7 +295,7 @@ def try_triton(model: PreTrainedModel) -> None:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = _head_dim(config)
-    if model.dtype not in TRITON_DTYPES or dim > 256:
+    if model.dtype not in TRITON_DTYPES or not 0 < dim <= 256:
         return
     columns = torch.ones(1, 1, 1, SIDE, dtype=torch.bool, device=model.device)
     try:
@@ -323,7 +323,11 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Return a head's dimension; 0 where the layers' heads differ."""
+    try:
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except RuntimeError:
+        return 0
     return int(dim)
 
 
@@ -334,6 +338,7 @@ def steps_are_native(model: PreTrainedModel) -> bool:
     return (
         causal_behind_cached(model)
         and model.dtype in (torch.float32, torch.bfloat16)
+        and dim > 0
         and dim % 32 == 0
         and not getattr(config, "attn_logit_softcapping", None)
         and not getattr(config, "v_head_dim", None)  # keys and values of unlike size

@@ -514,6 +514,43 @@ def check_supported(model: PreTrainedModel) -> None:
     parameters = inspect.signature(model.forward).parameters
     if cache_argument(model) not in parameters:
         raise ModelError(f"{name}'s forward takes no KV cache; Amulet needs one.")
+    if reason := _not_by_row(model):
+        raise ModelError(f"{name} can't be decoded in rows of unlike length: {reason}.")
+
+
+def _not_by_row(model: PreTrainedModel) -> str | None:
+    """Return why rows that are at different positions can't share a pass, if they can't."""
+    text: Any = model.config.get_text_config()
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids"
+    if getattr(text, "alibi", False):
+        return "ALiBi counts positions in a mask of its own"
+    if "local" in getattr(text, "attention_layers", ()):
+        return "its local layers count their window from the longest row's end"
+    if hasattr(text, "keep_window_size"):
+        return "its attention makes masks of its own"
+    window = getattr(text, "max_position_embeddings", None) or 0
+    for module in model.modules():
+        parts = getattr(module, "mrope_section", None)
+        frequencies = getattr(module, "inv_freq", None)
+        if parts and frequencies is not None and sum(parts) != frequencies.numel():
+            return f"its config's mrope_section is {parts}, for {frequencies.numel()} frequencies"
+        if "longrope" in str(getattr(module, "rope_type", "")):
+            most = _least_original_length(getattr(text, "rope_parameters", None) or {})
+            if most is not None and most < window:
+                return (
+                    f"its rotary embedding (longrope) is another one beyond {most} positions, for "
+                    "the whole batch. To decode up to there set "
+                    f"model.config.max_position_embeddings = {most} and give the model to Amulet"
+                )
+    return None
+
+
+def _least_original_length(rope: dict[str, Any]) -> int | None:
+    """Return from which length on the least of a text model's rotary embeddings changes."""
+    name = "original_max_position_embeddings"
+    kinds = (rope, *(part for part in rope.values() if isinstance(part, dict)))
+    return min((part[name] for part in kinds if part.get(name)), default=None)
 
 
 def cache_argument(model: nn.Module) -> str:

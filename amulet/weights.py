@@ -39,7 +39,8 @@ def weights_state(model: nn.Module) -> Any:
             found += [*own["_forward_hooks"], *own["_forward_pre_hooks"], id(own.get("forward"))]
         if is_adapter(module):
             found.append(_adapters(module))
-        tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
+        buffers = own["_buffers"].values()  # some are written to in every pass, with equal values
+        tensors = [*own["_parameters"].values(), *buffers]
         if isinstance(module, PackedLayer):
             tensors.append(module.bias)
         for tensor in tensors:
@@ -47,8 +48,9 @@ def weights_state(model: nn.Module) -> Any:
                 continue
             if tensor.is_meta:  # Accelerate makes it anew in every pass
                 continue
-            inference = tensor.is_inference()  # such a tensor counts no writes
-            found += [tensor.data_ptr(), 0 if inference else tensor._version]
+            found.append(tensor.data_ptr())
+            if isinstance(tensor, nn.Parameter) and not tensor.is_inference():
+                found.append(tensor._version)
             count = tensor.numel()
             if count and tensor.is_contiguous():
                 spread = tensor.as_strided((min(count, SAMPLES),), (max(count // SAMPLES, 1),))

@@ -1,0 +1,169 @@
+"""Other architectures: decoded exactly, or refused before anything is decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BloomConfig,
+    DogeConfig,
+    FalconConfig,
+    Gemma4TextConfig,
+    GPTNeoConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+)
+
+from amulet import Amulet, ModelError, Request
+from tests.models import IM_END, VOCAB_SIZE
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": IM_END,
+    "pad_token_id": None,
+}
+MODERN = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0 + i for i in range(8)],
+}
+GEMMA = {
+    **MODERN,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+
+
+def vision(sections: list[int]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    return {
+        "text_config": {**MODERN, "max_position_embeddings": 512, "rope_parameters": rope},
+        "vision_config": {"depth": 1, "hidden_size": 64, "out_hidden_size": 64, "num_heads": 2},
+        "image_token_id": 300,
+        "video_token_id": 301,
+    }
+
+
+def longrope(length: int) -> PretrainedConfig:
+    return Phi3Config(
+        **MODERN,
+        max_position_embeddings=512,
+        original_max_position_embeddings=length,
+        rope_parameters=dict(LONGROPE),
+    )
+
+
+def neo(kinds: list[str]) -> PretrainedConfig:
+    return GPTNeoConfig(
+        **{k: v for k, v in SIZES.items() if "num" not in k},
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[kinds, 1]],
+        window_size=16,
+    )
+
+
+def make(config: PretrainedConfig) -> Any:
+    torch.manual_seed(0)
+    image = isinstance(config, Qwen2VLConfig | Qwen2_5_VLConfig)
+    auto: Any = AutoModelForImageTextToText if image else AutoModelForCausalLM
+    return auto.from_config(config).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (neo(["global", "local"]), "local layers"),
+        (longrope(64), "longrope"),
+        (BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 4}), "position_ids"),
+        (FalconConfig(**SIZES, alibi=True), "ALiBi"),
+        (DogeConfig(**MODERN), "masks of its own"),
+        (Qwen2VLConfig(**vision([16, 24, 24])), "mrope_section"),
+        (Qwen2_5_VLConfig(**vision([16, 24, 24])), "mrope_section"),
+    ],
+    ids=lambda it: getattr(it, "model_type", None),
+)
+def test_what_would_get_wrong_tokens_is_refused(
+    config: PretrainedConfig, said: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ModelError, match=f"{config.model_type} can't be decoded.*{said}"):
+        Amulet(make(config), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        neo(["global", "global"]),
+        FalconConfig(**SIZES),
+        FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2),
+        Gemma4TextConfig(**GEMMA),
+        Qwen2VLConfig(**vision([2, 3, 3])),
+        Qwen2_5_VLConfig(**vision([2, 3, 3])),
+        Phi3Config(**MODERN, max_position_embeddings=512),
+    ],
+    ids=lambda it: it.model_type,
+)
+def test_what_is_decoded_is_decoded_exactly(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """In a batch of prompts of unlike length, against whole passes without a cache."""
+    model = make(config)
+    amulet = Amulet(model, tokenizer)
+    check(amulet, ["Hi", "A question that is somewhat longer than the other one.", "Why?"])
+
+
+def check(amulet: Amulet, texts: list[str]) -> None:
+    requests = [
+        Request(
+            messages=[{"role": "user", "content": text}],
+            preference=preference,
+            strength=2.0,
+            floor=0.0,
+            max_new_tokens=8,
+        )
+        for text, preference in zip(texts, (None, "Be brief.", "In verse."), strict=False)
+    ]
+    prompts = [amulet.prepare(request).generation.prompts for request in requests]
+    for reply, rows in zip(amulet.batch(requests), prompts, strict=True):
+        got: list[int] = []
+        for _ in getattr(reply, "token_ids", ()):
+            with torch.no_grad():
+                logs = [
+                    amulet.model(torch.tensor([[*row, *got]])).logits[0, -1].log_softmax(-1)
+                    for row in rows
+                ]
+            mixed = logs[0] if len(rows) == 1 else logs[1] + 3.0 * (logs[0] - logs[1])
+            got.append(int(mixed.argmax()))
+        assert list(getattr(reply, "token_ids", ())) == got
+        assert got
+
+
+def test_longrope_is_decoded_up_to_where_it_changes(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make(longrope(128))
+    with pytest.raises(ModelError, match="max_position_embeddings = 128"):
+        Amulet(model, tokenizer)
+    model.config.max_position_embeddings = 128
+    amulet = Amulet(model, tokenizer)
+    check(amulet, ["Hi", "A longer one."])
+    long = amulet.chat([{"role": "user", "content": "Hi"}], max_new_tokens=500)
+    assert long.usage.prompt_tokens + len(long.token_ids) <= 128
