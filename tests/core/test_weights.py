@@ -373,7 +373,8 @@ quiet = pytest.mark.filterwarnings("ignore")  # PEFT calls what Transformers has
 
 @pytest.fixture
 def adapted() -> Any:
-    peft: Any = pytest.importorskip("peft", reason="PEFT is an optional package")
+    import peft
+
     config = peft.LoraConfig(
         r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False
     )
@@ -438,7 +439,8 @@ def test_merged_and_unloaded(adapted: Any, tokenizer: PreTrainedTokenizerFast) -
 @quiet
 @pytest.mark.parametrize("kind", ["prompt", "mixed"])
 def test_other_kinds_of_adapters(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    peft: Any = pytest.importorskip("peft", reason="PEFT is an optional package")
+    import peft
+
     if kind == "prompt":
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         with pytest.raises(ModelError, match="PROMPT_TUNING"):
@@ -451,7 +453,8 @@ def test_other_kinds_of_adapters(kind: str, tokenizer: PreTrainedTokenizerFast) 
 
 @quiet
 def test_an_adapter_that_transformers_added(tokenizer: PreTrainedTokenizerFast) -> None:
-    peft: Any = pytest.importorskip("peft", reason="PEFT is an optional package")
+    import peft
+
     model: Any = random_model("llama", seed=3)
     amulet = Amulet(model, tokenizer)
     before = check(amulet)
