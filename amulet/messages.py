@@ -119,8 +119,10 @@ def _parsed_arguments(function: Mapping[str, Any]) -> Message:
     arguments = function.get("arguments")
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
+    except ValueError:
         parsed = arguments  # a model's broken JSON stays the text that it wrote
+    except RecursionError:
+        raise RequestError("The request is nested too deeply.") from None
     if arguments in (None, ""):
         parsed = {}
     return {**function, "arguments": parsed} if isinstance(parsed, dict) else dict(function)
