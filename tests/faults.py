@@ -30,6 +30,9 @@ class Allocations(TorchDispatchMode):
     Args:
         fail_at: the number, from 1 on, of the allocation that raises; 0 for none.
         fault: makes what it raises.
+
+    Attributes:
+        count: how many there were.
     """
 
     def __init__(
@@ -37,14 +40,14 @@ class Allocations(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.count = 0
-        self._fail_at, self._fault = fail_at, fault
+        self.fail_at, self.fault = fail_at, fault
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returns = func._schema.returns
         if any(r.alias_info is None and "Tensor" in str(r.type) for r in returns):
             self.count += 1
-            if self.count == self._fail_at:
-                raise self._fault()
+            if self.count == self.fail_at:
+                raise self.fault()
         return func(*args, **(kwargs or {}))
 
 
