@@ -11,10 +11,10 @@ SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
+.PHONY: help install demo test test-random test-sanitize eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
 
 help: ## List the targets.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(VENV)/.installed ## Make .venv with all extras, the dev tools and the two small models.
 
@@ -39,6 +39,18 @@ test: install ## Run the tests, offline, on all cores.
 # Draws of its own at every run, and twenty times as many.
 test-random: install ## Search long and at random for what the fixed examples of the tests miss.
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-profile=random -o timeout=7200 $(ARGS)
+
+# The C code is compiled anew, in a folder of its own, with a check of every address and operation. What
+# Python and PyTorch allocate themselves is seen as well, but neither is checked for leaks.
+SANITIZE := cc -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := attention engine_machine layers memory native packing products rowwise
+test-sanitize: install ## Run the C code's tests under AddressSanitizer and UBSan; needs gcc and its libraries.
+	@mkdir -p .sanitize
+	CC="$(SANITIZE)" AMULET_CACHE="$(CURDIR)/.sanitize" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so) $$(cc -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python -m pytest -s -o timeout=1800 $(SANITIZED:%=tests/core/test_%.py) \
+	-k "(not test_native and not any_allocation) or team or forked" $(ARGS)
 
 eval-smoke: install ## Show that the default setting still steers and keeps the text sound.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/evaluation/test_smoke.py
@@ -92,5 +104,5 @@ matrix: install ## Test the oldest and newest frameworks, each in its environmen
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.release.matrix $(ARGS)
 
 clean: ## Remove .venv, caches and build products; the converted model in the user's cache stays.
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .sanitize
 	find amulet amulet_integrations tests -name __pycache__ -type d -prune -exec rm -rf {} +
