@@ -215,6 +215,8 @@ def mask_for_c(
     """Return a mask as `native/attention.c` reads it, and its strides by rows and by tokens."""
     if mask is None:
         return None, (0, 0)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"an attention mask of {mask.dtype}: expected torch.bool")
     mask = mask.expand(rows, 1, width, columns)
     if mask.stride(3) != 1:
         mask = mask.contiguous()

@@ -98,6 +98,12 @@ def multiply(
             f"hidden states of {hidden.dtype}, {list(hidden.shape)}, for a packed layer: expected "
             f"{dtype}, [..., {in_features}]; load the model with pack=False for other passes."
         )
+    for name, vector, kind_of in (("scale", scale, torch.bfloat16), ("bias", bias, dtype)):
+        if vector is not None and (vector.shape, vector.dtype) != ((out_features,), kind_of):
+            raise ModelError(
+                f"a packed layer's {name} of {vector.dtype}, {list(vector.shape)}: expected "
+                f"{kind_of}, [{out_features}]."
+            )
     hidden = hidden.contiguous()
     output = hidden.new_empty((*hidden.shape[:-1], out_features))
     failed = native.library().amulet_product(

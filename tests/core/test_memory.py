@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from amulet import Amulet, native
+from amulet import Amulet, native, rowwise
 from amulet.cache import COLUMN_STEP, RowCache
 from amulet.compiled import CompiledStep
 from amulet.engine import Engine
-from amulet.errors import OutOfMemoryError, RequestError, is_out_of_memory
+from amulet.errors import ModelError, OutOfMemoryError, RequestError, is_out_of_memory
 from amulet.generation import Generation
 from amulet.layers import are_native
 from amulet.loading import load_pretrained
@@ -402,6 +402,33 @@ def test_attention_in_c_refuses_shapes_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match="do not fit together"):
             attend(*wrong, None, 1.0)
+
+
+@needs_code
+def test_operations_in_c_refuse_shapes_that_do_not_fit() -> None:
+    one = torch.ones
+    heads, angles = one(2, 3, 4, 64), one(1, 3, 64)
+    for wrong in (
+        lambda: rowwise.norm(one(3, 64), one(48), 1e-5),
+        lambda: rowwise.norm(one(3, 40), one(40), 1e-5),
+        lambda: rowwise.norm(one(3, 64), one(64, dtype=torch.bfloat16), 1e-5),
+        lambda: rowwise.norm(one(64, 64).T, one(64), 1e-5),
+        lambda: rowwise.norm(one(3, 64).double(), one(64).double(), 1e-5),
+        lambda: rowwise.rotate_(heads, angles[:, :2], angles[:, :2]),
+        lambda: rowwise.rotate_(heads, angles, one(1, 3, 32)),
+        lambda: rowwise.rotate_(heads.transpose(1, 2), one(1, 4, 64), one(1, 4, 64)),
+        lambda: rowwise.gate_(one(3, 64), one(2, 64)),
+        lambda: rowwise.gate_(one(3, 8), one(3, 8)),
+    ):
+        with pytest.raises(ValueError, match="fit together"):
+            wrong()
+    query, keys = one(2, 4, 3, 64), one(2, 2, 40, 64)
+    with pytest.raises(ValueError, match=r"mask of torch\.float32"):
+        torch.ops.amulet.attend(query, keys, keys, one(2, 1, 3, 40), 1.0)
+    packed = PackedLinear(torch.nn.Linear(64, 48).requires_grad_(False))
+    packed.bias = one(32)
+    with pytest.raises(ModelError, match=r"bias of torch\.float32, \[32\]: expected .* \[48\]"):
+        packed(one(1, 64))
 
 
 @needs_code
