@@ -206,6 +206,7 @@ def _in_one_form(name: str) -> Callable[..., Any]:
 for _name in (
     *("invoke", "ainvoke", "stream", "astream", "batch", "abatch", "transform", "atransform"),
     *("batch_as_completed", "abatch_as_completed", "stream_events", "astream_events"),
+    "astream_log",
 ):
     setattr(AmuletBinding, _name, _in_one_form(_name))
 

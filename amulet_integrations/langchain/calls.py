@@ -67,6 +67,28 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
             in_its_run(super().astream(input, config, **self.folded(config, kwargs))),
         )
 
+    def transform(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """See `Runnable.transform`."""
+        return in_its_run(super().transform(input, config, **kwargs))
+
+    def atransform(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """See `Runnable.atransform`."""
+        return in_its_run(super().atransform(input, config, **kwargs))
+
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """See `Runnable.stream_events`."""
+        return in_its_run(super().stream_events(input, config, **kwargs))
+
+    def astream_events(
+        self, input: Any, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """See `Runnable.astream_events`."""
+        return in_its_run(super().astream_events(input, config, **kwargs))
+
+    def astream_log(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """See `Runnable.astream_log`."""
+        return in_its_run(super().astream_log(input, config, **kwargs))
+
     def batch(
         self,
         inputs: list[LanguageModelInput],

@@ -70,6 +70,38 @@ async def test_an_asynchronous_one_too(form: str, config: Any) -> None:
     assert said == ("Anna!" if config else "plain")
 
 
+@pytest.mark.filterwarnings("ignore:astream_log is deprecated")
+@pytest.mark.parametrize("form", FORMS)
+async def test_transformed_and_told_in_events(form: str) -> None:
+    model = FORMS[form]()
+    pieces = inside(A, lambda: model.transform(iter(["hi"])))
+    assert inside(B, lambda: text(list(pieces))) == "Anna!"
+
+    async def inputs() -> AsyncIterator[str]:
+        yield "hi"
+
+    made = inside(
+        A,
+        lambda: [
+            model.atransform(inputs()),
+            model.astream_events("hi", version="v2"),
+            model.astream_log("hi", diff=False),
+        ],
+    )
+
+    async def read(_: Any) -> list[str]:
+        transformed = [piece async for piece in made[0]]
+        events = [event async for event in made[1]]
+        logs = [log async for log in made[2]]
+        return [
+            text(transformed),
+            text([events[-1]["data"]["output"]]),
+            text(logs[-1].state["streamed_output"]),
+        ]
+
+    assert await RunnableLambda(read).ainvoke("x", B) == ["Anna!"] * 3
+
+
 def test_a_batch_that_is_read_later() -> None:
     for model in (preferring("Anna", "Ben"), preferring("Anna", "Ben").bind(max_tokens=50)):
         answers = inside(A, lambda model=model: model.batch_as_completed(["hi", "you"]))
