@@ -139,7 +139,8 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         """Return the request with the settings in force as its model settings."""
         model, config, bound = unbound(request.model)
         context = {name: _field(request.runtime.context, name) for name in SETTINGS}
-        call = _nearest(request.model_settings, context, bound)
+        pinned = model.pinned if isinstance(model, AmuletOptions) else {}
+        call = _nearest(request.model_settings, context, bound, pinned)
         conversation = _nearest(
             config.get("configurable", {}),
             _configurable(),

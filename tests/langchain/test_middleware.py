@@ -361,3 +361,16 @@ def test_summarising_is_not_steered(source: str) -> None:
         )
     assert result["messages"][0].content.endswith("summary")
     assert last(result).content == "Pirate!"
+
+
+@pytest.mark.parametrize("pinned", ["call", ""])
+@pytest.mark.parametrize("form", ["model", "bound", "retried"])
+def test_what_is_pinned_to_the_model_counts_like_the_call(pinned: str, form: str) -> None:
+    chat = preferring("call", "thread", "middleware").with_preference(pinned)
+    model = {"model": chat, "bound": chat.bind(max_tokens=50), "retried": chat.with_retry()}[form]
+    answering = agent(model, middleware=PreferenceMiddleware("middleware"))
+    for inputs in ({"messages": "Hi"}, {"messages": "Hi", "preference": "thread"}):
+        content, source, _ = told(last(answering.invoke(inputs)))
+        assert (content, source) == (f"{pinned}!" if pinned else "plain", "call")
+    context = {"preference": "thread"}
+    assert last(answering.invoke({"messages": "Hi"}, context=context)).content == "thread!"
