@@ -29,6 +29,21 @@ def refuse_unknown(
         raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
 
 
+def template_options(given: Any, enable_thinking: Any) -> dict[str, Any]:
+    """Return the variables of a chat template, `enable_thinking` among them unless it is None.
+
+    Raises:
+        RequestError: `given` is no dict, or `enable_thinking` neither True nor False.
+    """
+    if not isinstance(given, Mapping):
+        raise RequestError(f"template_options={given!r}: expected a dict.")
+    if enable_thinking is None:
+        return dict(given)
+    if not isinstance(enable_thinking, bool):  # to a template, "no" would be true
+        raise RequestError(f"enable_thinking={enable_thinking!r}: expected True or False.")
+    return {**given, "enable_thinking": enable_thinking}
+
+
 def one_name(options: Mapping[str, Any], alias: str, name: str) -> dict[str, Any]:
     """Return the options with `alias` called `name`.
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from amulet.errors import RequestError
 from amulet.grammar import Grammar
 from amulet.request import Reply, Request
+from amulet_integrations import _options
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
 from amulet_integrations.langchain.binding import ChatBinding
@@ -265,13 +266,10 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
 
     def _template_options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         call = given(kwargs)
-        own = call.get("template_options", {})
-        if not isinstance(own, Mapping):
-            raise RequestError(f"template_options={own!r}: expected a dict.")
-        options = {**self.template_options, **own}
-        if "enable_thinking" in call:
-            options["enable_thinking"] = call["enable_thinking"]
-        return options
+        own = _options.template_options(
+            call.get("template_options", {}), call.get("enable_thinking")
+        )
+        return {**self.template_options, **own}
 
     def _result(self, answers: Sequence[Any], chosen: Chosen) -> ChatResult:
         given_answers = cast("Sequence[Reply]", answers)

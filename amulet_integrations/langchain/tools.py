@@ -105,7 +105,7 @@ def response_schema(response_format: Any) -> dict[str, Any] | None:
         return json_schema(response_format)
     raise RequestError(
         f"response_format={response_format!r}: expected {{'type': 'json_schema', 'json_schema': "
-        "...}}, {'type': 'json_object'}, {'type': 'text'}, or a schema."
+        "{...}}, {'type': 'json_object'}, {'type': 'text'}, or a schema."
     )
 
 

@@ -91,10 +91,9 @@ def request_fields(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     if "max_tokens" in merged:
         fields["max_new_tokens"] = merged["max_tokens"]
     if "enable_thinking" in merged:
-        options = merged.get("template_options") or {}
-        if not isinstance(options, Mapping):
-            raise RequestError(f"template_options={options!r}: expected a dict.")
-        fields["template_options"] = {**options, "enable_thinking": merged["enable_thinking"]}
+        fields["template_options"] = _options.template_options(
+            merged.get("template_options", {}), merged["enable_thinking"]
+        )
     return fields
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from llama_index.core.workflow import Context
 
+from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
 from amulet_integrations._preference import SETTINGS
 
@@ -47,12 +48,14 @@ def preference(
             memory may overrule.
 
     Raises:
-        RequestError: a preference or a range is not valid.
+        RequestError: a preference, a range or the level is not valid.
 
     >>> with preference("Answer in one short sentence."):
     ...     query_engine.query("What did the author do?")
     """
     given = checked(preference, strength=strength, floor=floor, placement=placement)
+    if level not in get_args(Level):
+        raise RequestError(f'level={level!r}: expected "conversation" or "user".')
     from amulet_integrations.llama_index.askers import watch
 
     watch()  # from here on, so that streams are bound to their scope

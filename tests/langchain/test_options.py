@@ -79,6 +79,7 @@ def test_no_option_of_a_wrong_kind_raises_an_error_of_pythons(kind: str, way: st
         ({"tool_choice": {"function": {"name": "ask"}}}, "tool_choice='ask'"),
         ({"tool_choice": "any", "tools": []}, 'tool_choice="any" needs tools'),
         ({"template_options": "x"}, "template_options='x': expected a dict"),
+        ({"enable_thinking": "no"}, "enable_thinking='no': expected True or False"),
         ({"stop": (part for part in "ab")}, "stop=.*: expected a non-empty string or a list"),
     ],
 )

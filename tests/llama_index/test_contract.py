@@ -315,6 +315,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 2.5}, "max_new_tokens=2.5"),
     ({"max_tokens": 2, "max_new_tokens": 3}, "are one option"),
     ({"template_options": "x", "enable_thinking": True}, "template_options='x': expected a dict"),
+    ({"enable_thinking": "no"}, "enable_thinking='no': expected True or False"),
     ({"tools": "x"}, "tools='x'"),
     ({"tool_choice": "any"}, "needs tools"),
     ({"preference": (wish for wish in [WISH])}, "can be read only once"),

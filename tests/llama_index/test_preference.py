@@ -372,3 +372,9 @@ def test_ids_are_checked() -> None:
         PreferenceMemoryBlock().set("", WISH)
     with pytest.raises(RequestError, match="floor"):
         PreferenceMemoryBlock().set("anna", WISH, floor=3.0)
+
+
+@pytest.mark.parametrize("level", ["usr", None, ["user"]])
+def test_a_scope_of_an_unknown_level_is_refused(level: Any) -> None:
+    with pytest.raises(RequestError, match=r"level=.*: expected"), preference(WISH, level=level):
+        pass
