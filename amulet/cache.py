@@ -511,8 +511,7 @@ def check_supported(model: PreTrainedModel) -> None:
             f"The model's attention is {attention!r}, which takes no mask per row; load it with "
             "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')."
         )
-    parameters = inspect.signature(model.forward).parameters
-    if cache_argument(model) not in parameters:
+    if cache_argument(model) not in forward_parameters(model):
         raise ModelError(f"{name}'s forward takes no KV cache; Amulet needs one.")
     if reason := _not_by_row(model):
         raise ModelError(f"{name} can't be decoded in rows of unlike length: {reason}.")
@@ -521,7 +520,7 @@ def check_supported(model: PreTrainedModel) -> None:
 def _not_by_row(model: PreTrainedModel) -> str | None:
     """Return why rows that are at different positions can't share a pass, if they can't."""
     text: Any = model.config.get_text_config()
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids"
     if getattr(text, "alibi", False):
         return "ALiBi counts positions in a mask of its own"
@@ -555,5 +554,19 @@ def _least_original_length(rope: dict[str, Any]) -> int | None:
 
 def cache_argument(model: nn.Module) -> str:
     """Return the name under which a model or layer takes its cache (renamed in 5.24)."""
-    parameters = inspect.signature(model.forward).parameters
-    return "past_key_values" if "past_key_values" in parameters else "cache"
+    return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache"
+
+
+def forward_parameters(model: nn.Module) -> set[str]:
+    """Return what a model's or layer's forward takes, also by what a subclass's hands on."""
+    names: set[str] = set()
+    inherited = (vars(kind).get("forward") for kind in type(model).__mro__)
+    for forward in (model.forward, *inherited):
+        if forward is not None:
+            parameters = inspect.signature(forward).parameters
+            names.update(parameters)
+            if all(
+                parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()
+            ):
+                break
+    return names

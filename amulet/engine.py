@@ -6,7 +6,6 @@ rows are combined into one distribution, one token is chosen from it and appende
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from amulet import native
 from amulet.attention import causal_behind_cached, grouped, steps_are_native
-from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported
+from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported, forward_parameters
 from amulet.choice import append_token, choose_tokens
 from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
 from amulet.drafts import NARROW, Draft
@@ -85,7 +84,7 @@ class Engine:
         # Up to how many rows a step is the C code's, but for small operations.
         rows = native_rows(model) if steps_are_native(model) else 0
         self._team_rows = min(rows, TEAM_ROWS)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
         self._chunk = GPU_CHUNK if on_gpu else CHUNK
         self._worth_sharing = GPU_WORTH_SHARING if on_gpu else WORTH_SHARING

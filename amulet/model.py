@@ -202,7 +202,8 @@ class Amulet:
     @property
     def rows(self) -> int:
         """How many rows are being decoded now."""
-        return sum(len(generation.prompts) for generation in tuple(self._engine.running))
+        running = tuple(self._engine.running)
+        return sum(len(generation.prompts) for generation in running if not generation.done)
 
     @property
     def cache_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -191,6 +192,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
                 raise error
             # As Ctrl-C does: it reaches the main thread, while this one goes on.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.3)  # it cancels before this pass is over
         history, new = input_ids, input_ids.shape[1]
         if past_key_values is not None:
             keys = input_ids.to(torch.float32)[:, None, :, None].expand(-1, 1, -1, 2)

@@ -14,6 +14,7 @@ from transformers import (
     FalconConfig,
     Gemma4TextConfig,
     GPTNeoConfig,
+    LlamaForCausalLM,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from amulet import Amulet, ModelError, Request
-from tests.models import IM_END, VOCAB_SIZE
+from tests.models import IM_END, VOCAB_SIZE, random_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -167,3 +168,18 @@ def test_longrope_is_decoded_up_to_where_it_changes(tokenizer: PreTrainedTokeniz
     check(amulet, ["Hi", "A longer one."])
     long = amulet.chat([{"role": "user", "content": "Hi"}], max_new_tokens=500)
     assert long.usage.prompt_tokens + len(long.token_ids) <= 128
+
+
+def test_a_forward_that_hands_its_options_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Counting(LlamaForCausalLM):
+        calls = 0
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            self.calls += 1
+            return super().forward(*args, **options)
+
+    model = random_model("llama")
+    expected = Amulet(model, tokenizer).complete("hi", max_new_tokens=8).token_ids
+    model.__class__ = Counting
+    assert Amulet(model, tokenizer).complete("hi", max_new_tokens=8).token_ids == expected
+    assert getattr(model, "calls", 0) > 0
