@@ -27,6 +27,7 @@ class AsyncReplyStream(AsyncIterator[str]):
         self._context = copy_context()  # of who asked, whoever reads
         self._stream: ReplyStream | None = None
         self._news = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that is told of news
         self._closed = False
 
     async def __anext__(self) -> str:
@@ -39,7 +40,7 @@ class AsyncReplyStream(AsyncIterator[str]):
         """The rest of the answer as events; see `Event`.
 
         Raises:
-            RequestError: the input is not valid.
+            RequestError: the input is not valid, or the answer was started in another event loop.
             DecodeError: decoding failed.
         """
         while (event := await self._next()) is not None:
@@ -53,6 +54,10 @@ class AsyncReplyStream(AsyncIterator[str]):
                 event = stream.poll()
                 if event is not None or stream.ended:
                     return event
+                if self._loop is not asyncio.get_running_loop():  # it would wait for ever
+                    raise RequestError(
+                        "The stream was started in another event loop; read it in that one."
+                    )
                 await self._news.wait()
         except BaseException:
             await self.aclose()
@@ -73,6 +78,7 @@ class AsyncReplyStream(AsyncIterator[str]):
             stream.close()
             return
         loop, news = asyncio.get_running_loop(), self._news
+        self._loop = loop
         stream.submit()
         self._driver.watch(stream.generation, lambda: _wake(loop, news))
 

@@ -56,7 +56,9 @@ class DecodeThread:
     """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        # Not the condition itself, whose `with` is Python code: Ctrl-C in there leaves it locked.
+        self.changed = threading.RLock()
+        self._work = threading.Condition(self.changed)
         self.cores = torch.get_num_threads()
         self._drivers: list[weakref.ref[Driver]] = []  # the one served last at the end
         self._thread: threading.Thread | None = None
@@ -78,7 +80,7 @@ class DecodeThread:
             except RuntimeError as error:  # no thread to be had, or the interpreter is exiting
                 raise DecodeError(f"The decode thread can't be started: {error}.") from error
             self._thread = thread
-        self.changed.notify_all()
+        self._work.notify_all()
 
     @property
     def is_current(self) -> bool:
@@ -91,7 +93,7 @@ class DecodeThread:
             self._ended = True
             for driver in self._alive():
                 driver.cancel_all()
-            self.changed.notify_all()
+            self._work.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join(timeout=30)
@@ -110,7 +112,7 @@ class DecodeThread:
                     if self._ended or not self._drivers:
                         self._thread = None
                         return
-                    self.changed.wait()
+                    self._work.wait()
                     driver = self._next()
                 cores = self.cores
             if torch.get_num_threads() != cores:  # set per thread
@@ -134,7 +136,7 @@ class DecodeThread:
     def _forget(self, reference: weakref.ref[Driver]) -> None:
         with self.changed:
             self._drivers = [kept for kept in self._drivers if kept is not reference]
-            self.changed.notify_all()
+            self._work.notify_all()
 
 
 class Driver:
@@ -154,6 +156,7 @@ class Driver:
         self.busy = False
         self._max_rows = max_rows
         self._waiting: deque[Generation] = deque()
+        self._admitting: Generation | None = None
         self._watches: list[_Watch] = []
         with _registry_lock:
             self._thread = _threads.setdefault(id(engine.model), DecodeThread())
@@ -192,15 +195,14 @@ class Driver:
         Raises:
             RequestError: the decode thread itself asks, which would wait for ever.
         """
-        if self._thread.is_current:
-            raise RequestError(
-                "A logits processor can't ask the model that is calling it; use another model."
-            )
-        news = threading.Event()
-        watch = _Watch(generation, news.set, known, lasting=False)
+        # Not an event: a stream that is collected while this thread holds the event's inner lock
+        # would wait for the decode thread, and that one for the event.
+        news = threading.Lock()
+        news.acquire()
+        watch = _Watch(generation, news.release, known, lasting=False)
         try:
             self._add(watch)
-            news.wait()
+            news.acquire()
         finally:  # an interrupt
             with self._changed:
                 if watch in self._watches:
@@ -210,10 +212,17 @@ class Driver:
         """Decode a submitted generation to its end; call `wake` in the decode thread at all news.
 
         If `wake` raises RuntimeError, nobody reads any more and the generation is cancelled.
+
+        Raises:
+            RequestError: as for `wait`.
         """
         self._add(_Watch(generation, wake, 0, lasting=True))
 
     def _add(self, watch: _Watch) -> None:
+        if self._thread.is_current:
+            raise RequestError(
+                "A logits processor can't ask the model that is calling it; use another model."
+            )
         with self._changed:
             self._watches.append(watch)
             self._tell()
@@ -242,18 +251,24 @@ class Driver:
 
     def cancel_all(self) -> None:
         """End all that is decoded or waits."""
-        for generation in (*self._waiting, *self.engine.running):
+        for generation in self._all():
             self.cancel(generation)
 
     def fail_all(self, error: BaseException) -> None:
         """End all that is decoded or waits with an error; nobody is at work any more."""
         with self._changed:
             self.busy = False
-            for generation in self._waiting:
-                generation.error = error
+            for generation in self._all():
+                generation.fail(error)
             self._waiting.clear()
+            self._admitting = None
             self.engine.fail_all(error)
             self._tell()
+
+    def _all(self) -> list[Generation]:
+        """All that is decoded, prefilled or waits."""
+        filling = [] if self._admitting is None else [self._admitting]
+        return [*self._waiting, *filling, *self.engine.running]
 
     @property
     def is_wanted(self) -> bool:
@@ -268,7 +283,10 @@ class Driver:
         except BaseException as error:  # nobody joins this thread: its readers must learn of it
             self.engine.fail_all(error)
         with self._changed:
-            self.engine.sweep()
+            try:
+                self.engine.sweep()
+            except BaseException as error:  # such as a GPU that is lost
+                self.engine.fail_all(error)
             self.busy = False
             self._tell()
 
@@ -293,17 +311,19 @@ class Driver:
             try:
                 self.engine.admit(generation)
             except BaseException as error:
-                generation.error = error
+                generation.fail(error)
         return admitted
 
     def _next_waiting(self) -> Generation | None:
         with self._changed:
+            self._admitting = None
             if not self._waiting:
                 return None
             rows = sum(len(generation.prompts) for generation in self.engine.running)
             if rows and rows + len(self._waiting[0].prompts) > self._max_rows:
                 return None
-            return self._waiting.popleft()
+            self._admitting = self._waiting.popleft()
+            return self._admitting
 
 
 def _for_caller(error: BaseException) -> AmuletError:

@@ -154,7 +154,6 @@ class Engine:
         place = len(self._owners)  # rows before `first` may have left during the prefill
         for i in range(rows if place < first else 0):
             self._cache.copy_row(first + i, place + i, len(generation.prompts[i]))
-        generation.rows = list(range(place, place + rows))
         self._owners += [(generation, i) for i in range(rows)]
         self.running.append(generation)
         try:
@@ -213,8 +212,9 @@ class Engine:
             logits: `[rows, width, vocab]`, after each row's last token and its guessed ones.
         """
         going = list(self.running)
+        rows = {owner: row for row, owner in enumerate(self._owners)}
         for place in range(logits.shape[1]):
-            order = [row for generation in going for row in generation.rows]
+            order = [rows[g, i] for g in going for i in range(len(g.prompts))]
             self._decide(going, logits[:, place], order)
             ended = [g for g in going if g.done or drafts[g][place : place + 1] != g.token_ids[-1:]]
             for generation in ended:
@@ -234,18 +234,22 @@ class Engine:
     @torch.inference_mode()
     def sweep(self) -> None:
         """Drop the rows of finished generations; the last rows move into their places."""
-        if all(not generation.done for generation in self.running):
+        # Asked once: other threads cancel at any time.
+        ended = {generation for generation in self.running if generation.done}
+        if not ended:
             return
         self._keep_ended()
-        for row in range(len(self._owners) - 1, -1, -1):
-            if self._owners[row][0].done:
-                generation, i = self._owners.pop()
-                if row < len(self._owners):
+        owners = list(self._owners)
+        for row in range(len(owners) - 1, -1, -1):
+            if owners[row][0] in ended:
+                generation, i = owners.pop()
+                if row < len(owners):
                     length = len(generation.prompts[i]) + len(generation.token_ids) - 1
-                    self._cache.copy_row(len(self._owners), row, length)
-                    self._owners[row] = (generation, i)
-                    generation.rows[i] = row
-        self.running = [generation for generation in self.running if not generation.done]
+                    self._cache.copy_row(len(owners), row, length)
+                    owners[row] = (generation, i)
+        running = [generation for generation in self.running if generation not in ended]
+        # Last and at once: an interrupt of a caller who cancels leaves all as it was before.
+        self._owners, self.running = owners, running
         self._clear_if_idle()
 
     def _notice_weights(self) -> None:
@@ -290,8 +294,9 @@ class Engine:
     def fail_all(self, error: BaseException) -> None:
         """End every running generation with an error and free the cache."""
         for generation in self.running:
-            generation.error = error
+            generation.fail(error)
         self.running, self._owners = [], []
+        self._filling = False
         self._cache.clear()
 
     def _prepare(self, generation: Generation, logits: torch.Tensor) -> None:

@@ -60,7 +60,6 @@ class Generation:
     finish_reason: str | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)  # of `prompts[0]`: copied, not computed
-    rows: list[int] = field(default_factory=list, init=False, repr=False)
     generator: torch.Generator | None = field(default=None, init=False, repr=False)
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)
     draft: Draft | None = field(default=None, init=False, repr=False)
@@ -72,3 +71,8 @@ class Generation:
     def done(self) -> bool:
         """Whether it takes part in no further step."""
         return self.finish_reason is not None or self.error is not None
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, unless it has ended already."""
+        if not self.done:
+            self.error = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet, DecodeError, Event, Request, RequestError
+from amulet.aio import AsyncReplyStream
 from tests.models import ScriptedModel
 
 LONG = "abcdefghijklmnopqrstuvwxyz" * 4
@@ -247,3 +249,25 @@ print("after the answer", names())
     after, end = done.stdout.splitlines()
     assert "amulet-decode" in after
     assert "amulet-decode" not in end
+
+
+def test_a_stream_is_read_in_the_loop_that_started_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = ScriptedModel(tokenizer, "hello")
+    amulet = Amulet(model, tokenizer)
+    forward, go = model.forward, threading.Event()
+
+    @functools.wraps(forward)
+    def held(*args: Any, **options: Any) -> Any:
+        go.wait(60)
+        return forward(*args, **options)
+
+    model.forward = held  # type: ignore[method-assign]
+
+    async def start() -> AsyncReplyStream:
+        return amulet.astart(amulet.prepare(Request(prompt="Hi")))
+
+    stream = asyncio.run(start())
+    with pytest.raises(RequestError, match="another event loop"):
+        asyncio.run(asyncio.wait_for(stream.read(), 10))
+    go.set()
+    assert amulet.complete("Hi").text == "hello"

@@ -324,3 +324,200 @@ assert amulet.complete("hi", max_new_tokens=8).token_ids == said
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_answer_cancelled_while_rows_move_leaves_none_behind(
+    tokenizer: PreTrainedTokenizerFast,
+    make: Callable[..., Generation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ScriptedModel(tokenizer, {"same words": TEXT, "": "another answer"})
+    engine = Engine(model, prefix_bytes=2**20)
+    first, moved = make(), make("The same words, once more.\n")
+    for generation in (first, moved):
+        engine.admit(generation)
+    copy_row = engine._cache.copy_row
+
+    def cancelled_meanwhile(*args: int) -> None:
+        copy_row(*args)
+        moved.finish_reason = "cancelled"
+
+    monkeypatch.setattr(engine._cache, "copy_row", cancelled_meanwhile)
+    engine.retire(first)
+    engine.sweep()
+    assert engine.cache_bytes == 0
+    monkeypatch.undo()
+    again = make("The same words, once more.\n")
+    engine.admit(again)  # it would take over what a row of the other had
+    while not again.done:
+        engine.step()
+    assert bytes(again.token_ids[:-1]).decode() == TEXT
+
+
+def test_an_interrupt_while_rows_move_harms_no_other_answer(
+    model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    driver = Driver(engine, max_rows=64)
+    stopped, other = make(), make()
+    for generation in (stopped, other):
+        driver.submit(generation)
+    advance(driver, other, 0)
+
+    def interrupted(*args: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._cache, "copy_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driver.cancel(stopped)
+    monkeypatch.undo()
+    assert finish(driver, other) == TEXT
+    assert (engine.running, engine.cache_bytes) == ([], 0)
+
+
+def test_a_step_that_fails_leaves_a_cancelled_answer_cancelled(
+    model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(Engine(model), max_rows=64)
+    stopped, other = make(), make()
+    for generation in (stopped, other):
+        driver.submit(generation)
+    advance(driver, other, 0)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def failing(*args: Any, **options: Any) -> Any:
+        driver.cancel(stopped)
+        raise ValueError("broken")
+
+    monkeypatch.setattr(model, "forward", failing)
+    with pytest.raises(DecodeError, match="broken"):
+        finish(driver, other)
+    assert (stopped.finish_reason, stopped.error) == ("cancelled", None)
+
+
+def test_rows_that_can_not_be_moved_fail_their_answers(
+    model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    driver = Driver(engine, max_rows=64)
+
+    def lost(*args: int) -> None:
+        raise RuntimeError("the device is lost")
+
+    stopped, other, late = make(), make(), make()
+    for generation in (stopped, other):
+        driver.submit(generation)
+    advance(driver, other, 0)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def cancelling(*args: Any, **options: Any) -> Any:
+        driver.cancel(stopped)  # its row is then the first that the others' move to
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", cancelling)
+    monkeypatch.setattr(engine._cache, "copy_row", lost)
+    driver.submit(late)
+    reader = threading.Thread(target=driver.wait, args=(other, sys.maxsize), daemon=True)
+    reader.start()
+    reader.join(timeout=10)
+    assert not reader.is_alive()
+    with pytest.raises(DecodeError, match="the device is lost"):
+        driver.check(other)
+    monkeypatch.undo()
+    again = make()
+    driver.submit(again)
+    assert finish(driver, again) == TEXT
+
+
+def test_a_stream_collected_while_another_waits_does_not_lock_up(
+    model: ScriptedModel, make: Callable[..., Generation]
+) -> None:
+    driver = Driver(Engine(model), max_rows=64)
+    generation, dropped = make(), make()
+    for each in (generation, dropped):
+        driver.submit(each)
+
+    def collect(frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name == "wait":
+            sys.settrace(None)
+            time.sleep(0.3)  # the decode thread has a token by now
+            driver.cancel(dropped)  # as its `__del__` does
+            return None
+        return collect
+
+    def read() -> None:
+        sys.settrace(collect)
+        driver.wait(generation, 0)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(timeout=10)
+    assert not reader.is_alive()
+
+
+PREFILLING = """
+import functools, os, threading, time
+from amulet import Amulet, DecodeError
+from tests.models import ScriptedModel, byte_tokenizer
+
+model = ScriptedModel(byte_tokenizer(), "hello there")
+amulet = Amulet(model, byte_tokenizer())
+forward, inside, go = model.forward, threading.Event(), threading.Event()
+
+@functools.wraps(forward)
+def held(*args, **options):
+    inside.set()
+    go.wait(20)
+    return forward(*args, **options)
+
+model.forward = held
+stream = amulet.stream_complete("x")
+replies = []
+reader = threading.Thread(target=lambda: replies.append(stream.read()), daemon=True)
+reader.start()
+inside.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        """
+child = os.fork()
+go.set()
+if child == 0:
+    try:
+        stream.read()
+    except DecodeError as error:
+        assert "forked" in str(error), error
+        assert amulet.complete("y").text == "hello there"
+        begun = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - begun < 0.3, "the decode thread is busy with nothing"
+        os._exit(0)
+    os._exit(2)
+assert os.waitpid(child, 0)[1] == 0
+reader.join()
+assert replies[0].text == "hello there"
+""",
+        """
+from amulet.driver import _end_threads
+
+threading.Timer(0.2, go.set).start()
+_end_threads()  # as at the interpreter's exit
+reader.join(20)
+assert replies[0].finish_reason == "cancelled"
+assert len(model.calls) == 1
+""",
+    ],
+    ids=["fork", "exit"],
+)
+def test_a_prompt_in_prefill_ends_with_its_process(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PREFILLING + script],
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

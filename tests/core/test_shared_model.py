@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
-from amulet import Amulet
+from amulet import Amulet, RequestError
 from tests.models import ScriptedModel, random_model
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
@@ -162,3 +163,17 @@ def test_a_trace_can_be_read_while_it_grows(tokenizer: PreTrainedTokenizerFast) 
             done.set()
 
     at_once(look, read)
+
+
+def test_a_processor_can_not_await_the_model_that_calls_it(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    amulet = Amulet(ScriptedModel(tokenizer, "hello"), tokenizer)
+
+    def ask(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        asyncio.run(amulet.acomplete("y"))
+        return scores
+
+    with pytest.raises(RequestError, match="use another model"):
+        amulet.complete("x", logits_processor=[ask])
+    assert amulet.complete("x").text == "hello"
