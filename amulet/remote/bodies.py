@@ -9,6 +9,7 @@ from typing import Any
 from amulet.errors import DecodeError, RequestError
 from amulet.preference import Steering
 from amulet.request import Event, InvalidToolCall, Reply, Request, TokenTrace, ToolCall, Usage
+from amulet.template import check_unicode
 from amulet.tools import tool_schemas
 
 _SAME = (
@@ -29,7 +30,7 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
     """Return the body of a streaming request.
 
     Raises:
-        RequestError: the request holds what can't travel: logits processors.
+        RequestError: the request holds what can't travel: logits processors, or what is no JSON.
     """
     if request.logits_processor:
         raise RequestError(
@@ -56,6 +57,24 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
             known = {"auto": "auto", "none": "none", "any": "required"}
             body["tool_choice"] = known.get(choice, named)
             body["parallel_tool_calls"] = request.parallel_tool_calls
+    return sendable(body)
+
+
+def sendable(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a body without what is None in it.
+
+    Raises:
+        RequestError: it can't be written as JSON, or a text holds half of a surrogate pair.
+    """
+    try:
+        json.dumps(dict(body), allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        check_unicode(str(error.object))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"The request can't be sent as JSON ({error}): give texts, finite numbers, lists and "
+            "dicts of them."
+        ) from None
     return {name: value for name, value in body.items() if value is not None}
 
 

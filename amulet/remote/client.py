@@ -24,7 +24,7 @@ except ImportError:
         'Amulet.connect needs the package openai: pip install "amulet-integrations[remote]"'
     ) from None
 
-from amulet.remote.bodies import chat_options, to_body
+from amulet.remote.bodies import chat_options, sendable, to_body
 from amulet.remote.errors import told
 from amulet.remote.streams import AsyncChunks, AsyncRemoteStream, RemoteStream
 
@@ -210,7 +210,7 @@ class RemoteAmulet(Amulet):
         """Return the ids of a chat's prompt without preference; options as for `chat`."""
         request = Request(messages=messages, **options)
         body = {"messages": list(request.messages or ()), **chat_options(request)}
-        return self._tokenize({name: value for name, value in body.items() if value is not None})
+        return self._tokenize(body)
 
     def calls_tools(self, tools_prompt: Literal["template", "fallback"] = "template") -> bool:
         """Tell whether tools can be used, as far as the template's text says it."""
@@ -228,9 +228,12 @@ class RemoteAmulet(Amulet):
         return create.create(**named, extra_body=further)
 
     def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        path = str(self._options["base_url"]).removesuffix("/v1") + "/tokenize"
+        path, sent = (
+            str(self._options["base_url"]).removesuffix("/v1") + "/tokenize",
+            sendable(body),
+        )
         with told():
-            found = cast("Any", self._client.post(path, cast_to=object, body=body))
+            found = cast("Any", self._client.post(path, cast_to=object, body=sent))
         return list(found["tokens"])
 
     def _for_this_loop(self) -> openai.AsyncOpenAI:

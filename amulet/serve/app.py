@@ -335,7 +335,8 @@ async def _chunks(job: Job, writer: Writer, usage: bool, fields: list[str]) -> A
 
 
 def _sse(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    # In ASCII: some clients take U+2028 and others of Unicode's line ends for the end of a line.
+    return f"data: {json.dumps(content)}\n\n"
 
 
 def _writer(

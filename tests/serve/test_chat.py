@@ -425,3 +425,15 @@ async def test_tokens_are_those_of_the_engine(tiny: Amulet) -> None:
     ids = list("héy".encode())
     assert text.json() == {"count": 4, "max_model_len": 512, "tokens": ids}
     assert chat.json()["tokens"] == tiny.encode_chat(user("hi"))
+
+
+async def test_line_ends_of_unicode_end_no_event(tokenizer: PreTrainedTokenizerFast) -> None:
+    said = "a\u2028b\x85c\u2029d"
+    amulet = saying(tokenizer, said)
+    async with asking(create_app(amulet, name="m")) as client:
+        body = {"messages": user("hi"), "stream": True}
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = [line async for line in response.aiter_lines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    found = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(found) == said

@@ -261,3 +261,17 @@ async def test_the_integrations_work_on_it(tiny: Amulet, remote: Amulet) -> None
     assert (await llm.acomplete("hi")).text == ours.complete("hi").text
     assert llm.metadata.context_window == 512 - 64 - 9  # room for preferences
     assert llm.metadata.is_function_calling_model == ours.metadata.is_function_calling_model
+
+
+def test_what_is_no_json_is_a_request_error(remote: Amulet) -> None:
+    for options, words in (
+        ({"messages": user("a\ud83d")}, "half of a surrogate pair"),
+        ({"messages": user("a"), "preference": "\udc00"}, "half of a surrogate pair"),
+        ({"messages": user("a"), "template_options": {"x": {1}}}, "can't be sent as JSON"),
+        ({"messages": user("a"), "template_options": {"x": float("nan")}}, "can't be sent as JSON"),
+    ):
+        (error,) = remote.batch([options], return_exceptions=True)
+        assert isinstance(error, RequestError)
+        assert words in str(error)
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        remote.encode("\ud83d")
