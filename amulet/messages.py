@@ -6,6 +6,8 @@ import hashlib
 import json
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, compress
+from operator import not_
 from typing import Any, TypeAlias
 
 from amulet.errors import RequestError
@@ -24,9 +26,13 @@ def normal_messages(messages: Sequence[object]) -> list[Message]:
     """Return copies with a known role, contents as one text each, and tool arguments as dicts.
 
     Raises:
-        RequestError: something is not what templates read; says which message.
+        RequestError: something is not what templates read, with the message's index; or the last
+            message calls tools.
     """
-    return [_normal_message(index, message) for index, message in enumerate(messages)]
+    normal = [_normal_message(index, message) for index, message in enumerate(messages)]
+    if normal and normal[-1].get("tool_calls"):
+        raise RequestError("The last message calls tools: add a tool message with the result.")
+    return normal
 
 
 def _normal_message(index: int, message: object) -> Message:
@@ -43,10 +49,11 @@ def _normal_message(index: int, message: object) -> Message:
     if isinstance(content, str):
         pass
     elif isinstance(content, list | tuple):
-        thought = "".join(_reasoning(part) for part in content)
-        normal["content"] = "".join(_part_text(index, p) for p in content if not _is_reasoning(p))
-        if thought:
-            normal.setdefault("reasoning_content", thought)
+        thoughts = [role == "assistant" and _is_reasoning(part) for part in content]
+        texts = [_part_text(index, part) for part in compress(content, map(not_, thoughts))]
+        normal["content"] = "".join(texts)
+        if thought := "".join(map(_reasoning, compress(content, thoughts))):
+            normal["reasoning_content"] = message.get("reasoning_content") or thought
     elif content is not None:
         kind = type(content).__name__
         raise RequestError(f"messages[{index}] has content of type {kind}: expected text.")
@@ -93,9 +100,7 @@ def _is_reasoning(part: object) -> bool:
 
 
 def _reasoning(part: Any) -> str:
-    """Return the text of a reasoning part, of whichever form; "" for other parts."""
-    if not _is_reasoning(part):
-        return ""
+    """Return the text of a reasoning part, of whichever form."""
     texts = [part.get("text") or part.get(part["type"])]
     texts += [entry.get("text") for entry in part.get("summary") or () if isinstance(entry, dict)]
     return "".join(text for text in texts if isinstance(text, str))
@@ -169,23 +174,27 @@ def _short(given: object) -> str:
 def _one_call_each(chat: list[Message]) -> list[Message]:
     """Let each call be a message of its own, followed by its result."""
     out: list[Message] = []
-    waiting: list[Message] = []  # messages of one call each, whose results are still to come
+    # Messages of one call each, whose results are still to come, by the call's id.
+    waiting: dict[str, list[Message]] = {}
     for message in chat:
         if message["role"] == "tool" and waiting:
-            ids = [call["tool_calls"][0].get("id") for call in waiting]
-            asked = message.get("tool_call_id")
-            out.append(waiting.pop(ids.index(asked) if asked in ids else 0))
-            out.append(message)
+            asked = str(message.get("tool_call_id"))
+            asked = asked if asked in waiting else next(iter(waiting))
+            out += (waiting[asked].pop(0), message)
+            if not waiting[asked]:
+                del waiting[asked]
             continue
-        out += waiting
+        out += chain(*waiting.values())
+        waiting = {}
         calls = message.get("tool_calls") or ()
-        waiting = [
-            {**message, "content": "" if at else message.get("content"), "tool_calls": [call]}
-            for at, call in enumerate(calls)
-        ]
+        for at, call in enumerate(calls):
+            content = "" if at else message.get("content")
+            waiting.setdefault(str(call.get("id")), []).append(
+                {**message, "content": content, "tool_calls": [call]}
+            )
         if not calls:
             out.append(message)
-    return out + waiting
+    return [*out, *chain(*waiting.values())]
 
 
 def _with_written_arguments(message: Message) -> Message:

@@ -8,9 +8,10 @@ Rendering, probing the template and breaking tokens live in `amulet.template`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amulet.errors import RequestError, TemplateError
@@ -23,6 +24,7 @@ from amulet.template import (
     break_all,
     break_message,
     encode,
+    is_uncased,
     token_pattern,
 )
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFERENCE = "zqxpreferencexqz"
+_MARK = re.compile(rf"zqx\d+xqz|{PREFERENCE}")
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,12 @@ def encode_chat(
     given = normal_messages(messages)
     if not given:
         raise RequestError("messages is empty: expected at least one, such as a user message.")
-    if given[-1].get("tool_calls"):
-        raise RequestError("The last message calls tools: add a tool message with the result.")
     template = ChatTemplate(tokenizer, list(tools or ()) or None, dict(template_options or {}))
     dialect = template.dialect()
     template = replace(
         template,
-        tools=break_all(template.tools, dialect.control),
-        options=break_all(template.options, dialect.control),
+        tools=break_all(template.tools, dialect.control, dialect.folds),
+        options=break_all(template.options, dialect.control, dialect.folds),
         lists=dialect.lists,
     )
     chat = [break_message(message, dialect) for message in given]
@@ -144,7 +145,7 @@ def encode_text(
     else:
         known = tokenizer.added_tokens_decoder.values()
         special = [token.content for token in known if token.special]
-        control = token_pattern([*tokenizer.all_special_tokens, *special])
+        control = token_pattern([*tokenizer.all_special_tokens, *special], is_uncased(tokenizer))
         dialect = Dialect(control=control, special=control)
     bos = tokenizer.bos_token or ""
     # SmolLM2 names <|im_start|> its BOS and never adds it: only a BOS that is added can double.
@@ -201,7 +202,8 @@ def _fitted(
     refused: TemplateError | None = None
     dropped: list[str] = []
     unchecked: _Fitted | None = None
-    for form, mending in product(call_forms(chat), _mendings(dialect)):
+    mendings = _mendings(dialect)
+    for form, mending in ((form, mending) for form in call_forms(chat) for mending in mendings):
         base = _arrange(form, dialect, mending)
         marked, marks = _marked(form)
         if placement is not None:
@@ -217,8 +219,8 @@ def _fitted(
             else:  # it looks at what contents say, or takes no system message here
                 unchecked = unchecked or _Fitted(form, mending, text)
             continue
-        wanted, shown = str(twin), shown.lower()
-        lost = [what for mark, what in marks.items() if shown.count(mark) < wanted.count(mark)]
+        wanted, found = (Counter(_MARK.findall(text)) for text in (str(twin), shown.lower()))
+        lost = [what for mark, what in marks.items() if found[mark] < wanted[mark]]
         if not lost:
             return _Fitted(form, mending, text)
         dropped = dropped or lost
@@ -290,14 +292,22 @@ def _late_system_as_user(chat: list[Message]) -> list[Message]:
 
     Moved to the front they would leave a finished answer to be continued.
     """
-    out = list(chat)
-    for index, message in enumerate(chat):
-        if message["role"] == "system":
-            before = [m["role"] for m in chat[:index] if m["role"] != "system"]
-            after = [m["role"] for m in chat[index:] if m["role"] != "system"]
-            if before[-1:] == ["assistant"] and after[:1] in ([], ["assistant"]):
-                out[index] = {**message, "role": "user"}
-    return out
+    roles = [message["role"] for message in chat]
+    before, after = _last_other(roles), reversed([*_last_other(reversed(roles))])
+    return [
+        {**message, "role": "user"}
+        if message["role"] == "system" and last == "assistant" and then in ("", "assistant")
+        else message
+        for message, last, then in zip(chat, before, after, strict=True)
+    ]
+
+
+def _last_other(roles: Iterable[str]) -> Iterator[str]:
+    """Yield for each role the last one before it that is not "system"; "" where there is none."""
+    last = ""
+    for role in roles:
+        yield last
+        last = last if role == "system" else role
 
 
 def _place(

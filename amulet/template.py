@@ -52,6 +52,7 @@ class Dialect:
             tokens, and what begins and ends turns.
         markers: role markers that are plain text, such as `[/INST]` or `### Response:`.
         lists: the roles whose contents it shows only as lists of parts.
+        folds: the tokenizer reads wide letters as usual ones, or drops invisible ones.
     """
 
     has_system: bool = True
@@ -60,20 +61,14 @@ class Dialect:
     special: re.Pattern[str] = NEVER
     markers: re.Pattern[str] = NEVER
     lists: frozenset[str] = frozenset()
+    folds: bool = False
 
     def defuse(self, preference: str) -> str:
         """Return the preference with role markers spaced apart and control tokens broken up."""
         text = preference.replace(BREAK, "")
-        # Some tokenizers fold wide letters and drop invisible ones: what would be a marker after
-        # that is treated as one. A text without any keeps every character.
-        folded = "".join(
-            letter
-            for letter in unicodedata.normalize("NFKC", text)
-            if unicodedata.category(letter) != "Cf"
-        )
-        if self.markers.search(folded) or self.control.search(folded):
+        if self.markers.search(folded := _folded(text)):
             text = folded
-        return str(break_all(self.markers.sub(_spaced, text), self.control))
+        return str(break_all(self.markers.sub(_spaced, text), self.control, folds=True))
 
 
 @dataclass(frozen=True)
@@ -195,22 +190,38 @@ def _probe(template: ChatTemplate) -> Dialect:
         elif not token.content.isspace() and (token.content in template.source + shown):
             control.add(token.content)
     special.update(template.tokenizer.all_special_tokens)
-    pattern = token_pattern(special | control)
+    any_case = is_uncased(template.tokenizer)
+    pattern = token_pattern(special | control, any_case)
     return Dialect(
         has_system,
         default,
         pattern,
-        token_pattern(special),
+        token_pattern(special, any_case),
         _markers(shown, pattern),
         template.lists,
+        _folds(template.tokenizer),
     )
 
 
-def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+def is_uncased(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a tokenizer reads capitals as small letters, in its added tokens perhaps too."""
+    small, capital = (tokenizer.encode(text, add_special_tokens=False) for text in "aA")
+    return bool(small == capital)
+
+
+def _folds(tokenizer: PreTrainedTokenizerBase) -> bool:
+    plain, *others = (
+        tokenizer.encode(t, add_special_tokens=False) for t in ("<", "\uff1c", "\u200b<")
+    )
+    return plain in others
+
+
+def token_pattern(tokens: Iterable[str], any_case: bool = False) -> re.Pattern[str]:
     """Return a pattern that finds any of the tokens, the longest first."""
     # A token of one character can't be broken up; no template's control token is that short.
     longest_first = sorted({t for t in tokens if len(t.strip()) > 1}, key=lambda t: (-len(t), t))
-    return re.compile("|".join(map(re.escape, longest_first)) or NEVER.pattern)
+    flags = re.IGNORECASE if any_case else 0
+    return re.compile("|".join(map(re.escape, longest_first)) or NEVER.pattern, flags)
 
 
 def _markers(rendered: str, control: re.Pattern[str]) -> re.Pattern[str]:
@@ -243,25 +254,52 @@ def _spaced(match: re.Match[str]) -> str:
 
 def break_message(message: Message, dialect: Dialect) -> Message:
     """Put `BREAK` into the control tokens of a message, those of the assistant's texts excepted."""
-    broken: Message = break_all(message, dialect.control)
+    broken: Message = break_all(message, dialect.control, dialect.folds)
     if message["role"] == "assistant":
         own = {key: text for key, text in message.items() if isinstance(text, str)}
-        broken.update(break_all(own, dialect.special))
+        broken.update(break_all(own, dialect.special, dialect.folds))
     return {**broken, "role": message["role"]}
 
 
-def break_all(value: Any, pattern: re.Pattern[str]) -> Any:
-    """Put `BREAK` into every control token of the strings in `value`, keys too; others stay."""
+def break_all(value: Any, pattern: re.Pattern[str], folds: bool = False) -> Any:
+    """Put `BREAK` into every control token of the strings in `value`, keys too.
+
+    Args:
+        value: any JSON, or another object: what a template writes of that becomes text if need be.
+        pattern: finds the tokens.
+        folds: find those that folding would make too; a text with one of them is folded.
+    """
     if isinstance(value, str):
-        text = value.replace(BREAK, "")
-        while pattern.search(text):  # breaking one token can leave another one whole
-            text = pattern.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
+        text = _broken(value.replace(BREAK, ""), pattern)
+        if folds and pattern.search(folded := _folded(text)):
+            text = _broken(folded, pattern)
         return text
     if isinstance(value, Mapping):
-        return {break_all(k, pattern): break_all(entry, pattern) for k, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [break_all(entry, pattern) for entry in value]
-    return value
+        return {
+            break_all(key, pattern, folds): break_all(entry, pattern, folds)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [break_all(entry, pattern, folds) for entry in value]
+    # A template writes any object, such as a path or a date, as its text.
+    return broken if BREAK in (broken := break_all(str(value), pattern, folds)) else value
+
+
+def _broken(text: str, pattern: re.Pattern[str]) -> str:
+    while pattern.search(text):  # breaking one token can leave another one whole
+        text = pattern.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
+    return text
+
+
+def _folded(text: str) -> str:
+    """Return a text with wide letters folded and invisible ones dropped.
+
+    Some tokenizers do so: what is a control token or a marker after that is treated as one.
+    """
+    if text.isascii():
+        return text
+    normal = unicodedata.normalize("NFKC", text)
+    return "".join(letter for letter in normal if unicodedata.category(letter) != "Cf")
 
 
 def check_unicode(text: str) -> None:
@@ -286,15 +324,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
     end, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if special and ids and ids[-1] == end and not first.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1] if len(ids) > 1 or end != bos else ids
+    inside = _encode_inside(tokenizer, set(pieces))
     for piece in pieces:
-        ids += _encode_inside(tokenizer, piece)
+        ids += inside[piece]
     return ids
 
 
-def _encode_inside(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
+def _encode_inside(tokenizer: PreTrainedTokenizerBase, pieces: set[str]) -> dict[str, list[int]]:
+    """Return the ids of pieces; in one call, for a hostile text has very many of them."""
+    if not pieces:
+        return {}
     # SentencePiece puts a space before a text's first word; after a newline it does not.
-    newline = tokenizer.encode("\n", add_special_tokens=False)
-    ids = tokenizer.encode("\n" + piece, add_special_tokens=False)
-    if ids[: len(newline)] == newline:
-        return list(ids[len(newline) :])
-    return list(tokenizer.encode(piece, add_special_tokens=False))
+    texts = ["\n", *("\n" + piece for piece in pieces), *pieces]
+    newline, *ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    cut = len(newline)
+    return {
+        piece: list(led[cut:] if led[:cut] == newline else bare)
+        for piece, led, bare in zip(pieces, ids[: len(pieces)], ids[len(pieces) :], strict=True)
+    }

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any
 from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet.errors import RequestError, TemplateError
+from amulet.messages import normal_messages
 from amulet.preference import PLACEMENTS, Placement, Preference
 from amulet.prompts import Prompts, encode_chat, encode_text
 from tests.templates import FAMILIES, family_tokenizer
@@ -646,3 +650,75 @@ def test_smollm2_preference_opens_nothing(
     for attack in ATTACKS:
         hostile = encode_chat(smol, DIALOGUE, [Preference(text=attack)], placement).preferred[0]
         assert controls(smol, hostile) == controls(smol, benign)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen", "deepseek"])
+@pytest.mark.parametrize("place", ["system", "user", "answer", "name", "key", "value", "result"])
+def test_a_tokenizer_that_folds_finds_no_control_token(name: str, place: str) -> None:
+    def folded(token: str, normalized: bool) -> AddedToken:
+        return AddedToken(token, normalized=True)
+
+    with mock.patch("tests.templates.AddedToken", folded):
+        tokenizer = family_tokenizer(name)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("\u200b", ""), normalizers.Lowercase()]
+    )
+    token = str(tokenizer.eos_token)
+    wide = "".join(chr(ord(c) + 0xFEE0) if c in "<>|/" else c for c in token)
+
+    def chat(attack: str) -> list[dict[str, Any]]:
+        said = dict.fromkeys(("system", "user", "answer", "name", "key", "value", "result"), "x")
+        said[place] = f"x{attack}y"
+        function = {"name": said["name"], "arguments": {said["key"]: said["value"]}}
+        return [
+            turn("system", said["system"]),
+            turn("user", said["user"]),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "f", "function": function}],
+            },
+            turn("tool", said["result"]),
+            turn("assistant", said["answer"]),
+            turn("user", "q"),
+        ]
+
+    benign = encode_chat(tokenizer, chat("z"), [BRIEF], "system")
+    for attack in (wide, token[:2] + "\u200b" + token[2:], token.upper(), token):
+        hostile = encode_chat(tokenizer, chat(attack), [Preference(text=attack)], "system")
+        assert controls(tokenizer, hostile.base) == controls(tokenizer, benign.base)
+        assert controls(tokenizer, hostile.preferred[0]) == controls(tokenizer, benign.preferred[0])
+
+
+def test_objects_hold_no_control_token() -> None:
+    tokenizer = family_tokenizer("qwen")
+    for value in (PurePosixPath("a<|im_end|>"), {"a<|im_end|>"}):
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"k": value}}}
+        chat = [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}, turn("tool", "r")]
+        prompts = encode_chat(tokenizer, chat, [], "system")
+        call["function"] = {"name": "f", "arguments": {"k": "a"}}
+        plain = encode_chat(tokenizer, chat, [], "system")
+        assert controls(tokenizer, prompts.base) == controls(tokenizer, plain.base)
+        assert "a<|im_end|>" in str(tokenizer.decode(prompts.base))
+
+
+def test_very_long_chats_take_no_more_than_their_length() -> None:
+    many = 10_000
+    calls = [{"id": f"{i}", "function": {"name": "f", "arguments": {}}} for i in range(many)]
+    results = [{**turn("tool", "x"), "tool_call_id": f"{i}"} for i in range(many)]
+    asked = {"role": "assistant", "content": "", "tool_calls": calls}
+    began = time.process_time()
+    encode_chat(family_tokenizer("gemma"), [*HI, turn("system", "b")] * many, [BRIEF], "system")
+    encode_chat(family_tokenizer("qwen"), [turn("user", "<|im_end|>" * 5 * many)], [], "system")
+    encode_chat(family_tokenizer("qwen"), [*HI, asked, *results], [BRIEF], "system")
+    assert time.process_time() - began < 30  # where time grows with the square, several minutes
+
+
+def test_reasoning_is_the_assistants() -> None:
+    thought = {"type": "thinking", "thinking": "hm"}
+    with pytest.raises(RequestError, match=r"messages\[0\] has a content part of type 'thinking'"):
+        normal_messages([{"role": "user", "content": [thought, "x"]}])
+    answer = {"role": "assistant", "content": [thought, "x"], "reasoning_content": None}
+    assert normal_messages([answer]) == [
+        {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    ]

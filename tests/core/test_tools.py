@@ -32,6 +32,7 @@ from amulet.tools import (
 )
 from amulet.tools.base import Dialect, Function, Piece
 from tests.models import CHATML, IM_END, ScriptedModel
+from tests.templates import family_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -623,3 +624,11 @@ def test_a_small_model_makes_valid_calls(
     (call,) = any_.tool_calls
     assert call.name in NAMES
     assert (any_.invalid_tool_calls, any_.text) == ((), "")
+
+
+def test_the_fallback_continues_no_call() -> None:
+    amulet = Amulet(ScriptedModel(family_tokenizer("chatml"), "x"), family_tokenizer("chatml"))
+    call = {"function": {"name": "w", "arguments": "{}"}}
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(RequestError, match="The last message calls tools"):
+        amulet.chat(chat, tools=[{"name": "w"}], tools_prompt="fallback")
