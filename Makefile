@@ -49,7 +49,7 @@ test-sanitize: install ## Run the C code's tests under AddressSanitizer and UBSa
 	CC="$(SANITIZE)" AMULET_CACHE="$(CURDIR)/.sanitize" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so) $$(cc -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest -s -o timeout=1800 $(SANITIZED:%=tests/core/test_%.py) \
+	$(BIN)/python -m pytest -s -m "not slow" -o timeout=1800 $(SANITIZED:%=tests/core/test_%.py) \
 	-k "(not test_native and not any_allocation) or team or forked" $(ARGS)
 
 eval-smoke: install ## Show that the default setting still steers and keeps the text sound.
