@@ -103,7 +103,7 @@ def test_penalties_see_the_base_prompt(both: tuple[LLM, Amulet]) -> None:
     engine, amulet = both
     requests = [
         chat(f"Number {i}", preference=WISHES[i], repetition_penalty=1.5, strength=strength)
-        for i, strength in enumerate((2.0, 0.0, 0.5, 0.0))
+        for i, strength in enumerate((2.0, 1.0, 0.5, 3.0))
     ]
     assert answers(engine, requests) == expected(amulet, requests)
 
