@@ -234,7 +234,7 @@ class User:
         self._own(case, response.text)
 
     async def _whole(self, case: Case) -> None:
-        begun, id_ = self._to.clock.now(), f"{case.marker}-{self._draw.random()}"
+        begun, id_ = self._to.clock.now(), f"{case.marker}-{self._draw.random():.12f}"
         response = await self._http.post(case.path, json=case.body, headers={"x-request-id": id_})
         assert response.status_code == 200, f"{response.status_code} {response.text[:300]}"
         assert response.headers["x-request-id"] == id_
@@ -422,7 +422,7 @@ def run(name: str, folder: Path | None, options: argparse.Namespace, seconds: fl
             findings, took, memory = asyncio.run(load(url, cases, seconds, options.seed, too_many))
             end = figures_of(url)
         # A request's id is in the log; it begins with the marker, and is no leak.
-        told = re.sub(r"zq\d{3}x-0\.\S+", "", log.read_text(errors="replace"))
+        told = re.sub(r"zq\d{3}x-[01]\.\d{12}", "", log.read_text(errors="replace"))
     errors = sum(
         value - start.get(key, 0.0)
         for key, value in end.items()
