@@ -12,7 +12,7 @@ from rich.table import Table
 from amulet.console import Device, DType, Model, load, progress_bar, readable_errors
 from amulet.evaluation.jobs import Settings
 from amulet.evaluation.judging import JUDGES, JudgeOptions, check_judges, score_run
-from amulet.evaluation.methods import parse_methods
+from amulet.evaluation.methods import label, parse_methods, with_prompt_only
 from amulet.evaluation.paper import METHODS, SYSTEM_PROMPT, preferences_of
 from amulet.evaluation.questions import load_question_sets
 
@@ -51,8 +51,8 @@ Methods = Annotated[
         "--method",
         metavar="METHOD",
         help="base, pref, beam, linear_alignment, amulet, amulet_literal, or such as "
-        "ours:strength=2,floor=0.1,placement=user,adapt=decay; again for more. "
-        f"Default: {', '.join(METHODS)}.",
+        "ours:strength=2,floor=0.1,placement=user,adapt=decay; again for more. ours brings pref "
+        f"with its placement along. Default: {', '.join(METHODS)}.",
     ),
 ]
 Judges = Annotated[
@@ -143,7 +143,7 @@ def eval_command(
             as_published=as_published,
             trace=trace,
         )
-        methods = parse_methods(method or METHODS)
+        methods = with_prompt_only(parse_methods(method or METHODS))
         wishes = preferences_of(
             name for names in preferences or ["paper"] for name in names.split(",")
         )
@@ -251,7 +251,7 @@ def _say(text: str) -> None:
 
 def _names(run: Run) -> str:
     """Return what the numbers over the summary's columns stand for."""
-    names = (method.name for method in run.meta.methods)
+    names = (label(method.name, method.placement) for method in run.meta.methods)
     return "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
 
 

@@ -34,7 +34,8 @@ class JudgeOptions:
         amulet: the model that answered; the guards ask it how likely its answers are.
         model: the judging model: for armorm a hub id or folder, for llm the endpoint's name of it.
         base_url: of the OpenAI-compatible endpoint that the llm judge asks.
-        baseline: the method that the llm judge compares every other one with.
+        baseline: the method that the llm judge compares every other one with; None is the
+            preference in the prompt alone, in the same place.
         prices: what the llm judge's endpoint takes, US dollars per million tokens read and written.
         concurrency: requests to that endpoint under way at once.
         batch_size: how many answers a judging model reads at once.
@@ -43,7 +44,7 @@ class JudgeOptions:
     amulet: Amulet | None = None
     model: str | None = None
     base_url: str | None = None
-    baseline: str = "pref"
+    baseline: str | None = None
     prices: tuple[float, float] | None = None
     concurrency: int = 4
     batch_size: int = 8

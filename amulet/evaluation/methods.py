@@ -1,7 +1,8 @@
 """The ways of decoding that are compared: the paper's by name, ours by its numbers.
 
 base                     no preference
-pref                     the preference in the prompt alone
+pref                     the preference in the prompt alone, in the system message
+pref:placement=user      the same in another place: what ours with that placement is compared with
 beam                     the same prompt, beam search with 16 beams
 linear_alignment         g = 2, no floor
 amulet                   g = 4.6487, what the paper's 60-step game amounts to; no floor
@@ -79,16 +80,17 @@ def parse_method(text: str) -> Method:
     kind, colon, rest = text.strip().partition(":")
     if kind not in KINDS:
         raise EvaluationError(_unknown("method", kind, KINDS))
-    if colon and kind != "ours":
+    if colon and kind not in ("ours", "pref"):
         raise EvaluationError(
-            f"method {text!r}: {kind} takes no options; "
-            "expected ours:strength=...,floor=...,placement=...,adapt=..."
+            f"method {text!r}: {kind} takes no options; expected pref:placement=... or "
+            "ours:strength=...,floor=...,placement=...,adapt=..."
         )
     if kind == "ours":
-        return _ours(text, _options(text, rest))
+        return _ours(text, _options(text, rest, ("strength", "floor", "placement", "adapt")))
+    if kind == "pref":
+        return _prompt_only(text, _options(text, rest, ("placement",)))
     fixed: dict[str, dict[str, object]] = {
         "base": {},
-        "pref": {"strength": 0.0},
         "beam": {"strength": 0.0},
         "linear_alignment": {"strength": 2.0, "floor": 0.0},
         "amulet": {"strength": game_gain(), "floor": 0.0},
@@ -106,19 +108,75 @@ def parse_methods(texts: Iterable[str]) -> list[Method]:
     return list(methods.values())
 
 
-def _options(text: str, rest: str) -> dict[str, str]:
+def with_prompt_only(methods: Iterable[Method]) -> list[Method]:
+    """Return the methods with a `pref` for every placement of ours that lacks one, before it."""
+    methods = list(methods)
+    known = {method.placement for method in methods if method.kind == "pref"}
+    found: list[Method] = []
+    for method in methods:
+        if method.kind == "ours" and method.placement not in known:
+            found.append(parse_method(f"pref:placement={method.placement}"))
+            known.add(method.placement)
+        found.append(method)
+    return found
+
+
+def prompt_only_methods(
+    methods: Iterable[tuple[str, float | None, str | None, str | None]],
+) -> dict[str | None, str]:
+    """Return by placement which method has the preference in the prompt alone.
+
+    It is `pref`, or ours at strength 0 where a run has no `pref` with that placement. Under None,
+    for methods without a preference, stands the only one there is; with several there is none.
+
+    Args:
+        methods: name, strength, placement and adapt of each.
+    """
+    found: dict[str | None, str] = {}
+    for name, strength, placement, adapt in methods:
+        kind = name.partition(":")[0]
+        if kind == "pref":
+            found[placement or "system"] = name
+        elif kind == "ours" and strength == 0 and adapt is None:
+            found.setdefault(placement or "system", name)
+    if len(found) == 1:
+        found[None] = next(iter(found.values()))
+    return found
+
+
+def placement_of(strength: float | None, placement: str | None) -> str | None:
+    """Return where a method has the preference: None where it has none."""
+    return placement or (None if strength is None else "system")
+
+
+def label(name: str, placement: str | None) -> str:
+    """Return what a report calls a method: its name says where the preference stands."""
+    return name if placement is None or "placement=" in name else f"{name} ({placement})"
+
+
+def _options(text: str, rest: str, known: tuple[str, ...]) -> dict[str, str]:
     options: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             raise EvaluationError(f"method {text!r}: {part!r} is no option; expected name=value.")
-        known = ("strength", "floor", "placement", "adapt")
         if name not in known:
             raise EvaluationError(f"method {text!r}: {_unknown('option', name, known)}")
         if name in options:
             raise EvaluationError(f"method {text!r}: {name} is given twice.")
         options[name] = value
     return options
+
+
+def _prompt_only(text: str, given: dict[str, str]) -> Method:
+    options = {"placement": "system", "strength": 0.0, **given}
+    try:
+        method = Method.model_validate({"name": "pref", "kind": "pref", **options})
+    except ValidationError as error:
+        raise EvaluationError(f"method {text!r}: {describe(error)}") from None
+    if method.placement == "system":  # the paper's own has the short name
+        return method
+    return method.model_copy(update={"name": f"pref:placement={method.placement}"})
 
 
 def _ours(text: str, given: dict[str, str]) -> Method:

@@ -15,7 +15,6 @@ from amulet.evaluation.plots import Curve, Point, save_plot, strength_plot
 from amulet.evaluation.run import Answer, Run
 from amulet.evaluation.tables import (
     PLAIN,
-    PROMPT_ONLY,
     Entry,
     Table,
     fact_tables,
@@ -48,7 +47,8 @@ def read_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
         EvaluationError: no run is given, one can't be read, or they hold no answer.
     """
     runs = _named([Run(folder) for folder in folders])
-    entries = [entry for name, run in runs for entry in _entries(name, run, len(runs) > 1)]
+    several = len(runs) > 1
+    entries = [entry for name, run in runs for entry in _entries(name if several else "", run)]
     if not entries:
         raise EvaluationError("The runs hold no answers: `amulet eval --out FOLDER` makes them.")
     found = {name for entry in entries for name in entry.values}
@@ -139,7 +139,7 @@ def _named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
     ]
 
 
-def _entries(name: str, run: Run, is_one_of_many: bool) -> Iterable[Entry]:
+def _entries(name: str, run: Run) -> Iterable[Entry]:
     # Pairwise judgements are of two answers, so that no single answer has a value of theirs.
     files = [file for file in run.score_names() if not file.endswith("-pairs")]
     scores = {file: run.scores(file) for file in files}
@@ -160,7 +160,7 @@ def _entries(name: str, run: Run, is_one_of_many: bool) -> Iterable[Entry]:
             for value, number in by_key.get(answer.key, {}).items()
             if math.isfinite(number)
         }
-        yield Entry(f"{name}: {answer.method}" if is_one_of_many else answer.method, answer, values)
+        yield Entry(name, answer, values)
 
 
 def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
@@ -177,11 +177,11 @@ def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
         answer = own[0].answer
         x = math.fsum(entry.values["guards.log_probability"] for entry in own) / len(own)
         y = math.fsum(entry.values[name] for entry in own) / len(own)
-        run = arm.removesuffix(answer.method)
+        run = f"{own[0].run}: " if own[0].run else ""
         placement = answer.placement or "system"
-        if answer.strength is None:
+        if answer.strength is None or answer.method == "beam":
             signs[f"{run}no preference" if answer.method == PLAIN else arm] = Point(x, y, "")
-        elif answer.method == PROMPT_ONLY or (not answer.strength and not answer.adapt):
+        elif not answer.strength and not answer.adapt:
             starts[run, placement] = Point(x, y, "")
         else:
             key = (run, placement, answer.floor or 0.0, answer.adapt or "")

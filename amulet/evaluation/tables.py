@@ -10,23 +10,32 @@ from typing import Any
 
 from amulet.evaluation.bootstrap import at_zero, interval
 from amulet.evaluation.judges.comparisons import WinRate, win_rates
+from amulet.evaluation.methods import label, placement_of, prompt_only_methods
 from amulet.evaluation.rules import words
 from amulet.evaluation.run import Answer, Run
 
-PROMPT_ONLY = "pref"
 PLAIN = "base"
 # Guards that are means over answers of any length, and so can be compared.
 COMPARED = ("guards.log_probability", "guards.distinct_3", "guards.similarity")
 NONE = "–"
+PROMPT_ONLY_NOTE = (
+    "Against prompt only: the difference to the preference in the prompt alone, in the same place."
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An answer with its scores; `arm` is its method, after its run's name if there are several."""
+    """An answer with its scores; `run` is "" where the report shows one run alone."""
 
-    arm: str
+    run: str
     answer: Answer
     values: dict[str, float]
+
+    @property
+    def arm(self) -> str:
+        """What the report calls its method, after its run's name if there are several."""
+        called = label(self.answer.method, self.answer.placement)
+        return f"{self.run}: {called}" if self.run else called
 
     @property
     def asked(self) -> tuple[str, str]:
@@ -34,9 +43,12 @@ class Entry:
         return self.answer.set, str(self.answer.index)
 
     @property
-    def prompt_only_arm(self) -> str:
-        """The arm of the same run that has the preference in the prompt alone."""
-        return self.arm.removesuffix(self.answer.method) + PROMPT_ONLY
+    def placement(self) -> str | None:
+        """Where the preference stands; None where there is none."""
+        return placement_of(self.answer.strength, self.answer.placement)
+
+
+_PromptOnly = dict[tuple[str | None, ...], Entry]
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,8 @@ def score_tables(entries: Sequence[Entry], name: str, title: str) -> list[Table]
         )
         columns = ("method", "all", "against prompt only", "at equal length", *wishes)
         is_detail = len(sets) > 1 and bool(tables)
-        tables.append(Table(f"{title}, {part}", columns, rows, is_detail=is_detail))
+        note = "" if is_detail else PROMPT_ONLY_NOTE
+        tables.append(Table(f"{title}, {part}", columns, rows, note, is_detail))
     return tables
 
 
@@ -115,9 +128,9 @@ def guard_tables(entries: Sequence[Entry]) -> list[Table]:
                 ),
             )
             for arm, of_arm in _arms(own)
-            if of_arm[0].prompt_only_arm != arm
         ]
-        if any(set(row[1:]) != {NONE} for row in rows):
+        rows = [row for row in rows if set(row[1:]) != {NONE}]
+        if rows:
             title = f"{_guard_title(name).capitalize()} against prompt only"
             tables.append(Table(title, ("method", "all", *wishes), tuple(rows)))
     return tables
@@ -129,8 +142,13 @@ def fact_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
     for name, run in runs:
         right = run.facts()
         wishes = [meta.name for meta in run.meta.preferences]
+        prompt_only = prompt_only_methods(
+            (meta.name, meta.strength, meta.placement, meta.adapt) for meta in run.meta.methods
+        )
         rows = []
-        for method in (meta.name for meta in run.meta.methods):
+        for meta in run.meta.methods:
+            method = meta.name
+            before = prompt_only.get(placement_of(meta.strength, meta.placement), "")
             own = {wish: right[method, wish] for wish in wishes if (method, wish) in right}
             plain = right.get((method, ""))
             if not own and plain is None:
@@ -138,10 +156,10 @@ def fact_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
             cells = [_interval(_by_fact([own[wish]])) if wish in own else NONE for wish in wishes]
             rows.append(
                 (
-                    method,
+                    label(method, meta.placement),
                     _interval(_by_fact([plain] if plain is not None else own.values())),
                     _fact_difference(own, {wish: right.get((PLAIN, "")) for wish in wishes}),
-                    _fact_difference(own, {wish: right.get((PROMPT_ONLY, wish)) for wish in own}),
+                    _fact_difference(own, {wish: right.get((before, wish)) for wish in own}),
                     *cells,
                 )
             )
@@ -160,7 +178,11 @@ def win_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
         if rates := win_rates(run):
             title = "Win rates, language model as judge" + (f", {name}" if len(runs) > 1 else "")
             columns = ("method", "against", "win rate", "pairs", "consistent", "first one won")
-            rows = tuple((method, other, *_win(rate)) for (method, other), rate in rates.items())
+            called = {meta.name: label(meta.name, meta.placement) for meta in run.meta.methods}
+            rows = tuple(
+                (called.get(method, method), called.get(other, other), *_win(rate))
+                for (method, other), rate in rates.items()
+            )
             note = (
                 "A tie is half a win. Consistent: the same verdict with the positions swapped. "
                 "First one won: of verdicts other than ties; far from .5, the judge looks at the "
@@ -189,22 +211,31 @@ def _guard_title(name: str) -> str:
     return name.removeprefix("guards.").replace("_", " ")
 
 
-def _prompt_only(entries: Iterable[Entry]) -> dict[tuple[str, ...], Entry]:
-    """Return the prompt-only answers by arm, question and preference."""
-    return {
-        (entry.arm, *entry.asked, entry.answer.preference): entry
-        for entry in entries
-        if entry.answer.method == PROMPT_ONLY
-    }
+def _prompt_only(entries: Iterable[Entry]) -> _PromptOnly:
+    """Return the prompt-only answers by run, placement, question and preference."""
+    by_run: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_run[entry.run].append(entry)
+    found: _PromptOnly = {}
+    for run, own in by_run.items():
+        answers = [entry.answer for entry in own]
+        methods = prompt_only_methods((a.method, a.strength, a.placement, a.adapt) for a in answers)
+        for placement, method in methods.items():
+            for entry in own:
+                if entry.answer.method == method:
+                    found[(run, placement, *entry.asked, entry.answer.preference)] = entry
+    return found
 
 
 def _paired(
-    of_arm: Iterable[Entry], before: dict[tuple[str, ...], Entry], name: str
+    of_arm: Iterable[Entry], before: _PromptOnly, name: str
 ) -> Iterable[tuple[Entry, Entry]]:
-    """Yield each answer with the prompt-only one to the same question and preference."""
+    """Yield each answer with the prompt-only one: same question, preference and place of it."""
     for entry in of_arm:
-        other = before.get((entry.prompt_only_arm, *entry.asked, entry.answer.preference))
-        if other is not None and name in entry.values and name in other.values:
+        other = before.get((entry.run, entry.placement, *entry.asked, entry.answer.preference))
+        if other is None or other is entry:
+            continue
+        if name in entry.values and name in other.values:
             yield entry, other
 
 
@@ -216,21 +247,15 @@ def _mean(entries: Iterable[Entry], name: str) -> str:
     return _interval(by_question)
 
 
-def _difference(of_arm: Sequence[Entry], before: dict[tuple[str, ...], Entry], name: str) -> str:
-    if not of_arm or of_arm[0].answer.method == PROMPT_ONLY:
-        return NONE
+def _difference(of_arm: Sequence[Entry], before: _PromptOnly, name: str) -> str:
     by_question: dict[tuple[str, str], list[float]] = defaultdict(list)
     for entry, other in _paired(of_arm, before, name):
         by_question[entry.asked].append(entry.values[name] - other.values[name])
     return _interval(by_question)
 
 
-def _at_equal_length(
-    of_arm: Sequence[Entry], before: dict[tuple[str, ...], Entry], name: str
-) -> str:
+def _at_equal_length(of_arm: Sequence[Entry], before: _PromptOnly, name: str) -> str:
     """Return the difference that the answers' lengths in words don't explain."""
-    if not of_arm or of_arm[0].answer.method == PROMPT_ONLY:
-        return NONE
     points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for entry, other in _paired(of_arm, before, name):
         longer = float(len(words(entry.answer.answer)) - len(words(other.answer.answer)))

@@ -63,20 +63,21 @@ def test_a_run_is_written_and_summed_up(
     assert result.exit_code == 0, result.output
     assert asked == [{"device": None, "dtype": "float32", "max_rows": 8}]
     answers = {answer.key: answer.answer for answer in Run(out).answers()}
-    assert len(answers) == 2 * 2 * 2
+    assert len(answers) == 2 * 2 * 3
     assert {answers[key] for key in answers if key.endswith("/base")} == {"A leaf."}
     assert {answers[key] for key in answers if "/formal/ours" in key} == {"Tea, sir."}
     meta = Run(out).meta
     assert (meta.model, meta.settings["seed"], meta.sets[0].count) == ("embedded", 3, 2)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[:5] == [
+    assert lines[:6] == [
         ["1", "base"],
-        ["2", "ours:strength=1,floor=0.1,placement=user"],
-        ["method", "1", "2"],
-        ["answers", "4", "4"],
-        ["tokens", "8.0", "7.5"],
+        ["2", "pref:placement=user"],
+        ["3", "ours:strength=1,floor=0.1,placement=user"],
+        ["method", "1", "2", "3"],
+        ["answers", "4", "4", "4"],
+        ["tokens", "8.0", "7.5", "7.5"],
     ]
-    assert lines[5][:3] == ["ms", "per", "token"]
+    assert lines[6][:3] == ["ms", "per", "token"]
 
 
 def test_a_narrow_terminal_cuts_no_number(
@@ -86,7 +87,7 @@ def test_a_narrow_terminal_cuts_no_number(
     result = run("--out", tmp_path / "run", "-q", question_file, "-p", "formal", *strengths)
     assert result.exit_code == 0, result.output
     assert "…" not in result.stdout
-    assert ["answers", *["3"] * 20] in [line.split() for line in result.stdout.splitlines()]
+    assert ["answers", *["3"] * 21] in [line.split() for line in result.stdout.splitlines()]
 
 
 def test_facts_are_asked_and_summed_up(
@@ -198,11 +199,14 @@ def test_rules_judge_what_they_check(
         "sir/base": {"adherence": 0.0},  # "A leaf."
         "short/base": {"adherence": 0.0},
         "sir+short/base": {"adherence": 0.0},
-        f"sir/{ours}": {"adherence": 1.0},  # "Tea, sir."
-        f"short/{ours}": {"adherence": 1.0},  # "Tea."
-        f"sir+short/{ours}": {"adherence": 0.5},  # "Tea.": the scripted model hears "concise"
+        **{
+            f"{wish}/{method}": {"adherence": kept}
+            for method in ("pref:placement=user", ours)
+            # "Tea, sir." and "Tea."; of both wishes the scripted model hears "concise".
+            for wish, kept in (("sir", 1.0), ("short", 1.0), ("sir+short", 0.5))
+        },
     }
-    assert result.stdout.splitlines()[-1].split() == ["adherence", "0.000", "0.833"]
+    assert result.stdout.splitlines()[-1].split() == ["adherence", "0.000", "0.833", "0.833"]
     before = (out / "scores" / "rules.jsonl").read_bytes()
     assert run(*arguments, *methods, "--judge", "rules").exit_code == 0
     assert (out / "scores" / "rules.jsonl").read_bytes() == before  # nothing is judged twice

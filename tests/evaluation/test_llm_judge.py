@@ -194,6 +194,21 @@ def test_win_rates_of_several_methods_have_intervals_over_questions(tmp_path: Pa
     assert 0.4 < ours.low < 6 / 7
 
 
+def test_each_placement_is_compared_with_its_own_prompt(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", Meta(model="m", dtype="float32"))
+    for placement in ("system", "user"):
+        for kind, strength in (("pref", 0.0), ("ours", 1.0)):
+            answer = answer_of(0, f"{kind}:placement={placement}", f"{kind} {placement}.")
+            run.append_answer(
+                answer.model_copy(update={"strength": strength, "placement": placement})
+            )
+    Endpoint(prefers_shorter).judge(run)
+    assert set(win_rates(run)) == {
+        ("ours:placement=system", "pref:placement=system"),
+        ("ours:placement=user", "pref:placement=user"),
+    }
+
+
 def test_too_many_requests_then_ok(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     endpoint = Endpoint(in_turn(refusal(429, "slow down"), refusal(503, "busy")))

@@ -15,7 +15,7 @@ from amulet.errors import EvaluationError
 from amulet.evaluation.decode import evaluate
 from amulet.evaluation.jobs import Job, Settings, request_of
 from amulet.evaluation.literal import play
-from amulet.evaluation.methods import KINDS, parse_method, parse_methods
+from amulet.evaluation.methods import KINDS, parse_method, parse_methods, with_prompt_only
 from amulet.evaluation.pairs import combine_of, decode_pairs, divergence, entropy
 from amulet.evaluation.paper import NAMES, opposite_of, parts_of, preferences_of
 from amulet.evaluation.questions import load_question_sets
@@ -60,9 +60,33 @@ def test_one_setting_spelled_twice_is_one_method() -> None:
     ]
 
 
+def test_ours_brings_the_prompt_alone_in_its_own_place() -> None:
+    given = parse_methods(
+        ["base", "ours:placement=user", "pref", "ours:placement=system", "ours:placement=both"]
+    )
+    ours = "ours:strength={0.strength:g},floor={0.floor:g},placement={0.placement}".format
+    assert [method.name for method in with_prompt_only(given)] == [
+        "base",
+        "pref:placement=user",
+        ours(given[1]),
+        "pref",
+        ours(given[3]),
+        "pref:placement=both",
+        ours(given[4]),
+    ]
+    prompt_only = parse_method("pref:placement=user")
+    assert (prompt_only.strength, prompt_only.placement, prompt_only.is_steered) == (
+        *(0.0, "user", False),
+    )
+    assert with_prompt_only([prompt_only, given[1]]) == [prompt_only, given[1]]
+    assert parse_method("pref:placement=system") == parse_method("pref")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("pref:strength=1", "'strength' is no option: expected one of placement"),
+        ("pref:placement=top", "placement='top': input should be 'system', 'user' or 'both'"),
         ("amulett", "'amulett' is no method.*Did you mean 'amulet'"),
         ("amulet:strength=1", "amulet takes no options"),
         ("ours:strenght=1", "'strenght' is no option.*Did you mean 'strength'"),

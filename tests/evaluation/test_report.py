@@ -84,6 +84,103 @@ def test_tables_have_means_intervals_and_the_gain_over_the_prompt(report: Report
     assert guards.rows[2] == ("ours", "2", "-3.00 [-3.00, -3.00]", "2.0", "50.0")
 
 
+def make_run_in_two_places(folder: Path) -> Path:
+    """The prompt alone keeps none in the system message and one of two in the user's turn."""
+    ours = "ours:strength=2,floor=0.1,placement="
+    methods = (
+        ("base", None, None, (0.0, 0.0)),
+        ("pref", 0.0, "system", (0.0, 0.0)),
+        ("pref:placement=user", 0.0, "user", (0.0, 1.0)),
+        (f"{ours}system", 2.0, "system", (1.0, 0.0)),
+        (f"{ours}user", 2.0, "user", (1.0, 1.0)),
+    )
+    metas = [MethodMeta(name=n, strength=s, placement=p) for n, s, p, _ in methods]
+    run = Run.create(folder, Meta(model="m", dtype="float32", methods=tuple(metas)))
+    for method, strength, placement, adherence in methods:
+        for index in (0, 1):
+            key = f"small/{index}/brief/{method}"
+            answer = Answer(
+                key=key,
+                set="small",
+                index=index,
+                question=f"Q{index}",
+                preference="brief",
+                preference_text="Be brief.",
+                method=method,
+                strength=strength,
+                floor=None if strength is None else 0.1,
+                placement=placement,
+                answer="word " * (index + 1),
+                token_ids=(1, 2),
+                finish_reason="stop",
+            )
+            run.append_answer(answer)
+            run.append_scores("rules", key, {"adherence": adherence[index]})
+            run.append_scores("guards", key, {"log_probability": -adherence[index]})
+    return folder
+
+
+def test_like_is_compared_with_like(tmp_path: Path) -> None:
+    """Placed in the user's turn, ours gains .50 on the prompt alone there, not 1.00."""
+    report = read_report([make_run_in_two_places(tmp_path / "run")])
+    adherence, guards, likelihoods = report.tables
+    expected = {
+        "base": "–",  # it has no place, and the prompts alone have two
+        "pref (system)": "–",
+        "pref:placement=user": "–",
+        "ours:strength=2,floor=0.1,placement=system": "0.50",
+        "ours:strength=2,floor=0.1,placement=user": "0.50",
+    }
+    assert {row[0]: row[2].split(" ")[0] for row in adherence.rows} == expected
+    assert adherence.note.endswith("in the prompt alone, in the same place.")
+    assert [row[0] for row in guards.rows] == list(expected)
+    assert [(row[0], row[1].split(" ")[0]) for row in likelihoods.rows] == [
+        ("ours:strength=2,floor=0.1,placement=system", "-0.50"),
+        ("ours:strength=2,floor=0.1,placement=user", "-0.50"),
+    ]
+    [(_, curves)] = report.curves
+    assert [curve.name for curve in curves] == [
+        "no preference",
+        "prompt only, system",
+        "prompt only, user",
+        "floor 0.1, system",
+        "floor 0.1, user",
+    ]
+
+
+def test_beams_are_not_where_a_curve_begins(tmp_path: Path) -> None:
+    folder = make_run_in_two_places(tmp_path / "run")
+    run = Run(folder)
+    for answer in [answer for answer in run.answers() if answer.method == "pref"]:
+        key = answer.key.replace("pref", "beam")
+        run.append_answer(answer.model_copy(update={"key": key, "method": "beam"}))
+        run.append_scores("rules", key, {"adherence": 1.0})
+        run.append_scores("guards", key, {"log_probability": -5.0})
+    [(_, curves)] = read_report([folder]).curves
+    by_title = {curve.name: curve.points for curve in curves}
+    assert by_title["beam (system)"] == [Point(-5.0, 1.0, "")]
+    assert by_title["floor 0.1, system"][0] == Point(0.0, 0.0, "")
+
+
+def test_facts_are_compared_with_the_prompt_alone_in_the_same_place(tmp_path: Path) -> None:
+    folder = make_run_in_two_places(tmp_path / "run")
+    run = Run(folder)
+    wish = PreferenceMeta(name="brief", text="Be brief.")
+    meta = run.meta.model_copy(update={"preferences": (wish,)})
+    (folder / "run.json").write_text(meta.model_dump_json())
+    right = ("pref", "11"), ("pref:placement=user", "10")
+    for fact in (0, 1):
+        found = {(name, "brief"): flags[fact] == "1" for name, flags in right}
+        found |= {("ours:strength=2,floor=0.1,placement=user", "brief"): fact == 0}
+        run.append_facts(f"Fact {fact}?", found)
+    rows = {row[0]: row[3].split(" ")[0] for row in read_report([folder]).tables[-1].rows}
+    assert rows == {
+        "pref (system)": "0.00",
+        "pref:placement=user": "0.00",
+        "ours:strength=2,floor=0.1,placement=user": "0.00",
+    }
+
+
 def test_the_page_is_one_file_and_answers_stay_text(report: Report, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_html(report, page)

@@ -31,6 +31,7 @@ from amulet.evaluation.judges.comparisons import (
 )
 from amulet.evaluation.judges.verdict import SCHEMA, Verdict, messages_of, parse_verdict
 from amulet.evaluation.judging import JudgeOptions, Tell
+from amulet.evaluation.methods import placement_of, prompt_only_methods
 from amulet.evaluation.run import Answer, Run
 
 ATTEMPTS = 3  # replies that are no verdict, per comparison, before it is given up
@@ -89,7 +90,7 @@ def judge_pairs(
     client: OpenAI,
     model: str,
     *,
-    baseline: str = "pref",
+    baseline: str | None = None,
     prices: tuple[float, float] | None = None,
     concurrency: int = 4,
     tell: Tell | None = None,
@@ -100,7 +101,8 @@ def judge_pairs(
         run: its answers are read; verdicts go to `scores/llm-pairs.jsonl`.
         client: of an OpenAI-compatible endpoint; its retries and time-out are kept to.
         model: the judging model, as the endpoint calls it.
-        baseline: the method whose answers every other method's are compared with.
+        baseline: the method whose answers every other method's are compared with; None is the
+            preference in the prompt alone, in the same place.
         prices: US dollars per million tokens, (input, output); None leaves the cost out.
         concurrency: requests under way at once, at least 1.
         tell: called with (verdicts, verdicts in all).
@@ -154,24 +156,23 @@ class _Comparison:
         return self.a.key, self.b.key, self.order
 
 
-def _comparisons(answers: Sequence[Answer], baseline: str) -> Iterator[_Comparison]:
-    """Yield every answer beside the baseline's to the same question and preference, twice."""
+def _comparisons(answers: Sequence[Answer], baseline: str | None) -> Iterator[_Comparison]:
+    """Yield every answer with the baseline's to the same question and preference, twice."""
     methods = list(dict.fromkeys(answer.method for answer in answers))
-    if baseline not in methods or len(methods) < 2:
+    by_place = prompt_only_methods((a.method, a.strength, a.placement, a.adapt) for a in answers)
+    if len(methods) < 2 or (not by_place if baseline is None else baseline not in methods):
+        wanted = baseline or "pref"
         raise EvaluationError(
-            f"The judge 'llm' compares with the method {baseline!r}, and the run's methods are "
-            f"{', '.join(methods) or 'none'}: decode {baseline!r} and another one, or give "
+            f"The judge 'llm' compares with the method {wanted!r}, and the run's methods are "
+            f"{', '.join(methods) or 'none'}: decode {wanted!r} and another one, or give "
             "another baseline."
         )
-    of_baseline = {
-        (answer.set, answer.index, answer.preference): answer
-        for answer in answers
-        if answer.method == baseline
-    }
+    known = {(a.method, a.set, a.index, a.preference): a for a in answers}
     orders: tuple[Order, Order] = ("ab", "ba")
     for answer in answers:
-        other = of_baseline.get((answer.set, answer.index, answer.preference))
-        if answer.method != baseline and other is not None:
+        against = baseline or by_place.get(placement_of(answer.strength, answer.placement))
+        other = known.get((against or "", answer.set, answer.index, answer.preference))
+        if answer.method != against and other is not None:
             for order in orders:
                 yield _Comparison(answer, other, order)
 
