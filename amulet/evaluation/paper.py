@@ -105,7 +105,8 @@ def _named(name: str) -> list[PreferenceMeta]:
         meant = f" Close to it: {', '.join(close)}." if close else ""
         raise EvaluationError(
             f"{name!r} is no preference: expected paper, {', '.join(groups)}, one of "
-            f"{', '.join(NAMES)}, or a rule's name.{meant}"
+            f"{', '.join(NAMES)}, or a rule: {', '.join(rules.RULES)} (`amulet tune --list-rules` "
+            f"says what they check).{meant}"
         )
     return [_of_rule(own)]
 

@@ -51,12 +51,14 @@ class Rule:
     Attributes:
         name: as in `RULES`.
         preference: the words to the model, one sentence.
+        checks: what an answer must have, in words.
         check: whether an answer keeps it.
         opposite: a preference that asks for the contrary, where there is one.
     """
 
     name: str
     preference: str
+    checks: str
     check: Callable[[str], bool]
     opposite: str | None = None
 
@@ -195,148 +197,209 @@ _ALL = (
     Rule(
         "one-sentence",
         "Answer in one short sentence.",
+        "one sentence of 30 words at most",
         lambda text: sentences(text) == 1 and 1 <= len(words(text)) <= 30,
         "Answer in great detail, with many sentences.",
     ),
     Rule(
         "few-words",
         "Answer with ten words at most.",
+        "ten words at most",
         _between(1, 10),
         "Answer with as many words as you can.",
     ),
     Rule(
         "two-sentences",
         "Answer in exactly two sentences.",
+        "two sentences",
         lambda text: sentences(text) == 2,
         "Answer in many sentences.",
     ),
     Rule(
         "bullets",
         "Answer as a bullet list, each line starting with a dash.",
+        "two lines or more, and half of all, begin with a bullet",
         _bullets,
         "Answer in flowing prose without any list.",
     ),
     Rule(
         "numbered",
         "Answer in numbered steps: 1., 2., 3.",
+        "two lines or more begin with numbers that count up from 1",
         _numbered,
         "Answer in flowing prose without any numbers.",
     ),
     Rule(
         "no-list",
         "Answer in plain prose, without any list.",
+        "no line begins with a bullet or a number",
         lambda text: bool(words(text)) and not any(ITEM.match(line) for line in _lines(text)),
         "Answer as a list.",
     ),
     Rule(
         "capitals",
         "WRITE YOUR WHOLE ANSWER IN CAPITAL LETTERS.",
+        "95 % of the letters are capitals",
         _capitals,
         "write in lower case.",
     ),
     Rule(
         "lower-case",
         "write your whole answer in lower case letters, without any capitals.",
+        "no capital letter",
         _lower_case,
         "WRITE IN CAPITAL LETTERS.",
     ),
     Rule(
         "question",
         "End your answer with a question to the user.",
+        "the last sentence ends with a question mark",
         _question,
         "Never ask the user anything.",
     ),
     Rule(
         "no-question",
         "Never ask a question in your answer.",
+        "no question mark",
         lambda text: bool(words(text)) and not re.search("[?？]", text),
         "Ask many questions.",
     ),
     Rule(
         "exclamation",
         "Be very enthusiastic and use exclamation marks!",
+        "two exclamation marks or more",
         lambda text: bool(words(text)) and len(re.findall("!(?!=)", text)) >= 2,
         "Be calm and dry.",
     ),
     Rule(
         "positive",
         "Be very cheerful and positive.",
+        "VADER's sentiment is .6 or more",
         _positive,
         "Be gloomy and negative.",
     ),
-    Rule("emoji", "Use emojis in your answer. 😀", _has_emoji, "Use no emojis."),
-    Rule("french", "Réponds en français.", _in_language("fr"), "Answer in English."),
-    Rule("spanish", "Responde en español.", _in_language("es"), "Answer in English."),
-    Rule("german", "Antworte auf Deutsch.", _in_language("de"), "Answer in English."),
-    Rule("italian", "Rispondi in italiano.", _in_language("it"), "Answer in English."),
+    Rule(
+        "emoji", "Use emojis in your answer. 😀", "an emoji or more", _has_emoji, "Use no emojis."
+    ),
+    Rule(
+        "french",
+        "Réponds en français.",
+        "py3langid finds French",
+        _in_language("fr"),
+        "Answer in English.",
+    ),
+    Rule(
+        "spanish",
+        "Responde en español.",
+        "py3langid finds Spanish",
+        _in_language("es"),
+        "Answer in English.",
+    ),
+    Rule(
+        "german",
+        "Antworte auf Deutsch.",
+        "py3langid finds German",
+        _in_language("de"),
+        "Answer in English.",
+    ),
+    Rule(
+        "italian",
+        "Rispondi in italiano.",
+        "py3langid finds Italian",
+        _in_language("it"),
+        "Answer in English.",
+    ),
     Rule(
         "simple",
         "Use short, simple words, as for a young child.",
+        "Coleman-Liau grade of 7 or less",
         _simple,
         "Use long, academic words.",
     ),
     Rule(
         "academic",
         "Write in a complex, academic style with long words.",
+        "Coleman-Liau grade of 13 or more",
         _advanced,
         "Use short, simple words.",
     ),
     Rule(
         "no-contractions",
         'Write formally, without contractions such as "don\'t".',
+        "five words or more and no contraction",
         lambda text: len(words(text)) >= 5 and not CONTRACTION.search(text),
         "Write casually, with many contractions.",
     ),
     Rule(
         "contractions",
         'Write casually, with contractions such as "don\'t" and "it\'s".',
+        "two contractions or more",
         lambda text: len(CONTRACTION.findall(text)) >= 2,
         "Write formally, without contractions.",
     ),
     Rule(
         "name",
         "Address the user by name: Maria.",
+        'the name "Maria"',
         _has(r"\bMar[ií]a\b"),
         "Never use a name.",
     ),
     Rule(
         "formal-address",
         'Address the user as "Sir" or "Madam".',
+        '"sir", "madam" or "ma\'am"',
         _has(r"\b(?:sir(?!\s+(?-i:[A-Z]))|madam|ma['’]am)\b"),
         "Be casual with the user.",
     ),
     Rule(
         "first-person",
         'Write in the first person, with "I" and "my".',
+        'two of "I", "my", "me", "mine" and "myself"',
         _has(r"(?<![\w./])(?:(?-i:I)(?![\w./])|(?:my|me|mine|myself)\b)", 2),
         "Never speak of yourself.",
     ),
     Rule(
         "pirate",
         "Talk like a pirate.",
+        "a pirate's word, and a second one or a word of the sea",
         _pirate,
         "Talk like a news reader.",
     ),
     Rule(
         "example",
         'Give an example, with the words "for example".',
+        'the words "for example"',
         _has(r"\bfor\s+example\b"),
         "Give no examples.",
     ),
     Rule(
         "no-you",
         'Never use the word "you" in your answer.',
+        'five words or more, none of them "you"',
         lambda text: len(words(text)) >= 5 and not re.search(r"\byou\b", text, re.IGNORECASE),
         'Use the word "you" often.',
     ),
     Rule(
         "list",
         "Answer as a list, with one item per line.",
+        "two lines or more begin with a bullet or a number",
         lambda text: sum(bool(ITEM.match(line)) for line in _lines(text)) >= 2,
         "Answer in flowing prose without any list.",
     ),
-    Rule("json", "Answer as a JSON object.", _json, "Answer in prose."),
-    Rule("long", "Answer at great length.", lambda text: len(words(text)) >= 60, "Be brief."),
+    Rule(
+        "json",
+        "Answer as a JSON object.",
+        "a JSON object that is not empty, alone or in a code block",
+        _json,
+        "Answer in prose.",
+    ),
+    Rule(
+        "long",
+        "Answer at great length.",
+        "60 words or more",
+        lambda text: len(words(text)) >= 60,
+        "Be brief.",
+    ),
 )
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in _ALL}
@@ -354,5 +417,14 @@ def rule(name: str) -> Rule:
     """
     if name in RULES:
         return RULES[name]
-    close = difflib.get_close_matches(name, RULES, n=3) or list(RULES)
-    raise EvaluationError(f"{name!r} is no rule: expected such as {', '.join(close)}.")
+    raise EvaluationError(unknown_rule(name))
+
+
+def unknown_rule(name: str) -> str:
+    """Return the error for a name without a rule: all names, the close ones first."""
+    close = difflib.get_close_matches(name, RULES, n=3)
+    meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return (
+        f"There is no rule {name!r}: expected one of {', '.join(RULES)} "
+        f"(`amulet tune --list-rules` says what they check).{meant}"
+    )

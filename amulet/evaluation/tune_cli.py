@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from amulet.console import Device, DType, Model, load, progress_bar, readable_errors
 from amulet.errors import EvaluationError
@@ -28,7 +29,9 @@ Questions = Annotated[
 ]
 Preferences = Annotated[
     list[str] | None,
-    typer.Option("--preferences", "-p", metavar="NAMES", help="Preferences with a rule."),
+    typer.Option(
+        "--preferences", "-p", metavar="NAMES", help="Rules, separated by commas; see --list-rules."
+    ),
 ]
 Thumbs = Annotated[
     Path | None,
@@ -45,6 +48,10 @@ LogProbability = Annotated[
 ]
 Distinct = Annotated[
     float, typer.Option("--max-distinct-3-fall", help="Below the prompt alone, 0 to 1.")
+]
+ListRules = Annotated[
+    bool,
+    typer.Option("--list-rules", help="List the rules with what they check, and leave."),
 ]
 
 
@@ -69,12 +76,16 @@ def tune_command(
     max_distinct_3_fall: Distinct = 0.05,
     device: Device = None,
     dtype: DType = "auto",
+    list_rules: ListRules = False,
 ) -> None:
     """Find strength, floor and placement for your model and preferences; writes a steering file.
 
     Give --questions and --preferences (their rules judge), or --thumbs. Several preferences in
     thumbs get weights, in a file of their own beside FILE.
     """
+    if list_rules:
+        Console().print(_rule_table())
+        return
     with readable_errors():
         has_rules = bool(questions and preferences)
         if (thumbs is None) != has_rules or (thumbs and (questions or preferences)):
@@ -132,13 +143,13 @@ def _placements(given: list[str] | None) -> tuple[Placement, ...]:
 def _rules(names: Sequence[str]) -> tuple[list[str], Score]:
     """Return the preferences' texts, and the judge that checks their rules."""
     from amulet.evaluation.paper import preferences_of
-    from amulet.evaluation.rules import rule
+    from amulet.evaluation.rules import rule, unknown_rule
 
     metas = preferences_of(name for given in names for name in given.split(","))
     checks = {}
     for meta in metas:
         if meta.rule is None:
-            raise EvaluationError(f"The preference {meta.name!r} has no rule: take another one.")
+            raise EvaluationError(unknown_rule(meta.name))
         checks[meta.text] = [rule(name).check for name in meta.rule.split("+")]
 
     def score(cases: Sequence[Case]) -> list[float]:
@@ -188,6 +199,17 @@ def _table(found: Tuned) -> Table:
             f"{trial.distinct_3_fall:.3f}",
             marks,
         )
+    return table
+
+
+def _rule_table() -> Table:
+    from amulet.evaluation.rules import RULES
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("rule", "the model is told", "what is checked"):
+        table.add_column(title)
+    for rule in RULES.values():
+        table.add_row(rule.name, Text(rule.preference), Text(rule.checks))
     return table
 
 

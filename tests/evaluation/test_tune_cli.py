@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from amulet import Amulet, Preference, Steering
+from amulet.evaluation.rules import RULES
 from amulet.evaluation.tune_cli import register
+from tests.docs.pages import DOCS, blocks
 from tests.models import ScriptedModel
 
 SHORT, LONG = "Tea.", "Tea is a leaf in hot water. Tea is a leaf in hot water."
@@ -76,6 +79,33 @@ def test_rules_choose_a_setting_and_write_it(
     assert lines[-1] == ["Written:", str(out)]
 
 
+def test_the_documented_command_runs(
+    scripted: Amulet, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    question_file.rename("questions.json")
+    [command] = [
+        line
+        for block in blocks(DOCS / "tune.md", "bash")
+        for line in block.text.splitlines()
+        if "--questions" in line
+    ]
+    words = shlex.split(command)
+    assert words[:2] == ["amulet", "tune"]
+    result = run(*words[2:])
+    assert result.exit_code == 0, result.output
+    assert Steering.model_validate_json((tmp_path / "steering.json").read_text("utf-8"))
+
+
+def test_the_rules_are_listed_with_what_they_check(loaded: list[object]) -> None:
+    result = run("--list-rules")
+    assert result.exit_code == 0, result.output
+    listed = [line.split()[0] for line in result.stdout.splitlines()[1:] if line[:1].strip()]
+    assert listed == list(RULES)
+    assert "ten words at most" in result.stdout
+    assert loaded == []
+
+
 def test_thumbs_give_a_strength(
     tiny: Amulet, monkeypatch: pytest.MonkeyPatch, loaded: list[object], tmp_path: Path
 ) -> None:
@@ -116,8 +146,13 @@ def thumb(preferences: list[str]) -> str:
         ((), "Expected either --questions with --preferences, or --thumbs alone."),
         (("--preferences", "bullets"), "Expected either --questions with --preferences"),
         (("-q", "QUESTIONS", "-p", "bullets", "--thumbs", "t"), "or --thumbs alone"),
-        (("-q", "QUESTIONS", "-p", "creative"), "'creative' has no rule"),
-        (("-q", "QUESTIONS", "-p", "bulets"), "'bulets' is no preference"),
+        (
+            ("-q", "QUESTIONS", "-p", "creative"),
+            "no rule 'creative': expected one of one-sentence, few-words,",
+        ),
+        (("-q", "QUESTIONS", "-p", "bulets"), "or a rule: one-sentence, few-words,"),
+        (("-q", "QUESTIONS", "-p", "bulets"), "long (`amulet tune --list-rules` says"),
+        (("-q", "QUESTIONS", "-p", "bulets"), "Close to it: bullets"),
         (("-q", "QUESTIONS", "-p", "bullets", "--placement", "top"), "placement='top'"),
         (("-q", "nowhere.json", "-p", "bullets"), "No questions at 'nowhere.json'"),
         (("--thumbs", "nowhere.jsonl"), "nowhere.jsonl"),
