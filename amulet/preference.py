@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from amulet.aliases import advice
 from amulet.errors import RequestError
 from amulet.gain import game_gain
 
@@ -37,7 +38,7 @@ class Preference(BaseModel):
         try:
             super().__init__(text=text, weight=weight, **unknown)
         except ValidationError as error:
-            raise RequestError(f"Preference: {describe(error)}") from None
+            raise RequestError(f"Preference: {describe(error, type(self).model_fields)}") from None
 
     text: str
     weight: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
@@ -78,7 +79,7 @@ class Steering(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise RequestError(f"Steering: {describe(error)}") from None
+            raise RequestError(f"Steering: {describe(error, type(self).model_fields)}") from None
 
     @classmethod
     def paper(
@@ -105,14 +106,6 @@ class Steering(BaseModel):
 
 
 DEFAULT_STEERING = Steering()
-
-# Other libraries' names of options.
-_CALLED_HERE = {
-    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
-    **dict.fromkeys(("stop_sequences", "stop_strings"), "stop"),
-    "response_format": "grammar",
-    "preferences": "preference",
-}
 
 
 def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
@@ -167,15 +160,18 @@ def row_weights(preferences: Sequence[Preference], strength: float) -> list[floa
     return [share * preference.weight for preference in preferences]
 
 
-def describe(error: ValidationError) -> str:
-    """Return pydantic's findings as one sentence per field: name, value given, what is expected."""
+def describe(error: ValidationError, known: Collection[str] = ()) -> str:
+    """Return pydantic's findings as one sentence per field: name, value given, what is expected.
+
+    Args:
+        error: what pydantic raised.
+        known: names of the options that there are.
+    """
     findings = []
     for finding in error.errors(include_url=False):
         name = ".".join(str(part) for part in finding["loc"]) or "request"
         if finding["type"] == "extra_forbidden":
-            known = _CALLED_HERE.get(name)
-            advice = f"it is called {known} here" if known else "check its spelling"
-            findings.append(f"{name}: unknown option; {advice}")
+            findings.append(f"{name}: unknown option; {advice(name, known)}")
         else:
             message = finding["msg"].removeprefix("Value error, ").removesuffix(".")
             given = f"={finding['input']!r}" if finding["loc"] else ""  # not the whole chat

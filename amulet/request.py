@@ -98,7 +98,7 @@ class Request(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise RequestError(describe(error)) from None
+            raise RequestError(describe(error, type(self).model_fields)) from None
 
     @field_validator("preference", mode="before")
     @classmethod

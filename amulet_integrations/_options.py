@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from amulet.aliases import close, meant
 from amulet.errors import RequestError
 
 
@@ -24,8 +24,10 @@ def refuse_unknown(
     for name in options:
         if name in names:
             continue
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = hints.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
+        if (hint := hints.get(name)) is None:
+            called, similar = meant(name, names), close(name, names)
+            hint = f"did you mean {similar}?" if similar else "leave it out"
+            hint = f"use {called}" if called else hint
         raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
 
 

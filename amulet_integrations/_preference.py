@@ -7,10 +7,12 @@ and means off, so a nested call can refuse what it would inherit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from amulet.aliases import close, meant
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike, normal_preferences
 
@@ -78,6 +80,33 @@ def choose(
             if name == "preference":
                 found["source"] = source
     return Chosen(**found)
+
+
+def setting_meant(key: object) -> str | None:
+    """Return the setting that a key names or is likely to mean, None for anything else.
+
+    Keys share their place with other components', so that words such as "reference" and "length"
+    are none of ours: a typo seldom changes the first letter.
+    """
+    if not isinstance(key, str):
+        return None
+    name = key.lower().replace("-", "_").removeprefix("amulet_")
+    found = name if name in SETTINGS else meant(name, SETTINGS) or close(name, SETTINGS)
+    return found if found and found[0] == name[0] else None
+
+
+def warn_of_typos(keys: Iterable[object], where: str) -> None:
+    """Warn of keys that nobody reads and that are likely to mean a setting.
+
+    >>> warn_of_typos(["preferance"], "configurable")  # UserWarning: did you mean 'preference'?
+    """
+    for key in keys:
+        if key not in SETTINGS and (found := setting_meant(key)) is not None:
+            warnings.warn(
+                f"{where}: nobody reads the key {key!r}; did you mean {found!r}?",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def plain(preference: PreferenceLike) -> str | list[str | dict[str, Any]] | None:

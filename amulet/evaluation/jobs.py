@@ -47,7 +47,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise EvaluationError(f"settings: {describe(error)}") from None
+            raise EvaluationError(f"settings: {describe(error, type(self).model_fields)}") from None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import anyio
 from fastapi import FastAPI
@@ -265,7 +265,8 @@ def _add_errors(app: FastAPI) -> None:
             found = f"The Content-Type is {kind!r}" if kind else "There is no Content-Type"
             wrong = ApiError(400, f"{found}: send JSON with Content-Type: application/json.")
             return answer(wrong)
-        return answer(from_validation(error.errors()))
+        body = get_type_hints(http.scope["endpoint"]).get("body")
+        return answer(from_validation(error.errors(), getattr(body, "model_fields", ())))
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from amulet.aliases import advice
 from amulet.errors import (
     AmuletError,
     DecodeError,
@@ -24,8 +25,6 @@ PARAMS = {
     "max_new_tokens": "max_tokens",
     "template_options": "chat_template_kwargs",
 }
-# Where somebody's name of an option is neither.
-CALLED_HERE = {"max_new_tokens": "max_tokens", "preferences": "preference"}
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)
 _NAMED = re.compile(r"([a-z_]+)(?=[\[ .=:(])")
 
@@ -105,10 +104,14 @@ def from_amulet(error: AmuletError, fields: Sequence[str]) -> ApiError:
     return ApiError(500, message, code="decode_error")
 
 
-def from_validation(findings: Sequence[Mapping[str, Any]]) -> ApiError:
+def from_validation(findings: Sequence[Mapping[str, Any]], known: Collection[str]) -> ApiError:
     """Return what the client is told of a body that doesn't fit its schema.
 
     The message names the fields, not what they held: it may be a prompt.
+
+    Args:
+        findings: pydantic's.
+        known: names of the body's fields.
     """
     told: dict[str, list[str]] = {}
     for finding in findings:
@@ -118,8 +121,7 @@ def from_validation(findings: Sequence[Mapping[str, Any]]) -> ApiError:
             field += f"[{path[1]}]"
         if finding["type"] == "extra_forbidden":
             field = ".".join(map(str, path))
-            known = CALLED_HERE.get(field)
-            message = f"unknown option; {f'it is {known} here' if known else 'check its spelling'}"
+            message = f"unknown option; {advice(field, known)}"
         else:
             message = str(finding["msg"]).removeprefix("Value error, ").rstrip(".")
             message = message[:1].lower() + message[1:]

@@ -18,7 +18,7 @@ from langchain_core.messages import (
 )
 
 from amulet.errors import RequestError
-from amulet_integrations._preference import SETTINGS
+from amulet_integrations._preference import SETTINGS, warn_of_typos
 
 # Blocks that repeat what a message holds elsewhere (its tool calls), or that only some other
 # provider reads; a template has no place for them.
@@ -80,6 +80,7 @@ def stated_settings(messages: Sequence[BaseMessage]) -> dict[str, Any]:
     stated: dict[str, Any] = {}
     for message in reversed(messages):
         if isinstance(message, HumanMessage | SystemMessage):
+            warn_of_typos(message.additional_kwargs, "a message's additional_kwargs")
             for name in SETTINGS:
                 if (value := message.additional_kwargs.get(name)) is not None:
                     stated.setdefault(name, value)

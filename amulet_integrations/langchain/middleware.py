@@ -15,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike
-from amulet_integrations._preference import SETTINGS, Source, choose
+from amulet_integrations._preference import SETTINGS, Source, choose, warn_of_typos
 from amulet_integrations.langchain.binding import unbound
 from amulet_integrations.langchain.memory import PreferenceMemory, Settings, as_json, merge_settings
 from amulet_integrations.langchain.messages import stated_settings
@@ -138,6 +138,8 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
     ) -> ModelRequest[Any]:
         """Return the request with the settings in force as its model settings."""
         model, config, bound = unbound(request.model)
+        if isinstance(request.runtime.context, Mapping):
+            warn_of_typos(request.runtime.context, "the run's context")
         context = {name: _field(request.runtime.context, name) for name in SETTINGS}
         pinned = model.pinned if isinstance(model, AmuletOptions) else {}
         call = _nearest(request.model_settings, context, bound, pinned)

@@ -22,7 +22,15 @@ from amulet.fingerprint import fingerprint
 from amulet.preference import Placement, describe
 from amulet.request import Request
 from amulet_integrations import _loading, _options
-from amulet_integrations._preference import SETTINGS, SOURCES, Chosen, Source, choose, plain
+from amulet_integrations._preference import (
+    SETTINGS,
+    SOURCES,
+    Chosen,
+    Source,
+    choose,
+    plain,
+    warn_of_typos,
+)
 
 Self = TypeVar("Self", bound="AmuletOptions")
 
@@ -47,10 +55,6 @@ CHAT_OPTIONS = (*LLM_OPTIONS, *CHAT)
 HINTS = {
     "model_name": "use model",
     "model_id": "use model",
-    "num_predict": "use max_tokens",
-    "max_completion_tokens": "use max_tokens",
-    "max_length": "use max_tokens",
-    "repeat_penalty": "use repetition_penalty",
     "pipeline": "use from_pipeline(pipeline)",
     "llm": "use from_pipeline(llm)",
     "pipeline_kwargs": "give max_tokens, temperature, ... by name",
@@ -215,6 +219,7 @@ class AmuletOptions(BaseModel):
         call = normal(kwargs)
         configurable = ensure_config().get("configurable") or {}
         configurable |= given(ensure_config(config).get("configurable") or {})
+        warn_of_typos(configurable, 'config["configurable"]')
         chosen = choose(**_levels(self.pinned, call, configurable))
         folded = {name: value for name, value in call.items() if name not in SETTINGS}
         folded.update(chosen.as_dict())

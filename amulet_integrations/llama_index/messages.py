@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from llama_index.core.base.llms.types import (
 from amulet.errors import RequestError
 from amulet.preference import PreferenceLike, normal_preferences
 from amulet.request import Reply, TokenTrace, ToolCall, Usage
+from amulet_integrations._preference import setting_meant
 from amulet_integrations.llama_index.scope import Settings, as_json, checked
 
 MARK = "amulet_preference"
@@ -86,6 +88,14 @@ def stated_in(messages: Iterable[ChatMessage]) -> Settings:
                 'ChatMessage(role="user", content="...").'
             )
         given = message.additional_kwargs.get(MARK)
+        for key in message.additional_kwargs:
+            if key != MARK and setting_meant(key) is not None:
+                warnings.warn(
+                    f"messages[{index}]: nobody reads the key {key!r} of its additional_kwargs; "
+                    "to keep a preference in a conversation use preference_message(...).",
+                    UserWarning,
+                    stacklevel=3,
+                )
         if given is not None:
             stated = checked(**given) if isinstance(given, dict) else checked(given)
     return stated

@@ -12,6 +12,7 @@ from llama_index.core.workflow import Context
 
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
+from amulet_integrations._options import refuse_unknown
 from amulet_integrations._preference import SETTINGS
 
 Settings: TypeAlias = dict[str, Any]
@@ -117,11 +118,12 @@ def checked(preference: PreferenceLike = None, **push: Any) -> Settings:
     Raises:
         RequestError: one of them is not valid.
     """
-    unknown = {name: value for name, value in push.items() if value is not None}
-    Steering(**unknown)  # checks names and ranges
+    refuse_unknown(push, SETTINGS, "The preference", {})
+    given = {name: value for name, value in push.items() if value is not None}
+    Steering(**given)  # checks the ranges
     if preference is None:
-        return unknown
-    return {"preference": list(normal_preferences(preference)) or "", **unknown}
+        return given
+    return {"preference": list(normal_preferences(preference)) or "", **given}
 
 
 def as_json(settings: Mapping[str, Any]) -> Settings:

@@ -90,10 +90,28 @@ def test_a_message_that_is_no_dict_is_named_by_its_place() -> None:
         Request(messages=[CHAT[0], "Hello"])
 
 
-def test_an_unknown_option_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("max_tokens", "it is called max_new_tokens here"),
+        ("max_length", "it is called max_new_tokens here"),
+        ("max_completion_tokens", "it is called max_new_tokens here"),
+        ("n_predict", "it is called max_new_tokens here"),
+        ("num_predict", "it is called max_new_tokens here"),
+        ("stop_sequences", "it is called stop here"),
+        ("stop_strings", "it is called stop here"),
+        ("random_seed", "it is called seed here"),
+        ("repeat_penalty", "it is called repetition_penalty here"),
+        ("response_format", "it is called grammar here"),
+        ("preferences", "it is called preference here"),
+        ("preferance", "did you mean preference?"),
+        ("whatever", "check its spelling"),
+    ],
+)
+def test_an_unknown_option_is_an_error_that_names_ours(name: str, advice: str) -> None:
     with pytest.raises(RequestError) as raised:
-        Request(messages=CHAT, max_tokens=5)
-    assert str(raised.value) == "max_tokens: unknown option; it is called max_new_tokens here."
+        Request(messages=CHAT, **{name: 5})
+    assert str(raised.value) == f"{name}: unknown option; {advice}."
 
 
 def test_every_bad_field_is_named_at_once() -> None:

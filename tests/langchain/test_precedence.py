@@ -238,3 +238,46 @@ async def test_structured_output_knows_the_preference_and_is_not_steered(
     result = structured.invoke(case.messages, case.config)
     assert result["parsed"] == City(name="Rome")
     assert result["raw"].response_metadata["preference_source"] == level
+
+
+# ---- a key that nobody reads ----
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("preferance", "preference"),
+        ("preferences", "preference"),
+        ("amulet_preference", "preference"),
+        ("Preference", "preference"),
+        ("strenght", "strength"),
+        ("placment", "placement"),
+    ],
+)
+async def test_a_misspelt_key_of_the_config_is_told(key: str, meant: str) -> None:
+    config: Any = {"configurable": {key: "near"}}
+    told = f"nobody reads the key '{key}'; did you mean '{meant}'"
+    chat = preferring("near")
+    with pytest.warns(UserWarning, match=told):
+        chat.invoke("Hi", config)
+    with pytest.warns(UserWarning, match=told):
+        await chat.ainvoke("Hi", config)
+    with pytest.warns(UserWarning, match=told):
+        list(chat.stream("Hi", config))
+    with pytest.warns(UserWarning, match=told):
+        (RunnableLambda(lambda text: text) | chat).batch(["Hi"], config)
+
+
+def test_keys_of_other_components_pass() -> None:
+    others = ("thread_id", "user_id", "session_id", "checkpoint_ns", "model", "reference", "length")
+    config: Any = {"configurable": {**dict.fromkeys(others, "x"), "preference": "near"}}
+    assert preferring("near").invoke("Hi", config).response_metadata["preference_source"]
+
+
+def test_a_misspelt_key_of_a_message_or_a_context_is_told() -> None:
+    message = HumanMessage("Hi", additional_kwargs={"preferance": "near"})
+    with pytest.warns(UserWarning, match="additional_kwargs: nobody reads the key 'preferance'"):
+        preferring("near").invoke([message])
+    agent = create_agent(preferring("near"), middleware=[PreferenceMiddleware()])
+    with pytest.warns(UserWarning, match="the run's context: nobody reads the key 'preferance'"):
+        agent.invoke({"messages": "Hi"}, context={"preferance": "near"})

@@ -285,8 +285,23 @@ UNKNOWN = [
     ({"temprature": 1}, "did you mean temperature?"),
     ({"json_mode": True}, "use structured_predict() or as_structured_llm()"),
     ({"do_sample": True}, "use temperature: 0 is greedy, above 0 samples"),
+    ({"n_predict": 3}, "use max_tokens"),
+    ({"preferance": "x"}, "did you mean preference?"),
     ({"whatever": 3}, "leave it out"),
 ]
+
+
+def test_a_misplaced_preference_of_a_message_is_told() -> None:
+    message = ChatMessage(role="user", content="Hi", additional_kwargs={"preference": WISH})
+    with pytest.warns(UserWarning, match=r"'preference' of its additional_kwargs; .*_message\("):
+        scripted().chat([message])
+    told = ChatMessage(role="user", content="Hi", additional_kwargs={"reference": 1, "id": 2})
+    assert scripted().chat([told]).message.content == PLAIN
+
+
+def test_a_misspelt_setting_of_a_marked_message_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"option strenght=2: did you mean strength\?"):
+        preference_message(WISH, strenght=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(("given", "hint"), UNKNOWN)
