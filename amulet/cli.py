@@ -154,7 +154,7 @@ def compare(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, device and models, and what is missing with the command that mends it.
+    """Show versions, device and models, and what is missing with the command that fixes it.
 
     The exit code is 1 where something that Amulet needs is missing.
     """
@@ -166,8 +166,8 @@ def doctor() -> None:
     for finding in findings:
         sign, colour = signs[finding.state]
         text = Text(finding.text)
-        if finding.mend:
-            text.append(f"\n→ {finding.mend}", style="bold")
+        if finding.fix:
+            text.append(f"\n→ {finding.fix}", style="bold")
         table.add_row(Text(sign, colour), finding.topic, text)
     Console().print(table)
     if any(finding.state == "bad" for finding in findings):

@@ -163,7 +163,7 @@ class CompiledStep:
         source = _forward_layer if self._by_layer else forward_step
         self._compiled = torch.compile(source, dynamic=True, fullgraph=True)
         start = time.perf_counter()
-        with warnings.catch_warnings():  # the compiler's own, which nobody here can mend
+        with warnings.catch_warnings():  # the compiler's own, which nobody here can fix
             warnings.simplefilter("ignore")
             if self._by_layer:
                 self._try_layers(*arguments[3:5])

@@ -1,4 +1,4 @@
-"""What `amulet doctor` finds: versions, device, models and extras, each with what mends it."""
+"""What `amulet doctor` finds: versions, device, models and extras, each with what fixes it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Finding:
         topic: what was looked at.
         state: "ok"; "note" for what is absent but not needed; "bad" for what Amulet needs.
         text: what was found.
-        mend: the command or setting that mends it, or "".
+        fix: the command or setting that fixes it, or "".
     """
 
     topic: str
     state: Literal["ok", "note", "bad"]
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine() -> list[Finding]:
@@ -84,8 +84,8 @@ def _requirements() -> list[Finding]:
     for requirement in declared:
         problem = _problem(requirement)
         if problem:
-            mend = f"pip install '{requirement.name}{requirement.specifier}'"
-            findings.append(Finding(requirement.name, "bad", problem, mend))
+            fix = f"pip install '{requirement.name}{requirement.specifier}'"
+            findings.append(Finding(requirement.name, "bad", problem, fix))
         elif requirement.name in STARTED_WITH:
             version = metadata.version(requirement.name)
             findings.append(Finding(requirement.name, "ok", version))
@@ -98,8 +98,8 @@ def _device() -> Finding:
 
         from amulet.loading import default_device
     except (ImportError, OSError) as error:  # a broken install of torch raises either
-        mend = "pip install --force-reinstall torch"
-        return Finding("device", "bad", f"torch can't be imported: {error}", mend)
+        fix = "pip install --force-reinstall torch"
+        return Finding("device", "bad", f"torch can't be imported: {error}", fix)
     device = default_device()
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     if device == "cuda":
@@ -143,8 +143,8 @@ def _embedded() -> list[Finding]:
     room = shutil.disk_usage(_existing(folder)).free
     text = f"{PACKAGE} {version}; first use converts it into {folder} (20 s, 540 MB)"
     if room < 1_200_000_000:  # the copy, and what is written beside it meanwhile
-        mend = "make room, or set AMULET_CACHE to another folder"
-        return [Finding("embedded model", "note", f"{text}; {_size(room)} are free there", mend)]
+        fix = "make room, or set AMULET_CACHE to another folder"
+        return [Finding("embedded model", "note", f"{text}; {_size(room)} are free there", fix)]
     return [Finding("embedded model", "ok", text)]
 
 
@@ -169,8 +169,8 @@ def _extras() -> list[Finding]:
             continue
         problems = [problem for r in requirements if (problem := _problem(r))]
         if problems:
-            mend = f"pip install '{DISTRIBUTION}[{extra}]'"
-            findings.append(Finding(f"extra {extra}", "note", "; ".join(problems), mend))
+            fix = f"pip install '{DISTRIBUTION}[{extra}]'"
+            findings.append(Finding(f"extra {extra}", "note", "; ".join(problems), fix))
         else:
             found = ", ".join(f"{r.name} {metadata.version(r.name)}" for r in requirements)
             findings.append(Finding(f"extra {extra}", "ok", found))

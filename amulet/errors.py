@@ -10,7 +10,7 @@
     │   └── OutOfMemoryError          the device has no room for the batch, or for the model
     └── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
-Each message says what was given, what was expected and how to mend it. Where to read more stands
+Each message says what was given, what was expected and how to fix it. Where to read more stands
 below the traceback (Python 3.11 and newer), and in the error's `help_page`.
 """
 

@@ -156,20 +156,20 @@ def _checked_device(device: str | torch.device) -> str:
         raise ModelError(
             f'device={device!r}: expected "cpu", "cuda", "cuda:<number>" or "mps".'
         ) from None
-    mend = f'give device="{default_device()}", or leave device out'
+    fix = f'give device="{default_device()}", or leave device out'
     if checked.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
             raise ModelError(
-                f"device={str(device)!r}: torch {torch.__version__} sees no CUDA GPU here; {mend}."
+                f"device={str(device)!r}: torch {torch.__version__} sees no CUDA GPU here; {fix}."
             )
         if checked.index is not None and checked.index >= count:
             raise ModelError(
-                f"device={str(device)!r}: there are {count} CUDA GPUs, numbered from 0; {mend}."
+                f"device={str(device)!r}: there are {count} CUDA GPUs, numbered from 0; {fix}."
             )
     if checked.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError(
-            f"device={str(device)!r}: torch {torch.__version__} has no MPS here; {mend}."
+            f"device={str(device)!r}: torch {torch.__version__} has no MPS here; {fix}."
         )
     return str(checked)
 
@@ -233,7 +233,7 @@ def _tokenizer_source(source: str) -> str:
 
 
 def _explain(source: str, error: Exception) -> str:
-    """Turn what Transformers raised into what was given, what is wrong and how to mend it."""
+    """Turn what Transformers raised into what was given, what is wrong and how to fix it."""
     said = str(error)
     if "trust_remote_code" in said:
         return (

@@ -1,9 +1,9 @@
 """Messages and preferences -> the token ids of the preferred prompts and of the base prompt.
 
 In this order: messages are brought to one form (`amulet.messages`); control tokens inside contents
-are broken up (`break_all`); the least mending is found under which the template shows every message
-and the preference, the same for all rows (`_fitted`); each row is rendered and encoded once.
-Rendering, probing the template and breaking tokens live in `amulet.template`.
+are broken up (`break_all`); the fewest changes are found with which the template shows every
+message and the preference, the same for all rows (`_fitted`); each row is rendered and
+encoded once. Rendering, probing the template and breaking tokens live in `amulet.template`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def encode_chat(
     """Return the prompts of a chat; a last message from the assistant is continued.
 
     The base prompt is what `apply_chat_template` gives whenever the template takes the messages as
-    they are and shows all of them. Otherwise they are mended step by step, in all rows alike:
+    they are and shows all of them. Otherwise they are changed step by step, in all rows alike:
     system messages are merged into one leading message (one that follows an answer becomes a user
     turn), or put before the first user turn where the template has no place for them; consecutive
     turns of one role are merged; tool calls get other ids or forms, and at last become text.
@@ -90,7 +90,7 @@ def encode_chat(
 
     Raises:
         TemplateError: there is no template, or it refuses the messages, or drops one or the
-            preference, even when mended.
+            preference, even when they are changed.
         RequestError: a message or option is not valid.
     """
     given = normal_messages(messages)
@@ -112,7 +112,7 @@ def encode_chat(
     preferred = []
     for preference in preferences:
         text = dialect.defuse(preference.text)
-        arranged = _arrange(fitted.chat, dialect, fitted.mending, text, placement)
+        arranged = _arrange(fitted.chat, dialect, fitted.changes, text, placement)
         # The preference is private: a template that quotes contents must not put it into a log.
         preferred.append(encode(tokenizer, template.render(arranged, quiet=True)))
     return _told_apart(Prompts(tuple(preferred), base))
@@ -175,7 +175,7 @@ def _told_apart(prompts: Prompts) -> Prompts:
 # ---- arranging: what the template takes, the same for all rows ----
 
 
-class _Mending(NamedTuple):
+class _Changes(NamedTuple):
     """What is done to a chat so that its template takes it."""
 
     merge_system: bool
@@ -186,7 +186,7 @@ class _Mending(NamedTuple):
 
 class _Fitted(NamedTuple):
     chat: list[Message]
-    mending: _Mending
+    changes: _Changes
     text: str
     """The base prompt."""
 
@@ -194,7 +194,7 @@ class _Fitted(NamedTuple):
 def _fitted(
     template: ChatTemplate, dialect: Dialect, chat: list[Message], placement: Placement | None
 ) -> _Fitted:
-    """Return the least mending under which the template takes the chat and shows all of it.
+    """Return the fewest changes with which the template takes the chat and shows all of it.
 
     Each try also renders the chat with sentinels for contents, and for a preference (`placement`
     is None where there is none): what does not come out would be lost to the model without a word.
@@ -202,13 +202,13 @@ def _fitted(
     refused: TemplateError | None = None
     dropped: list[str] = []
     unchecked: _Fitted | None = None
-    mendings = _mendings(dialect)
-    for form, mending in ((form, mending) for form in call_forms(chat) for mending in mendings):
-        base = _arrange(form, dialect, mending)
+    all_changes = _all_changes(dialect)
+    for form, changes in ((form, changes) for form in call_forms(chat) for changes in all_changes):
+        base = _arrange(form, dialect, changes)
         marked, marks = _marked(form)
         if placement is not None:
             marks[PREFERENCE] = "the preference"
-        twin = _arrange(marked, dialect, mending, PREFERENCE if placement else "", placement)
+        twin = _arrange(marked, dialect, changes, PREFERENCE if placement else "", placement)
         try:
             text, shown = template.render_all([base, twin])
         except TemplateError:
@@ -217,12 +217,12 @@ def _fitted(
             except TemplateError as error:
                 refused = refused or error
             else:  # it looks at what contents say, or takes no system message here
-                unchecked = unchecked or _Fitted(form, mending, text)
+                unchecked = unchecked or _Fitted(form, changes, text)
             continue
         wanted, found = (Counter(_MARK.findall(text)) for text in (str(twin), shown.lower()))
         lost = [what for mark, what in marks.items() if found[mark] < wanted[mark]]
         if not lost:
-            return _Fitted(form, mending, text)
+            return _Fitted(form, changes, text)
         dropped = dropped or lost
     if unchecked is not None:
         return unchecked
@@ -235,11 +235,11 @@ def _fitted(
     raise refused
 
 
-def _mendings(dialect: Dialect) -> list[_Mending]:
+def _all_changes(dialect: Dialect) -> list[_Changes]:
     if not dialect.has_system:
-        return [_Mending(True, merge, True) for merge in (False, True)]
-    merged = [_Mending(True, merge, fold) for merge in (False, True) for fold in (False, True)]
-    return [_Mending(False, False, False), *merged]
+        return [_Changes(True, merge, True) for merge in (False, True)]
+    merged = [_Changes(True, merge, fold) for merge in (False, True) for fold in (False, True)]
+    return [_Changes(False, False, False), *merged]
 
 
 def _marked(chat: list[Message]) -> tuple[list[Message], dict[str, str]]:
@@ -273,18 +273,18 @@ def _named(call: Message, name: str) -> Message:
 def _arrange(
     chat: list[Message],
     dialect: Dialect,
-    mending: _Mending,
+    changes: _Changes,
     preference: str = "",
     placement: Placement | None = None,
 ) -> list[Message]:
-    if mending.merge_system:
+    if changes.merge_system:
         chat = [{**message, "content": message.get("content") or ""} for message in chat]
         chat = _with_system(_late_system_as_user(chat), first=True)
     if preference:
         chat = _place(chat, preference, placement, dialect.default_system)
-    if mending.fold_system:
+    if changes.fold_system:
         chat = _with_system(chat, first=False)
-    return _merge_turns(chat) if mending.merge_turns else chat
+    return _merge_turns(chat) if changes.merge_turns else chat
 
 
 def _late_system_as_user(chat: list[Message]) -> list[Message]:

@@ -34,7 +34,7 @@ class ApiError(Exception):
 
     Args:
         status: the HTTP status.
-        message: what was given, what was expected, how to mend it.
+        message: what was given, what was expected, how to fix it.
         param: the field of the body that it is about.
         code: what a program tells errors apart by.
         retry_after: in how many seconds to try again.

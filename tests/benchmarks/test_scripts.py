@@ -119,7 +119,7 @@ def _apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.set_verbosity(verbosity)
 
 
-# What the peers themselves warn of is not ours to mend.
+# What the peers themselves warn of is not ours to fix.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("script", "claims"), [pytest.param(s, c, id=s.__name__.split(".")[1]) for s, c in CLAIMS]

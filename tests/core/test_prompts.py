@@ -265,7 +265,7 @@ def test_shared_prefix() -> None:
     assert Prompts((), [1, 2]).shared_prefix == 2
 
 
-# ---- what a template refuses is mended, in all rows alike ----
+# ---- what a template refuses is changed, in all rows alike ----
 
 
 @pytest.mark.parametrize(

@@ -243,10 +243,10 @@ def test_text_and_lists_alike() -> None:
     assert rows(family_tokenizer("chatml", chat_template=template), HI, "user")[0] == "Hi"
 
 
-# ---- what no mending shows ----
+# ---- what no change shows ----
 
 
-def test_a_message_that_no_mending_shows_is_an_error() -> None:
+def test_a_message_that_no_change_shows_is_an_error() -> None:
     last_only = family_tokenizer("chatml", chat_template="{{ messages[-1].content }}")
     assert rows(last_only, HI, "user") == ["Hi", "Hi\n\nBe brief."]
     with pytest.raises(TemplateError) as caught:

@@ -36,6 +36,9 @@ from tests.templates import family_tokenizer
 STAND_IN = "Qwen/Qwen3-0.6B"
 SHORT = 8  # tokens per answer, unless cutting it would break what is shown
 NOT_RUN = "# Not run here: "
+FRAMEWORKS = ("langchain.md", "llama_index.md")
+# What a print of a page gives at the end of its line: `print(...)  # ... word`.
+ENDS = re.compile(r"^ *print\(.*\)  # \.\.\. (\w+)$", re.MULTILINE)
 # Pages whose blocks another test runs.
 ELSEWHERE = {"serving.md": "tests/serve/test_docs.py"}
 
@@ -89,7 +92,12 @@ def quick(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_page_runs(
-    page: Path, hub: None, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    hub: None,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("_llm", "_tokenizer"):  # what a page sets ends with it
@@ -99,9 +107,28 @@ def test_the_page_runs(
     for block in blocks(page, "python"):
         if not block.mark:
             exec(block.compiled(), namespace)  # type: ignore[call-overload]
+            printed = capsys.readouterr().out
+            for word in ENDS.findall(block.text):
+                assert re.search(rf" {word}$", printed, re.MULTILINE), f"{block.name}: {word}"
     namespace.clear()
     asyncio.set_event_loop(None)  # let go of what it left,
     gc.collect()  # while this test's filter holds
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_frameworks_pages_need_the_embedded_model_alone(name: str) -> None:
+    first, *others = [block for block in blocks(DOCS / name, "python") if not block.mark]
+    assert ".embedded(" in first.text
+    for block in (first, *others):
+        assert STAND_IN not in block.text, f"{block.name}: a reader without a network is stuck"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *ROOT.glob("*.md")], ids=lambda path: path.name)
+def test_nothing_is_installed_under_a_name_that_no_index_has(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "<this repository>" not in text
+    commands = re.findall(r"^ *(?:\$ )?(pip install .*)$", text, re.MULTILINE)
+    assert [line for line in commands if "amulet-integrations" in line] == []
 
 
 @pytest.mark.parametrize("block", UNRUN, ids=lambda block: block.name)

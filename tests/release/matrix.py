@@ -122,7 +122,7 @@ def main() -> int:
             environment = environment_of(row, arguments.keep or Path(folder))
             print(f"\n{row}: {versions(environment)}", flush=True)
             installed = time.perf_counter()
-            # Old releases warn of newer packages under them; that is theirs to mend.
+            # Old releases warn of newer packages under them; that is theirs to fix.
             options = ("-m", "pytest", "-q", "-o", "filterwarnings=default", "-m", "not slow")
             options += tuple(f"--deselect={test}" for test in NEWER)
             code = environment.watch(*options, *tests, cwd=ROOT)
