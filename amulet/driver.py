@@ -12,11 +12,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
+from amulet.backends.base import Backend
 from amulet.engine import Engine
 from amulet.errors import (
     AmuletError,
@@ -27,7 +26,6 @@ from amulet.errors import (
     one_line,
 )
 from amulet.generation import Generation
-from amulet.openmp import release
 
 
 @dataclass(eq=False)
@@ -159,32 +157,40 @@ class Driver:
         self._admitting: Generation | None = None
         self._watches: list[_Watch] = []
         with _registry_lock:
-            self._thread = _threads.setdefault(id(engine.model), DecodeThread())
+            self._thread = _threads.setdefault(id(engine.backend.model), DecodeThread())
         self._changed = engine.handing_over = self._thread.changed
         self._thread.add(self)
 
     @classmethod
     def of(
         cls,
-        model: PreTrainedModel,
+        model: object,
+        make_backend: Callable[[], Backend],
         max_rows: int,
         prefix_bytes: int,
-        compile: bool | Literal["auto"],
         drafts: bool,
+        *options: object,
     ) -> Driver:
-        """Return the driver of a model with these options; one serves all who ask alike."""
-        key = id(model), max_rows, prefix_bytes, compile, drafts
+        """Return the driver of a model with these options; one serves all who ask alike.
+
+        Args:
+            model: what `make_backend` makes a backend of.
+            make_backend: called where there is no such driver yet.
+            max_rows, prefix_bytes, drafts: see `Engine`.
+            options: those of the backend, which tell it from others over the model.
+        """
+        key = id(model), max_rows, prefix_bytes, drafts, *options
         with _registry_lock:
             driver = _drivers.get(key)
         if driver is None:
-            driver = cls(Engine(model, prefix_bytes, compile, drafts), max_rows)
+            driver = cls(Engine(make_backend(), prefix_bytes, drafts), max_rows)
             with _registry_lock:
                 driver = _drivers.setdefault(key, driver)
         return driver
 
     def submit(self, generation: Generation) -> None:
         """Queue a generation; it joins the batch at the next step."""
-        release()  # what this thread computed before would make the decode thread slow
+        self.engine.backend.queued()
         with self._changed:
             self._thread.cores = torch.get_num_threads()
             self._waiting.append(generation)

@@ -7,110 +7,56 @@ rows are combined into one distribution, one token is chosen from it and appende
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from traceback import clear_frames
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from amulet import native
-from amulet.attention import causal_behind_cached, grouped, steps_are_native
-from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported, forward_parameters
+from amulet.backends.base import Backend
 from amulet.choice import append_token, choose_tokens
-from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
 from amulet.drafts import NARROW, Draft
 from amulet.errors import OutOfMemoryError, is_out_of_memory, one_line
 from amulet.generation import Generation
-from amulet.graphs import StepGraphs
-from amulet.layers import are_native, renew_packed
-from amulet.packed_layers import native_rows
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
-from amulet.weights import execution_device, weights_state
 
 logger = logging.getLogger("amulet")
 
-CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
-GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
 DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
-COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
-WORTH_SHARING = 64  # tokens spared, from which a shared beginning is worth a pass of its own
-GPU_WORTH_SHARING = 512  # the same on a GPU
-KEPT_FOR_GRAPHS = 1 / 8  # of a GPU's memory: so much KV cache stays for its CUDA graphs when idle
-TOO_LONG = 4  # times the columns that an answer needs: kept rows that are longer are made anew
-TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no second thread
 TOGETHER = 256  # tokens per row up to which rows share a pass of a prefill, however many
 WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
+AHEAD = 512  # tokens of an answer that there may soon be, as far as memory goes
 
 
 class Engine:
-    """Decodes any number of generations together over one model. Not thread-safe: see `Driver`.
+    """Decodes any number of generations together. Not thread-safe: see `Driver`.
 
     Args:
-        model: a causal language model that `check_supported` accepts.
-        prefix_bytes: how much of ended rows' keys and values may be kept for later prompts that
-            begin alike; 0 keeps nothing.
-        compile: compile the decode step; "auto" does once decoding has taken `COMPILE_AFTER`, but
-            not where whole layers are C code, which is faster.
+        backend: what computes logits.
+        prefix_bytes: how much of ended rows may be kept for later prompts that begin alike; 0 keeps
+            nothing.
         drafts: guess what an answer will copy from its prompt, and check it in one pass.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prefix_bytes: int = 0,
-        compile: bool | Literal["auto"] = False,
-        drafts: bool = False,
-    ) -> None:
-        check_supported(model)
-        execution_device(model)
-        self.model = model
-        self.compile = False if compile == "auto" and are_native(model) else compile
-        self.drafts = drafts
-        self._compiled = CompiledStep(model)
-        self._graphs = StepGraphs(model, self._compiled)
-        self._seconds = 0.0  # spent on steps
+    def __init__(self, backend: Backend, prefix_bytes: int = 0, drafts: bool = False) -> None:
+        self.backend = backend
+        self.drafts = drafts and backend.any_length
         self.running: list[Generation] = []
         # Held while tokens are handed over, so that who holds it, too, sees whole answers.
         self.handing_over: AbstractContextManager[Any] = nullcontext()
         self.prefixes = Prefixes(prefix_bytes)
-        on_gpu = model.device.type == "cuda"
-        self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
-        self._kind = model.dtype, model.device  # of what the cache and the kept rows hold
-        self._weights = weights_state(model)  # that the kept rows were computed with
-        self._causal_behind_cached = causal_behind_cached(model)
-        # Up to how many rows a step is the C code's, but for small operations.
-        rows = native_rows(model) if steps_are_native(model) else 0
-        self._team_rows = min(rows, TEAM_ROWS)
-        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
+        self._state = backend.state()  # that the kept rows were computed with
         self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
-        self._chunk = GPU_CHUNK if on_gpu else CHUNK
-        self._worth_sharing = GPU_WORTH_SHARING if on_gpu else WORTH_SHARING
-        self._kept_bytes = 0  # of the KV cache, when nothing runs
-        if on_gpu:  # graphs are recorded over these very buffers
-            memory = torch.cuda.get_device_properties(model.device).total_memory
-            self._kept_bytes = int(KEPT_FOR_GRAPHS * memory)
         self._filling = False  # a prefill is under way in rows behind those of `_owners`
         self._waited_for = 0  # tokens prefilled since the last step
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids are expected."""
-        return execution_device(self.model)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held by the KV cache."""
-        return self._cache.nbytes
 
     @torch.inference_mode()
     def admit(self, generation: Generation) -> None:
         """Prefill a generation's prompts, decode its first token, and let it join the batch.
 
         What its rows share with each other, with a running row or with a kept one is copied. While
-        others run, the prefill pauses for a step of theirs every `CHUNK` (`GPU_CHUNK`) tokens.
+        others run, the prefill pauses for a step of theirs every `Backend.chunk` tokens.
 
         Raises:
             OutOfMemoryError: there is no room; the running generations are unharmed.
@@ -121,7 +67,7 @@ class Engine:
         try:
             with self._naming_shortage(first + rows, longest):
                 self._renew(generation, longest)
-                self._cache.reserve(first + rows, longest + 1)
+                self.backend.reserve(first + rows, longest + 1)
                 logits = self._prefill(generation, first)
                 if logits is not None:
                     self._join(generation, first, logits)
@@ -129,23 +75,15 @@ class Engine:
         finally:
             self._filling = False
             if not joined:  # it failed, or was cancelled meanwhile
-                self._clear_if_idle(keep=False)
+                self._clear_if_idle(failed=True)
         self.sweep()
 
     def _renew(self, generation: Generation, longest: int) -> None:
         """Forget what is of no use to the next answer, whose longest prompt has so many ids."""
-        changed = self._graphs.refresh(self._compiles())
+        ahead = min(generation.max_new_tokens, AHEAD)
+        self.backend.renew(longest + ahead, idle=not self.running)
         self._notice_weights()
-        generation.computed_with = self._weights
-        kind = self.model.dtype, self.device
-        if kind != self._kind and not self.running:  # cast, or moved
-            self._kind = kind
-            self._cache.clear()
-            self.prefixes.clear()
-        # What an idle GPU kept may be on another one, or as long as somebody's long answer.
-        wanted = longest + min(generation.max_new_tokens, GPU_COLUMN_STEP)
-        if not self.running and (changed or self._cache.capacity[1] > TOO_LONG * wanted):
-            self._cache.clear()
+        generation.computed_with = self._state
 
     def _join(self, generation: Generation, first: int, logits: torch.Tensor) -> None:
         """Let a prefilled generation join the batch; decode its first token, or leave no trace."""
@@ -153,7 +91,7 @@ class Engine:
         self._prepare(generation, logits)
         place = len(self._owners)  # rows before `first` may have left during the prefill
         for i in range(rows if place < first else 0):
-            self._cache.copy_row(first + i, place + i, len(generation.prompts[i]))
+            self.backend.copy_row(first + i, place + i, len(generation.prompts[i]))
         self._owners += [(generation, i) for i in range(rows)]
         self.running.append(generation)
         try:
@@ -169,7 +107,6 @@ class Engine:
         self._waited_for = 0
         if not self.running:
             return
-        begun = time.perf_counter()
         ids = [[generation.token_ids[-1]] for generation, _ in self._owners]
         starts = [
             len(generation.prompts[i]) + len(generation.token_ids) - 1
@@ -181,14 +118,11 @@ class Engine:
             for row, (generation, _) in enumerate(self._owners):
                 ids[row] += drafts[generation]
                 ids[row] += [0] * (width - len(ids[row]))
-        # Compiled code brings loops for OpenMP's threads, which the team's would get in the way of.
-        alone = len(ids) * width <= self._team_rows and not self._compiles()
         with self._naming_shortage(len(ids), max(starts)):
-            self._cache.reserve(len(ids), max(starts) + width)
-            with native.team() if alone else nullcontext():
-                logits = self._decode(ids, starts)  # [rows, width, vocab]
+            self.backend.reserve(len(ids), max(starts) + width)
+            with self.backend.working(len(ids) * width):
+                logits = self.backend.step(ids, starts)  # [rows, width, vocab]
                 self._accept(drafts, logits)
-        self._seconds += time.perf_counter() - begun
         self.sweep()
 
     def _draft(self, rows: int) -> dict[Generation, list[int]]:
@@ -245,7 +179,7 @@ class Engine:
                 generation, i = owners.pop()
                 if row < len(owners):
                     length = len(generation.prompts[i]) + len(generation.token_ids) - 1
-                    self._cache.copy_row(len(owners), row, length)
+                    self.backend.copy_row(len(owners), row, length)
                     owners[row] = (generation, i)
         running = [generation for generation in self.running if generation not in ended]
         # Last and at once: an interrupt of a caller who cancels leaves all as it was before.
@@ -254,21 +188,18 @@ class Engine:
 
     def _notice_weights(self) -> None:
         """If the model's weights have changed, forget all that was computed with the old ones."""
-        if weights_state(self.model) != self._weights:
+        state = self.backend.state()
+        if state is not self._state:
             self.prefixes.clear()
-            renew_packed(self.model)
-            self._weights = weights_state(self.model)
+            self._state = state
 
-    def _clear_if_idle(self, keep: bool = True) -> None:
+    def _clear_if_idle(self, failed: bool = False) -> None:
         if self.running or self._filling:
             return
-        if not keep:
-            self._cache.clear()
-        elif self._graphs.serves and self._cache.nbytes < self._kept_bytes:
-            self._cache.blank()
-            self._graphs.blank()
+        if failed:
+            self.backend.clear()
         else:
-            self._cache.free()
+            self.backend.rest()
 
     def _keep_ended(self) -> None:
         """Keep ended rows for prompts that begin with the same ids; nothing, where that fails."""
@@ -283,10 +214,10 @@ class Engine:
 
     def _keep(self, row: int) -> None:
         generation, i = self._owners[row]
-        if self._may_keep(generation) and generation.computed_with is self._weights:
+        if self._may_keep(generation) and generation.computed_with is self._state:
             ids = (*generation.prompts[i], *generation.token_ids[:-1])
-            if self.prefixes.takes(len(ids), self._cache.row_bytes(len(ids))):
-                self.prefixes.keep(KeptRow(ids, self._cache.row(row, len(ids))))
+            if self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
+                self.prefixes.keep(KeptRow(ids, self.backend.save_row(row, len(ids))))
 
     def _may_keep(self, generation: Generation) -> bool:
         return bool(self.prefixes.limit) and generation.finish_reason in ("stop", "length")
@@ -297,7 +228,7 @@ class Engine:
             generation.fail(error)
         self.running, self._owners = [], []
         self._filling = False
-        self._cache.clear()
+        self.backend.clear()
 
     def _prepare(self, generation: Generation, logits: torch.Tensor) -> None:
         if not generation.sampling.is_greedy:
@@ -325,18 +256,20 @@ class Engine:
         # A pass of its own for the shared beginning must be worth it: what follows then starts
         # behind something, which takes a mask on a GPU and more work without one.
         spared = (len(prompts) - 1) * (shared - filled[lead])
-        if spared < max(self._worth_sharing, max(map(len, prompts)) - shared):
+        if spared < max(self.backend.worth_sharing, max(map(len, prompts)) - shared):
             shared = min(shared, filled[lead])
+        if not self.backend.any_length and filled[lead] > shared:
+            shared = 0  # the row can't be cut back to what it shares
         while filled[lead] < shared:
             width = self._width(shared - filled[lead])
             if not self._give_way(generation, width):
                 return None
             chunk = prompts[lead][filled[lead] : filled[lead] + width]
-            self._forward([chunk], [filled[lead]], first + lead, [width - 1])
+            self.backend.forward([chunk], [filled[lead]], first + lead, [width - 1])
             filled[lead] += width
         for i, length in enumerate(filled):
             if length < shared:
-                self._cache.copy_row(first + lead, first + i, shared)
+                self.backend.copy_row(first + lead, first + i, shared)
                 filled[i] = shared
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
@@ -344,8 +277,9 @@ class Engine:
             width = self._width(max(left))
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
-            together = max(TOGETHER, self._chunk // len(prompts))
-            if width > together or sum(taken) < WORTH_PADDING * width * len(prompts):
+            together = max(TOGETHER, self.backend.chunk // len(prompts))
+            worth = WORTH_PADDING if self.backend.any_length else 1.0  # padding would stay there
+            if width > together or sum(taken) < worth * width * len(prompts):
                 rows = range(left.index(max(left)), left.index(max(left)) + 1)  # the longest alone
             # Padding on the right is harmless: its columns lie behind the row's end.
             ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
@@ -353,8 +287,8 @@ class Engine:
             keep = sorted({max(taken[i] - 1, 0) for i in rows})
             if not self._give_way(generation, width * len(rows)):
                 return None
-            self._cache.reserve(first + len(prompts), max(filled) + width)
-            out = self._forward(ids, [filled[i] for i in rows], first + rows[0], keep)
+            self.backend.reserve(first + len(prompts), max(filled) + width)
+            out = self.backend.forward(ids, [filled[i] for i in rows], first + rows[0], keep)
             for i in rows:
                 if 0 < left[i] <= width:
                     logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
@@ -368,31 +302,32 @@ class Engine:
         """
         if not self.prefixes.limit:
             return 0
-        source, length = self.prefixes.find(prompt)
+        any_length = self.backend.any_length
+        source, length = self.prefixes.find(prompt, whole=not any_length)
         length = min(length, len(prompt) - 1)
         running, longest = None, 0
-        for other, (generation, i) in enumerate(self._owners):
-            if generation.computed_with is not self._weights:
+        for other, (generation, i) in enumerate(self._owners if any_length else ()):
+            if generation.computed_with is not self._state:
                 continue
             shared = min(shared_length(generation.prompts[i], prompt), len(prompt) - 1)
             if shared > longest:
                 running, longest = other, shared
         if running is not None and longest > max(length, LEAST):
-            self._cache.copy_row(running, row, longest)
+            self.backend.copy_row(running, row, longest)
             return longest
         if source is not None and length:
-            self._cache.write_row(row, source.buffers, length)
+            self.backend.load_row(row, source.saved, length)
         return length
 
     def _give_way(self, filling: Generation, tokens: int) -> bool:
         """Before a pass of so many tokens, let the running generations have a step if it is time.
 
-        They wait for the prefill of one `CHUNK` (`GPU_CHUNK`), of one or of several prompts.
+        They wait for the prefill of one `Backend.chunk`, of one or of several prompts.
 
         Returns:
             False if the generation that is being filled was cancelled meanwhile.
         """
-        if self._waited_for + tokens > self._chunk:
+        if self._waited_for + tokens > self.backend.chunk:
             try:
                 self.step()
             except Exception as error:
@@ -400,60 +335,6 @@ class Engine:
                 raise
         self._waited_for += tokens
         return not filling.done
-
-    def _decode(self, ids: list[list[int]], starts: list[int]) -> torch.Tensor:
-        """Pass each row's new tokens, of the same number each; return logits of all of them.
-
-        By a CUDA graph on a GPU, and compiled where that is wanted; on the CPU a step that checks
-        drafts is not, as it would have to be compiled for itself.
-        """
-        rows, width = len(ids), len(ids[0])
-        compiles, logits = self._compiles(), None
-        if self._graphs.serves:
-            logits = self._graphs(ids, starts, self._cache, compiles)
-        elif compiles and width == 1 and (rows > 1 or not self._filling):
-            logits = self._decode_compiled(ids, starts)
-        if logits is None:
-            logits = self._forward(ids, starts, 0, list(range(width)))
-        return logits
-
-    def _decode_compiled(self, ids: list[list[int]], starts: list[int]) -> torch.Tensor | None:
-        spare = max(LEAST_ROWS - len(ids), 0)  # rows that nobody has
-        columns = max(starts) + 1
-        self._cache.reserve(len(ids) + spare, columns)
-        device = self.device
-        positions = torch.tensor(starts + [0] * spare, device=device)[:, None]
-        keys, values = self._cache.buffers(0, len(positions))
-        tokens = torch.tensor(ids + [[0]] * spare, device=device)
-        logits = self._compiled(tokens, positions, positions, keys, values, columns)
-        return None if logits is None else logits[: len(ids)]
-
-    def _compiles(self) -> bool:
-        due = self._seconds > COMPILE_AFTER if self.compile == "auto" else self.compile
-        return due and not self._compiled.broken
-
-    def _forward(
-        self,
-        ids: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        first: int,
-        keep: list[int] | None = None,
-    ) -> torch.Tensor:
-        """One pass over rows `first ...`; return logits `[rows, kept positions, vocab]`."""
-        device, model = self.device, self.model
-        self._cache.begin(first, starts, len(ids[0]))
-        options: dict[str, Any] = {}
-        if self._keeps_logits:
-            options["logits_to_keep"] = 1 if keep is None else torch.tensor(keep, device=device)
-        masks = self._cache.masks(
-            model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
-        )
-        tokens, positions = torch.tensor(ids, device=device), self._cache.positions.to(device)
-        with grouped():
-            logits = forward_pass(model, tokens, positions, masks, self._cache, **options)
-        if not self._keeps_logits:
-            logits = logits[:, -1:] if keep is None else logits[:, keep]
-        return logits
 
     def _decide(
         self, generations: Sequence[Generation], logits: torch.Tensor, order: Sequence[int]
@@ -480,12 +361,12 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            held = self.cache_bytes / 2**20
+            held = self.backend.nbytes / 2**20
             # Whoever keeps the error would keep all that the failed pass had computed.
             clear_frames(error.__traceback__)
             self.prefixes.clear()
             raise OutOfMemoryError(
-                f"Out of memory on {self.device} with {rows} rows of up to {tokens} tokens "
+                f"Out of memory on {self.backend.device} with {rows} rows of up to {tokens} tokens "
                 f"({held:.0f} MiB of KV cache); use fewer requests at once, a shorter prompt, or a "
                 "smaller dtype."
             ) from error
@@ -495,7 +376,7 @@ class Engine:
 
         Passes of equal width: what the activations of one leave in the heap fits those of the next.
         """
-        passes = -(-left // self._chunk)
+        passes = -(-left // self.backend.chunk)
         return -(-left // passes)
 
 

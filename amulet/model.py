@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amulet.aio import AsyncReplyStream, read_all
+from amulet.backends.transformers.backend import TransformersBackend
 from amulet.comparison import Comparison, comparison_requests
 from amulet.curve import STRENGTHS, Point, StrengthCurve, curve_requests
 from amulet.driver import Driver
@@ -86,7 +87,11 @@ class Amulet:
         self.end_ids = end_ids(model, tokenizer)
         if compile not in (True, False, "auto"):
             raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
-        self._driver = Driver.of(decoder, max_rows, prefix_cache_bytes, compile, drafts)
+
+        def backend() -> TransformersBackend:
+            return TransformersBackend(decoder, compile)
+
+        self._driver = Driver.of(decoder, backend, max_rows, prefix_cache_bytes, drafts, compile)
         self._engine = self._driver.engine
 
     def __copy__(self) -> Amulet:
@@ -211,7 +216,7 @@ class Amulet:
 
         On a GPU some stays, emptied, for the CUDA graphs of the next answers.
         """
-        return self._engine.cache_bytes
+        return self._engine.backend.nbytes
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
         """Answer a chat.

@@ -1,4 +1,4 @@
-"""Keys and values of ended rows, kept for the next prompt that begins with the same ids.
+"""Ended rows, kept for the next prompt that begins with the same ids.
 
 The next turn of a conversation repeats the whole conversation, so only what is new must be
 prefilled. An entry is found by its ids alone: a prompt can only ever reuse what it contains itself.
@@ -9,22 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from amulet.backends.base import Snapshot
 
 LEAST = 16  # shorter prefixes are computed faster than kept
 
 
 @dataclass(frozen=True)
 class KeptRow:
-    """One row's ids and, per layer, its keys and values `[kv_heads, len(ids), head_dim]`."""
+    """One row's ids, and what the backend has saved of it."""
 
     ids: tuple[int, ...]
-    buffers: tuple[torch.Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+    saved: Snapshot
 
 
 class Prefixes:
@@ -41,7 +36,7 @@ class Prefixes:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(row.nbytes for row in self._rows)
+        return sum(row.saved.nbytes for row in self._rows)
 
     def takes(self, length: int, nbytes: int) -> bool:
         """Tell whether a row of so many ids and bytes would be kept."""
@@ -49,18 +44,25 @@ class Prefixes:
 
     def keep(self, row: KeptRow) -> None:
         """Add a row; those that it continues, and the longest unused, make room for it."""
-        if not self.takes(len(row.ids), row.nbytes):
+        if not self.takes(len(row.ids), row.saved.nbytes):
             return
         self._rows = [kept for kept in self._rows if row.ids[: len(kept.ids)] != kept.ids]
         self._rows.append(row)
         while self.nbytes > self.limit:
             self._rows.pop(0)
 
-    def find(self, ids: Sequence[int]) -> tuple[KeptRow | None, int]:
-        """Return the row that shares most leading ids with a prompt, and how many these are."""
+    def find(self, ids: Sequence[int], whole: bool = False) -> tuple[KeptRow | None, int]:
+        """Return the row that shares most leading ids with a prompt, and how many these are.
+
+        Args:
+            ids: the prompt.
+            whole: only a row of which the prompt has all ids, and more.
+        """
         best, length = None, 0
         for row in self._rows:
             shared = shared_length(row.ids, ids)
+            if whole and not shared == len(row.ids) < len(ids):
+                continue
             if shared > length:
                 best, length = row, shared
         if best is None or length < LEAST:

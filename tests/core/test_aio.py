@@ -126,7 +126,7 @@ async def test_ending_early_stops_the_decode(tokenizer: PreTrainedTokenizerFast,
                 assert piece == "a"
                 break
     calls = len(model.calls)
-    await until(lambda: amulet._engine.cache_bytes == 0)
+    await until(lambda: amulet._engine.backend.nbytes == 0)
     await asyncio.sleep(0.05)
     assert len(model.calls) <= calls + 1
 

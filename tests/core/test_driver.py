@@ -15,10 +15,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from amulet.backends.transformers.backend import TransformersBackend
 from amulet.driver import Driver
-from amulet.engine import Engine
 from amulet.errors import DecodeError, RequestError
 from amulet.generation import Generation
+from tests.engines import engine_over
 from tests.models import ScriptedModel
 
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -51,7 +52,7 @@ def finish(driver: Driver, generation: Generation) -> str:
 
 
 def test_threads_share_their_steps(model: ScriptedModel, make: Callable[..., Generation]) -> None:
-    engine = Engine(model)
+    engine = engine_over(model)
     driver = Driver(engine, max_rows=64)
     generations = [make() for _ in range(8)]
     for generation in generations:
@@ -68,13 +69,13 @@ def test_threads_share_their_steps(model: ScriptedModel, make: Callable[..., Gen
         thread.join(timeout=60)
     assert texts == dict.fromkeys(range(8), TEXT)
     assert model.calls.count((8, 1)) == len(TEXT)
-    assert engine.cache_bytes == 0
+    assert engine.backend.nbytes == 0
 
 
 def test_rows_beyond_the_limit_wait_their_turn(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=2)
+    driver = Driver(engine_over(model), max_rows=2)
     generations = [make() for _ in range(5)]
     for generation in generations:
         driver.submit(generation)
@@ -85,7 +86,7 @@ def test_rows_beyond_the_limit_wait_their_turn(
 def test_a_generation_wider_than_the_limit_runs_alone(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=1)
+    driver = Driver(engine_over(model), max_rows=1)
     pair = make(weights=[2.0])
     pair.prompts = [pair.prompts[0], pair.prompts[0]]
     other = make()
@@ -98,7 +99,7 @@ def test_a_generation_wider_than_the_limit_runs_alone(
 def test_cancelling_frees_the_row_at_once_when_nobody_decodes(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    engine = Engine(model)
+    engine = engine_over(model)
     driver = Driver(engine, max_rows=64)
     stopped, waiting = make(), make()
     driver.submit(stopped)
@@ -107,7 +108,7 @@ def test_cancelling_frees_the_row_at_once_when_nobody_decodes(
     driver.cancel(stopped)
     driver.cancel(waiting)
     assert (stopped.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
-    assert (engine.running, engine.cache_bytes) == ([], 0)
+    assert (engine.running, engine.backend.nbytes) == ([], 0)
     calls = len(model.calls)
     advance(driver, waiting, 0)
     assert len(model.calls) == calls
@@ -116,7 +117,7 @@ def test_cancelling_frees_the_row_at_once_when_nobody_decodes(
 def test_a_failed_step_reaches_everyone_in_it_and_the_next_call_works(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     first, second = make(), make()
     for generation in (first, second):
         driver.submit(generation)
@@ -136,7 +137,7 @@ def test_a_failed_step_reaches_everyone_in_it_and_the_next_call_works(
 def test_a_failed_prefill_is_the_newcomers_alone(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     going, newcomer = make(), make()
     driver.submit(going)
     advance(driver, going, 0)
@@ -151,7 +152,7 @@ def test_a_failed_prefill_is_the_newcomers_alone(
 def test_an_interrupt_hits_its_caller_and_the_others_go_on(
     model: ScriptedModel, make: Callable[..., Generation], when: str
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     mine, other = make(), make()
     driver.submit(other)
     if when == "step":
@@ -173,7 +174,7 @@ def test_what_a_callback_raises_is_its_own_callers(
     def fail(token_id: int) -> bool:
         raise raised
 
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     other, mine = make(), make(on_token=fail)
     driver.submit(other)
     advance(driver, other, 0)
@@ -186,7 +187,7 @@ def test_what_a_callback_raises_is_its_own_callers(
 def test_a_slow_reader_does_not_hold_up_the_others(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     slow, quick = make(), make()
     driver.submit(slow)
     advance(driver, slow, 0)
@@ -208,7 +209,7 @@ def test_all_engines_of_a_model_share_one_thread(
         return forward(*args, **options)
 
     monkeypatch.setattr(model, "forward", recorded)
-    drivers = [Driver(Engine(model), max_rows=rows) for rows in (1, 2)]
+    drivers = [Driver(engine_over(model), max_rows=rows) for rows in (1, 2)]
     generations = [make() for _ in drivers]
     for driver, generation in zip(drivers, generations, strict=True):
         driver.submit(generation)
@@ -226,15 +227,19 @@ def test_all_engines_of_a_model_share_one_thread(
 
 
 def test_one_driver_serves_all_who_ask_alike(model: ScriptedModel) -> None:
-    driver = Driver.of(model, 64, 0, False, True)
-    assert Driver.of(model, 64, 0, False, True) is driver
-    assert Driver.of(model, 64, 1, False, True) is not driver
+    def backend() -> TransformersBackend:
+        return TransformersBackend(model)
+
+    driver = Driver.of(model, backend, 64, 0, True, False)
+    assert Driver.of(model, backend, 64, 0, True, False) is driver
+    assert Driver.of(model, backend, 64, 1, True, False) is not driver
+    assert Driver.of(model, backend, 64, 0, True, True) is not driver
 
 
 def test_the_thread_ends_with_its_drivers(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     generation = make()
     driver.submit(generation)
     assert finish(driver, generation) == TEXT
@@ -250,7 +255,7 @@ def test_the_thread_ends_with_its_drivers(
 def test_the_decode_thread_does_not_wait_for_itself(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     inner = make()
 
     def ask(token_id: int) -> bool:
@@ -269,7 +274,7 @@ def test_a_cancel_never_comes_between_a_token_and_its_text(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
     for _ in range(50):
-        driver = Driver(Engine(model), max_rows=64)
+        driver = Driver(engine_over(model), max_rows=64)
         seen: list[int] = []
 
         def slowly(token_id: int, seen: list[int] = seen) -> bool:
@@ -288,7 +293,7 @@ def test_a_cancel_never_comes_between_a_token_and_its_text(
 
 
 def test_a_step_waits_for_a_reader(model: ScriptedModel, make: Callable[..., Generation]) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     generation = make()
     driver.submit(generation)
     time.sleep(0.05)
@@ -332,20 +337,20 @@ def test_an_answer_cancelled_while_rows_move_leaves_none_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = ScriptedModel(tokenizer, {"same words": TEXT, "": "another answer"})
-    engine = Engine(model, prefix_bytes=2**20)
+    engine = engine_over(model, prefix_bytes=2**20)
     first, moved = make(), make("The same words, once more.\n")
     for generation in (first, moved):
         engine.admit(generation)
-    copy_row = engine._cache.copy_row
+    copy_row = engine.backend._cache.copy_row
 
     def cancelled_meanwhile(*args: int) -> None:
         copy_row(*args)
         moved.finish_reason = "cancelled"
 
-    monkeypatch.setattr(engine._cache, "copy_row", cancelled_meanwhile)
+    monkeypatch.setattr(engine.backend._cache, "copy_row", cancelled_meanwhile)
     engine.retire(first)
     engine.sweep()
-    assert engine.cache_bytes == 0
+    assert engine.backend.nbytes == 0
     monkeypatch.undo()
     again = make("The same words, once more.\n")
     engine.admit(again)  # it would take over what a row of the other had
@@ -357,7 +362,7 @@ def test_an_answer_cancelled_while_rows_move_leaves_none_behind(
 def test_an_interrupt_while_rows_move_harms_no_other_answer(
     model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model)
+    engine = engine_over(model)
     driver = Driver(engine, max_rows=64)
     stopped, other = make(), make()
     for generation in (stopped, other):
@@ -367,18 +372,18 @@ def test_an_interrupt_while_rows_move_harms_no_other_answer(
     def interrupted(*args: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._cache, "copy_row", interrupted)
+    monkeypatch.setattr(engine.backend._cache, "copy_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         driver.cancel(stopped)
     monkeypatch.undo()
     assert finish(driver, other) == TEXT
-    assert (engine.running, engine.cache_bytes) == ([], 0)
+    assert (engine.running, engine.backend.nbytes) == ([], 0)
 
 
 def test_a_step_that_fails_leaves_a_cancelled_answer_cancelled(
     model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     stopped, other = make(), make()
     for generation in (stopped, other):
         driver.submit(generation)
@@ -399,7 +404,7 @@ def test_a_step_that_fails_leaves_a_cancelled_answer_cancelled(
 def test_rows_that_can_not_be_moved_fail_their_answers(
     model: ScriptedModel, make: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model)
+    engine = engine_over(model)
     driver = Driver(engine, max_rows=64)
 
     def lost(*args: int) -> None:
@@ -417,7 +422,7 @@ def test_rows_that_can_not_be_moved_fail_their_answers(
         return forward(*args, **options)
 
     monkeypatch.setattr(model, "forward", cancelling)
-    monkeypatch.setattr(engine._cache, "copy_row", lost)
+    monkeypatch.setattr(engine.backend._cache, "copy_row", lost)
     driver.submit(late)
     reader = threading.Thread(target=driver.wait, args=(other, sys.maxsize), daemon=True)
     reader.start()
@@ -434,7 +439,7 @@ def test_rows_that_can_not_be_moved_fail_their_answers(
 def test_a_stream_collected_while_another_waits_does_not_lock_up(
     model: ScriptedModel, make: Callable[..., Generation]
 ) -> None:
-    driver = Driver(Engine(model), max_rows=64)
+    driver = Driver(engine_over(model), max_rows=64)
     generation, dropped = make(), make()
     for each in (generation, dropped):
         driver.submit(each)

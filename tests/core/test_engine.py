@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
+from amulet.backends.transformers.backend import WORTH_SHARING
 from amulet.cache import COLUMN_STEP, RowCache
-from amulet.engine import WORTH_SHARING, Engine, common_prefix
+from amulet.engine import Engine, common_prefix
 from amulet.errors import ModelError, OutOfMemoryError
 from amulet.generation import Generation
 from amulet.sampling import Sampling
+from tests.engines import engine_over
 from tests.models import ScriptedModel, random_model
 
 
@@ -33,7 +35,7 @@ def prompt(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 @pytest.fixture
 def engine(tokenizer: PreTrainedTokenizerFast) -> Engine:
-    return Engine(ScriptedModel(tokenizer, "one two three"))
+    return engine_over(ScriptedModel(tokenizer, "one two three"))
 
 
 def test_the_end_id_ends_and_is_kept(
@@ -122,7 +124,7 @@ def test_processors_see_prompt_and_answer_and_act_after_steering(
 
 
 def test_weights_of_zero_decode_the_base_row(tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = Engine(ScriptedModel(tokenizer, {"wish": "steered!", "": "plain.."}))
+    engine = engine_over(ScriptedModel(tokenizer, {"wish": "steered!", "": "plain.."}))
     generation = Generation(
         prompts=[tokenizer.encode("wish\n"), tokenizer.encode("none\n")], weights=[1.0]
     )
@@ -153,7 +155,7 @@ def test_the_shared_prefix_is_computed_once(
     tokenizer: PreTrainedTokenizerFast, prompt: list[int]
 ) -> None:
     model = ScriptedModel(tokenizer, "ok")
-    engine = Engine(model)
+    engine = engine_over(model)
     long = prompt * (1 + WORTH_SHARING // len(prompt))
     rows = [[*long, 65, 10], [*long, 66, 67, 10], [*long, 10]]
     engine.admit(Generation(prompts=rows, weights=[1.0, 1.0], max_new_tokens=1))
@@ -168,7 +170,7 @@ def test_long_rows_that_share_little_start_anew_each_by_itself(
     """A pass that starts at column 0 needs no mask, and a long one fills the processor alone."""
     model = ScriptedModel(tokenizer, "ok")
     rows = [[*prompt, 65, *prompt * 40], [*prompt, *prompt * 40]]
-    Engine(model).admit(Generation(prompts=rows, weights=[1.0], max_new_tokens=1))
+    engine_over(model).admit(Generation(prompts=rows, weights=[1.0], max_new_tokens=1))
     assert model.calls == [(1, len(rows[0])), (1, len(rows[1]))]
 
 
@@ -179,7 +181,7 @@ def test_common_prefix() -> None:
 
 
 def test_the_trace_names_the_plain_choice(tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = Engine(ScriptedModel(tokenizer, {"wish": "A", "": "B"}))
+    engine = engine_over(ScriptedModel(tokenizer, {"wish": "A", "": "B"}))
     generation = Generation(
         prompts=[tokenizer.encode("wish\n"), tokenizer.encode("none\n")],
         weights=[2.0],
@@ -204,7 +206,7 @@ def test_out_of_memory_names_the_batch_and_spares_the_others(
     tokenizer: PreTrainedTokenizerFast, prompt: list[int]
 ) -> None:
     model = ScriptedModel(tokenizer, "abc")
-    engine = Engine(model)
+    engine = engine_over(model)
     going = Generation(prompts=[prompt], max_new_tokens=3)
     engine.admit(going)
     model.fail_with = torch.OutOfMemoryError("CUDA out of memory")
@@ -219,9 +221,9 @@ def test_ended_generations_leave_no_memory(
 ) -> None:
     generation = Generation(prompts=[prompt], sampling=Sampling(temperature=1.0), seed=1)
     engine.admit(generation)
-    assert engine.cache_bytes > 0
+    assert engine.backend.nbytes > 0
     engine.retire(generation)
-    assert (engine.cache_bytes, engine.running, generation.finish_reason) == (0, [], "cancelled")
+    assert (engine.backend.nbytes, engine.running, generation.finish_reason) == (0, [], "cancelled")
     reference = weakref.ref(generation)
     del generation
     gc.collect()
@@ -258,19 +260,19 @@ def test_a_model_that_was_cast_since_answers_as_a_new_one() -> None:
         drain(engine)
         return generation.token_ids
 
-    engine = Engine(model, prefix_bytes=2**20)
+    engine = engine_over(model, prefix_bytes=2**20)
     answer(engine)
     assert engine.prefixes.nbytes > 0
     model.bfloat16()
-    assert answer(engine) == answer(Engine(model))
+    assert answer(engine) == answer(engine_over(model))
 
 
 def test_unsupported_models_are_refused_with_the_way_out() -> None:
     model = random_model("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ModelError, match="attn_implementation='sdpa'"):
-        Engine(model)
+        engine_over(model)
     model = random_model("qwen2")
     model.config.layer_types = ["linear_attention"] * 4
     with pytest.raises(ModelError, match="linear_attention"):
-        Engine(model)
+        engine_over(model)

@@ -24,10 +24,10 @@ from hypothesis.stateful import (
 from transformers import PreTrainedModel
 
 from amulet.cache import RowCache
-from amulet.engine import Engine
 from amulet.errors import OutOfMemoryError
 from amulet.generation import Generation
 from amulet.packing import pack_linears
+from tests.engines import engine_over
 from tests.faults import FAULTS, SHORTAGES, Allocations, admit, step
 from tests.models import random_model
 
@@ -64,9 +64,9 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         model, self.reference = models(self.dtype)
-        self.engine = Engine(model, prefix_bytes=2**18, drafts=True)
-        self.engine._chunk = 24  # prompts give way to steps, and rows grow, ever so often
-        self.engine._cache = RowCache(column_step=16)
+        self.engine = engine_over(model, prefix_bytes=2**18, drafts=True)
+        self.engine.backend.chunk = 24  # prompts give way to steps, and rows grow, ever so often
+        self.engine.backend._cache = RowCache(column_step=16)
         self.allocations = Allocations()
         self.asked: list[Generation] = []
         self.checked: dict[Generation, int] = {}
@@ -186,7 +186,7 @@ class Machine(RuleBasedStateMachine):
     def nothing_is_held_for_nobody(self) -> None:
         assert self.engine.prefixes.nbytes <= self.engine.prefixes.limit
         if not self.engine.running:
-            assert self.engine.cache_bytes == 0
+            assert self.engine.backend.nbytes == 0
 
 
 class InFloat64(Machine):

@@ -19,10 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from amulet import native, products
 from amulet.attention import FEW
-from amulet.engine import Engine
+from amulet.backends.transformers.backend import TransformersBackend
 from amulet.layers import PART, NativeLayer, are_native, use_native_layers
 from amulet.packing import pack_linears
 from tests.bounds import of_logits
+from tests.engines import engine_over
 from tests.marks import needs_code
 from tests.models import Kind, random_model
 from tests.search import examples
@@ -64,15 +65,15 @@ def own_forward(model: PreTrainedModel) -> Iterator[None]:
 
 def logits_of(model: PreTrainedModel, starts: list[int], width: int) -> torch.Tensor:
     """Prefill each row up to its start, then pass `width` tokens of all rows together."""
-    engine = Engine(model)
-    engine._cache.reserve(len(starts), max(starts) + width)
+    engine = engine_over(model)
+    engine.backend._cache.reserve(len(starts), max(starts) + width)
     ids = torch.randint(0, 256, (len(starts), max(starts) + width)).tolist()
     with torch.inference_mode():
         for row, start in enumerate(starts):
             if start:
-                engine._forward([ids[row][:start]], [0], row)
+                engine.backend.forward([ids[row][:start]], [0], row, [start - 1])
         new = [ids[row][start : start + width] for row, start in enumerate(starts)]
-        return engine._forward(new, starts, 0, list(range(width)))
+        return engine.backend.forward(new, starts, 0, list(range(width)))
 
 
 def check(made: torch.Tensor, expected: torch.Tensor) -> None:
@@ -111,16 +112,16 @@ def test_a_pass_gives_what_the_model_s_own_layers_give(
 def test_a_row_does_not_depend_on_the_others(kind: Kind, dtype: torch.dtype) -> None:
     model = packed(kind, dtype)
     ids = torch.arange(30).view(3, 10).tolist()
-    together, alone = Engine(model), Engine(model)
+    together, alone = engine_over(model), engine_over(model)
     with torch.inference_mode():
-        together._cache.reserve(3, 10)
+        together.backend._cache.reserve(3, 10)
         for row in range(3):
-            together._forward([ids[row][: 5 + row]], [0], row)
+            together.backend.forward([ids[row][: 5 + row]], [0], row, [4 + row])
         new = [[ids[row][5 + row]] for row in range(3)]
-        found = together._forward(new, [5, 6, 7], 0, [0])
-        alone._cache.reserve(1, 10)
-        alone._forward([ids[1][:6]], [0], 0)
-        assert torch.equal(found[1:2], alone._forward(new[1:2], [6], 0, [0]))
+        found = together.backend.forward(new, [5, 6, 7], 0, [0])
+        alone.backend._cache.reserve(1, 10)
+        alone.backend.forward([ids[1][:6]], [0], 0, [5])
+        assert torch.equal(found[1:2], alone.backend.forward(new[1:2], [6], 0, [0]))
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -196,11 +197,11 @@ def test_a_long_prompt_is_the_same_in_passes_of_any_width(
 
     @torch.inference_mode()
     def logits(rows: slice, widths: tuple[int, ...]) -> torch.Tensor:
-        engine, begin = Engine(model), 0
-        engine._cache.reserve(2, 300)
+        engine, begin = engine_over(model), 0
+        engine.backend._cache.reserve(2, 300)
         for width in widths:
             chunk = [row[begin : begin + width] for row in ids[rows]]
-            out = engine._forward(chunk, [begin] * len(chunk), 0)
+            out = engine.backend.forward(chunk, [begin] * len(chunk), 0, [len(chunk[0]) - 1])
             begin += width
         return out
 
@@ -242,16 +243,17 @@ def test_how_many_tokens_are_the_c_code_s(
 def test_what_is_faster_otherwise_goes_through_the_operations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = calls_of(monkeypatch)
     model = packed("llama", torch.float32)  # `prefill.c` is for heads of 64 and more
+    rounded = packed("llama", torch.bfloat16, "int8", head_dim=64)
+    wide = packed("llama", torch.float32, head_dim=64)
+    calls = calls_of(monkeypatch)  # after their trials
     logits_of(model, [20, 30], 1)
     assert calls == ["_by_operations"] * 8 + ["_whole"] * 4
     calls.clear()
-    rounded = packed("llama", torch.bfloat16, "int8", head_dim=64)
     logits_of(rounded, [0], 300)  # more tokens than rounded weights are multiplied by as they are
     assert calls == ["_by_operations"] * 4
     calls.clear()
-    logits_of(packed("llama", torch.float32, head_dim=64), [3, 4], 20)  # these take a mask
+    logits_of(wide, [3, 4], 20)  # these take a mask
     assert calls[-4:] == ["_by_operations"] * 4
 
 
@@ -320,10 +322,10 @@ def test_norms_of_another_dtype_stay() -> None:
 
 
 def test_a_pass_without_room_is_refused() -> None:
-    engine = Engine(packed("llama", torch.float32))
-    engine._cache.reserve(1, 4)
+    engine = engine_over(packed("llama", torch.float32))
+    engine.backend._cache.reserve(1, 4)
     with torch.inference_mode(), pytest.raises(IndexError, match="no room for 1 rows of 400"):
-        engine._forward([[1]], [399], 0)
+        engine.backend.forward([[1]], [399], 0, [0])
 
 
 def test_heads_that_the_code_can_not_turn_stay_as_they_are() -> None:
@@ -398,6 +400,6 @@ def test_short_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_does_not_compile_what_is_faster_uncompiled() -> None:
-    assert Engine(packed("llama", torch.float32), compile="auto").compile is False
-    assert Engine(random_model("llama"), compile="auto").compile == "auto"
-    assert Engine(packed("llama", torch.float32), compile=True).compile is True
+    assert TransformersBackend(packed("llama", torch.float32), compile="auto")._compile is False
+    assert TransformersBackend(random_model("llama"), compile="auto")._compile == "auto"
+    assert TransformersBackend(packed("llama", torch.float32), compile=True)._compile is True

@@ -24,6 +24,7 @@ from amulet.loading import load_pretrained
 from amulet.packed_layers import Int8Linear, PackedLinear
 from amulet.packing import pack_linears
 from amulet.serve.errors import from_amulet
+from tests.engines import engine_over
 from tests.faults import FAULTS, SHORTAGES, Allocations, admit, step
 from tests.marks import needs_bfloat16_code, needs_code
 from tests.models import ScriptedModel, random_model
@@ -222,7 +223,7 @@ def check_every_allocation(scene: Callable[[], Scene], kinds: list[str], every: 
                     is_named = isinstance(found.error, OutOfMemoryError)
                     assert is_named == (kind in SHORTAGES), found.error
             assert now.engine.running == now.engine._owners == []
-            assert now.engine.cache_bytes == 0
+            assert now.engine.backend.nbytes == 0
             assert now.engine.prefixes.nbytes <= now.engine.prefixes.limit
             for found, expected in ((now.going, going), (now.new, new)):
                 again = Generation(
@@ -261,7 +262,7 @@ def test_any_allocation_of_a_scripted_answer_may_fail(tokenizer: PreTrainedToken
     ]
 
     def scene() -> Scene:
-        return Scene(Engine(model, prefix_bytes=2**20), prompts, 3)
+        return Scene(engine_over(model, prefix_bytes=2**20), prompts, 3)
 
     check_every_allocation(scene, list(FAULTS))
 
@@ -277,7 +278,7 @@ def test_any_allocation_of_an_answer_of_layers_in_c_may_fail(dtype: torch.dtype)
     prompts = [[ids[0]], [ids[1], ids[1][40:]], [[*ids[0], 7, 8], ids[2]]]
 
     def scene() -> Scene:
-        return Scene(Engine(model, prefix_bytes=2**20, drafts=True), prompts, 4)
+        return Scene(engine_over(model, prefix_bytes=2**20, drafts=True), prompts, 4)
 
     check_every_allocation(scene, list(SHORTAGES), every=5)
 
@@ -286,7 +287,7 @@ def test_any_allocation_of_an_answer_of_layers_in_c_may_fail(dtype: torch.dtype)
 def test_running_answers_outlive_a_prompt_without_room(
     tokenizer: PreTrainedTokenizerFast, kind: str
 ) -> None:
-    engine = Engine(ScriptedModel(tokenizer, "one two three"))
+    engine = engine_over(ScriptedModel(tokenizer, "one two three"))
     going = Generation(prompts=[conversation(tokenizer)], max_new_tokens=13)
     engine.admit(going)
     with Allocations(1, FAULTS[kind]), pytest.raises(OutOfMemoryError, match="3 rows of up to 900"):
@@ -300,7 +301,7 @@ def test_running_answers_outlive_a_prompt_without_room(
 def test_a_row_that_can_not_be_kept_ends_no_answer(
     tokenizer: PreTrainedTokenizerFast, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(ScriptedModel(tokenizer, "one two three"), prefix_bytes=2**20)
+    engine = engine_over(ScriptedModel(tokenizer, "one two three"), prefix_bytes=2**20)
     short, long = (Generation(prompts=[conversation(tokenizer)], max_new_tokens=n) for n in (3, 13))
     engine.admit(short)
     engine.admit(long)
@@ -319,14 +320,14 @@ def test_a_row_that_can_not_be_kept_ends_no_answer(
 def test_an_interrupt_or_a_shortage_at_the_first_token_leaves_no_row(
     tokenizer: PreTrainedTokenizerFast, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(ScriptedModel(tokenizer, "one two three"))
+    engine = engine_over(ScriptedModel(tokenizer, "one two three"))
 
     for fault in (FAULTS[kind](), KeyboardInterrupt()):
         with monkeypatch.context() as patch:
             patch.setattr("amulet.engine.choose_tokens", Mock(side_effect=fault))
             with pytest.raises((OutOfMemoryError, KeyboardInterrupt)):
                 engine.admit(Generation(prompts=[conversation(tokenizer)]))
-        assert (engine.running, engine._owners, engine.cache_bytes) == ([], [], 0)
+        assert (engine.running, engine._owners, engine.backend.nbytes) == ([], [], 0)
 
 
 @pytest.mark.parametrize("kind", SHORTAGES)
@@ -356,13 +357,13 @@ def test_callers_and_clients_learn_that_memory_is_short(
 def native_engine() -> Engine:
     model = random_model("llama", dtype=torch.float32, head_dim=64)
     pack_linears(model)
-    return Engine(model)
+    return engine_over(model)
 
 
 @needs_code
 def test_c_code_writes_and_reads_within_the_buffers_alone(native_engine: Engine) -> None:
     """Whatever a cache says of itself: the buffers' own shapes count."""
-    layer = native_engine.model.model.layers[0].native
+    layer = native_engine.backend.model.model.layers[0].native
     hidden, turned = torch.zeros(2, 1, 64), torch.zeros(2, 1, 64)
 
     def whole(rows: int, columns: int, places: list[int], first: int = 0) -> torch.Tensor:
@@ -445,7 +446,7 @@ def test_no_memory_in_c_is_out_of_memory(
         patch.setattr(native, "library", Short)
         with pytest.raises(OutOfMemoryError, match="1 rows of up to 20 tokens"):
             native_engine.admit(Generation(prompts=[list(range(20))]))
-    assert native_engine.cache_bytes == 0
+    assert native_engine.backend.nbytes == 0
 
 
 @pytest.mark.parametrize("kind", SHORTAGES)
@@ -479,7 +480,7 @@ def test_packing_without_memory_leaves_a_model_that_decodes(kind: str, pack: boo
     packed = [m for m in model.modules() if isinstance(m, PackedLinear | Int8Linear)]
     assert 0 < len(packed) < 29
     generation = Generation(prompts=[prompt], max_new_tokens=1)
-    Engine(model).admit(generation)
+    engine_over(model).admit(generation)
     if pack is True:
         assert generation.token_ids == [int(expected[0, -1].argmax())]
 

@@ -167,7 +167,7 @@ def test_closing_ends_the_decode_and_frees_its_memory(
     else:
         del stream
         gc.collect()
-    assert (amulet._engine.running, amulet._engine.cache_bytes) == ([], 0)
+    assert (amulet._engine.running, amulet._engine.backend.nbytes) == ([], 0)
     assert len(model.calls) == 1
     assert amulet.chat(user("hi")).text == "a long answer"
 
@@ -216,7 +216,7 @@ def test_many_threads_share_one_object(tokenizer: PreTrainedTokenizerFast) -> No
     for thread in threads:
         thread.join(30)
     assert said == {word: f"answer to {word}" for word in words}
-    assert amulet._engine.cache_bytes == 0
+    assert amulet._engine.backend.nbytes == 0
 
 
 def test_an_answer_is_cut_by_the_window_a_prompt_is_refused(

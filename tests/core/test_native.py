@@ -19,9 +19,9 @@ from torch import nn
 
 from amulet import doctor, native, products
 from amulet.attention import grouped_attention, steps_are_native
-from amulet.engine import Engine
 from amulet.packed_layers import PackedLinear
 from amulet.packing import pack_linears
+from tests.engines import engine_over
 from tests.marks import needs_code
 from tests.models import random_model
 
@@ -138,7 +138,7 @@ def test_for_a_model_that_it_does_not_serve_nothing_is_compiled(
     assert pack_linears(model) == 0
     assert not steps_are_native(model)
     if device == "cpu":
-        Engine(model, compile=compile)
+        engine_over(model, compile=compile)
     query, key = (torch.empty(1, 1, n, 64, dtype=dtype, device=device) for n in (1, 9))
     grouped_attention(nn.Module(), query, key, key, None)
 

@@ -9,15 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.engine import CHUNK, Engine
+from amulet.backends.transformers.backend import CHUNK, SavedRow
+from amulet.engine import Engine
 from amulet.generation import Generation
 from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
+from tests.engines import engine_over
 from tests.models import Kind, random_model
 from tests.oracles.reference import generate
 
 
 def kept(*ids: int) -> KeptRow:
-    return KeptRow(ids, (torch.zeros(1, len(ids), 4),))
+    return KeptRow(ids, SavedRow((torch.zeros(1, len(ids), 4),)))
 
 
 def ids(seed: int, length: int) -> list[int]:
@@ -39,7 +41,7 @@ def test_shared_length_is_the_longest_common_beginning(one: list[int], other: li
 
 def test_the_longest_match_is_found_and_the_oldest_makes_room() -> None:
     row = kept(*range(40))
-    store = Prefixes(limit=3 * row.nbytes)
+    store = Prefixes(limit=3 * row.saved.nbytes)
     for first in (1, 2, 3):
         store.keep(kept(first, *range(100, 139)))
     found, length = store.find([1, *range(100, 130), 7, 7])
@@ -55,10 +57,10 @@ def test_a_row_replaces_those_it_continues_and_too_large_or_short_ones_are_not_k
     store = Prefixes(limit=10_000)
     store.keep(kept(*range(20)))
     store.keep(kept(*range(30)))
-    assert store.nbytes == kept(*range(30)).nbytes
+    assert store.nbytes == kept(*range(30)).saved.nbytes
     store.keep(kept(*range(LEAST - 1)))
     store.keep(kept(*range(1000, 2000)))
-    assert store.nbytes == kept(*range(30)).nbytes
+    assert store.nbytes == kept(*range(30)).saved.nbytes
     assert store.find([*range(LEAST - 1), -1]) == (None, 0)
     store.clear()
     assert store.nbytes == 0
@@ -67,7 +69,7 @@ def test_a_row_replaces_those_it_continues_and_too_large_or_short_ones_are_not_k
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_the_next_turn_computes_only_what_is_new(kind: Kind) -> None:
     model = random_model(kind, dtype=torch.float64)
-    engine = Engine(model, prefix_bytes=2**26)
+    engine = engine_over(model, prefix_bytes=2**26)
     prompt, base = ids(1, 60), ids(2, 50)
     first = Generation(prompts=[prompt, base], weights=[3.0], max_new_tokens=12)
     engine.admit(first)
@@ -88,7 +90,7 @@ def test_the_next_turn_computes_only_what_is_new(kind: Kind) -> None:
 
 def test_a_base_prompt_is_computed_once_for_many_preferences() -> None:
     model = random_model("qwen2", dtype=torch.float64)
-    engine = Engine(model, prefix_bytes=2**26)
+    engine = engine_over(model, prefix_bytes=2**26)
     base = ids(1, 200)
     tokens: list[int] = []
     hook = model.register_forward_pre_hook(
@@ -112,7 +114,7 @@ def test_a_base_prompt_is_computed_once_for_many_preferences() -> None:
 def test_a_long_prefill_in_chunks_lets_the_others_go_on(kind: Kind) -> None:
     model = random_model(kind, dtype=torch.float64)
     model.config.max_position_embeddings = 2048
-    engine = Engine(model)
+    engine = engine_over(model)
     short = Generation(prompts=[ids(1, 20)], max_new_tokens=40)
     brief = Generation(prompts=[ids(2, 20)], max_new_tokens=2)  # leaves during the prefill
     for generation in (brief, short):
@@ -131,7 +133,7 @@ def test_a_long_prefill_in_chunks_lets_the_others_go_on(kind: Kind) -> None:
 def test_short_prompts_one_after_another_make_nobody_wait_for_long() -> None:
     """A step for every `CHUNK` tokens of prompts, not for each of eight short ones."""
     model = random_model("llama")
-    engine = Engine(model)
+    engine = engine_over(model)
     widths: list[int] = []
     hook = model.register_forward_pre_hook(
         lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
@@ -144,7 +146,7 @@ def test_short_prompts_one_after_another_make_nobody_wait_for_long() -> None:
 
 def test_cancelling_in_the_middle_of_a_prefill_stops_it() -> None:
     model = random_model("llama")
-    engine = Engine(model)
+    engine = engine_over(model)
     running = Generation(prompts=[ids(1, 20)], max_new_tokens=40)
     engine.admit(running)
     engine.step()
@@ -161,11 +163,11 @@ def test_cancelling_in_the_middle_of_a_prefill_stops_it() -> None:
     assert passes == [CHUNK, 1]
     assert engine.running == [running]
     drain(engine)
-    assert (len(running.token_ids), long.token_ids, engine.cache_bytes) == (40, [], 0)
+    assert (len(running.token_ids), long.token_ids, engine.backend.nbytes) == (40, [], 0)
 
 
 def test_nothing_is_kept_unless_asked() -> None:
-    engine = Engine(random_model("llama"))
+    engine = engine_over(random_model("llama"))
     engine.admit(Generation(prompts=[ids(1, 60)], max_new_tokens=3))
     drain(engine)
     assert engine.prefixes.nbytes == 0

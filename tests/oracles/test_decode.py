@@ -18,6 +18,7 @@ from amulet.generation import Generation
 from amulet.preference import Preference
 from amulet.prompts import encode_chat
 from amulet.sampling import Sampling
+from tests.engines import engine_over
 from tests.models import IM_END, KINDS, Kind, random_model
 from tests.oracles.reference import generate
 
@@ -80,7 +81,7 @@ def test_steered_equals_guidance_on_random_models(kind: Kind, strength: float) -
     shared = ids(rng, 20)
     prompt, base = shared + ids(rng, 23), shared + ids(rng, 9)
     generation = steered(prompt, base, strength)
-    run(Engine(model), [generation])
+    run(engine_over(model), [generation])
     expected = generate(model, prompt, TOKENS, base=base, strength=strength)
     assert generation.token_ids == expected
     assert len(set(expected)) > 4, "the random model repeats itself: the comparison is empty"
@@ -91,7 +92,7 @@ def test_plain_equals_generate_on_random_models(kind: Kind) -> None:
     model = random_model(kind, dtype=torch.float64)
     prompt = ids(random.Random(kind), 40)
     generation = plain(prompt)
-    run(Engine(model), [generation])
+    run(engine_over(model), [generation])
     assert generation.token_ids == generate(model, prompt, TOKENS)
 
 
@@ -107,7 +108,7 @@ def test_mixed_batch_equals_each_alone(kind: Kind) -> None:
         plain(prompt) if base is None or strength is None else steered(prompt, base, strength)
         for prompt, base, strength in cases
     ]
-    run(Engine(model), generations)
+    run(engine_over(model), generations)
     for generation, (prompt, base, strength) in zip(generations, cases, strict=True):
         expected = generate(model, prompt, TOKENS, base=base, strength=strength)
         assert generation.token_ids == expected
@@ -124,16 +125,16 @@ def test_sampled_row_alone_equals_the_same_row_in_a_batch(kind: Kind) -> None:
         return steered(prompt, base, 2.0, sampling=sampling, seed=11, floor=0.05)
 
     alone, together, again = fresh(), fresh(), fresh()
-    run(Engine(model), [alone])
+    run(engine_over(model), [alone])
     neighbours = [
         plain(other, sampling=Sampling(temperature=1.5), seed=3),
         steered(other, prompt, 4.0, sampling=Sampling(temperature=0.7), seed=4),
     ]
-    run(Engine(model), [neighbours[0], together, neighbours[1]])
-    run(Engine(model), [again])
+    run(engine_over(model), [neighbours[0], together, neighbours[1]])
+    run(engine_over(model), [again])
     assert together.token_ids == alone.token_ids == again.token_ids
     different = steered(prompt, base, 2.0, sampling=sampling, seed=12, floor=0.05)
-    run(Engine(model), [different])
+    run(engine_over(model), [different])
     assert different.token_ids != alone.token_ids
 
 
@@ -141,7 +142,7 @@ def test_a_row_that_joins_a_running_batch_decodes_as_alone() -> None:
     model = random_model("qwen3", dtype=torch.float64)
     rng = random.Random(5)
     prompts = [ids(rng, n) for n in (12, 44, 25, 31)]
-    engine = Engine(model)
+    engine = engine_over(model)
     first, second = plain(prompts[0]), steered(prompts[1], prompts[2], 2.0)
     late = steered(prompts[3], prompts[0], 0.5)
     engine.admit(first)
@@ -156,7 +157,7 @@ def test_a_row_that_joins_a_running_batch_decodes_as_alone() -> None:
     assert second.token_ids == generate(model, prompts[1], TOKENS, base=prompts[2], strength=2.0)
     assert late.token_ids == generate(model, prompts[3], TOKENS, base=prompts[0], strength=0.5)
     assert first.token_ids == generate(model, prompts[0], TOKENS)[: len(first.token_ids)]
-    assert engine.cache_bytes == 0, "an empty batch holds no cache"
+    assert engine.backend.nbytes == 0, "an empty batch holds no cache"
 
 
 def test_several_preferences_equal_their_formula() -> None:
@@ -165,7 +166,7 @@ def test_several_preferences_equal_their_formula() -> None:
     rows = [ids(rng, 20), ids(rng, 26), ids(rng, 9)]
     weights = [1.7, -0.6]
     generation = Generation(prompts=rows, weights=weights, max_new_tokens=24)
-    run(Engine(model), [generation])
+    run(engine_over(model), [generation])
     expected: list[int] = []
     for _ in range(24):
         logs = [model(torch.tensor([row + expected])).logits[0, -1].log_softmax(-1) for row in rows]
@@ -214,7 +215,7 @@ def test_smollm_equals_guidance_in_float32(
 
     for engine_model in (model, packed_smollm):
         alone, together = copies()[1], copies()
-        run(Engine(engine_model), [alone])
+        run(engine_over(engine_model), [alone])
         assert alone.token_ids == expected[1]
-        run(Engine(engine_model), together)
+        run(engine_over(engine_model), together)
         assert [generation.token_ids for generation in together] == expected

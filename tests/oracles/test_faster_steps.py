@@ -19,6 +19,7 @@ from amulet.generation import Generation
 from amulet.layers import are_native
 from amulet.packing import pack_linears
 from amulet.sampling import Sampling
+from tests.engines import engine_over
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate
 from tests.oracles.test_decode import TOKENS, decodes_as_transformers, ids, plain, run, steered
@@ -48,13 +49,13 @@ class _Foretold(Draft):
 def _passes(engine: Engine) -> list[int]:
     """Return a list that will hold the width of every pass."""
     widths: list[int] = []
-    forward = engine._forward
+    forward = engine.backend.forward
 
     def counted(new: Sequence[Sequence[int]], *rest: object) -> torch.Tensor:
         widths.append(len(new[0]))
         return forward(new, *rest)  # type: ignore[arg-type]
 
-    engine._forward = counted  # type: ignore[method-assign]
+    engine.backend.forward = counted  # type: ignore[method-assign]
     return widths
 
 
@@ -70,11 +71,11 @@ def test_drafts_change_no_token(kind: Kind, temperature: float) -> None:
         return [steered(prompt, base, 2.0, **options), plain(other, **options)]
 
     expected = fresh()
-    run(Engine(model), expected)
+    run(engine_over(model), expected)
     drafted = fresh()
     for i, generation in enumerate(drafted):
         generation.draft = _Foretold(expected[i].token_ids, i)
-    engine = Engine(model, drafts=True)
+    engine = engine_over(model, drafts=True)
     widths = _passes(engine)
     run(engine, drafted)
     assert [g.token_ids for g in drafted] == [g.token_ids for g in expected]
@@ -88,7 +89,7 @@ def test_drafts_keep_what_is_collected_per_token_and_end_where_they_should() -> 
     prompt, base = ids(rng, 30), ids(rng, 12)
     reference = steered(prompt, base, 2.0)
     reference.end_ids = frozenset()
-    run(Engine(model), [reference])
+    run(engine_over(model), [reference])
     tokens = reference.token_ids
 
     def collected(drafts: bool) -> Generation:
@@ -102,7 +103,7 @@ def test_drafts_keep_what_is_collected_per_token_and_end_where_they_should() -> 
         generation.end_ids = frozenset()
         if drafts:
             generation.draft = _Foretold(tokens, 1)
-        run(Engine(model, drafts=drafts), [generation])
+        run(engine_over(model, drafts=drafts), [generation])
         assert seen == generation.token_ids == tokens[:23]
         assert generation.finish_reason == "stop"
         return generation
@@ -118,9 +119,9 @@ def test_an_answer_that_copies_its_prompt_takes_fewer_steps() -> None:
     rng = random.Random(3)
     start = ids(rng, 40)
     first = plain(start)
-    run(Engine(model), [first])
+    run(engine_over(model), [first])
     prompt = start + first.token_ids[:40]
-    engine = Engine(model, drafts=True)
+    engine = engine_over(model, drafts=True)
     widths = _passes(engine)
     generation = plain(prompt)
     run(engine, [generation])
@@ -133,11 +134,11 @@ def test_draft_checks_do_not_go_beyond_a_limit() -> None:
     prompt = ids(random.Random(4), 30)
     expected = plain(prompt)
     expected.end_ids, expected.max_new_tokens = frozenset(), 30
-    run(Engine(model), [expected])
+    run(engine_over(model), [expected])
     generation = plain(prompt)
     generation.end_ids, generation.max_new_tokens = frozenset(), 10
     generation.draft = _Foretold(expected.token_ids, 0)
-    engine = Engine(model, drafts=True)
+    engine = engine_over(model, drafts=True)
     widths = _passes(engine)
     run(engine, [generation])
     assert generation.token_ids == expected.token_ids[:10]
@@ -162,7 +163,7 @@ def test_a_compiled_step_decodes_what_transformers_does(
     monkeypatch.setattr(native, "_libraries", [])  # nobody has looked for the C code before
     model = random_model(kind, dtype=dtype)
     rng = random.Random(kind)
-    engine = Engine(model, compile=True)
+    engine = engine_over(model, compile=True)
     widths = _passes(engine)
     caplog.set_level(logging.INFO, "amulet")
     for lengths in ((40,), (20, 33, 64)):
@@ -180,8 +181,8 @@ def test_a_compiled_step_uses_packed_weights(caplog: pytest.LogCaptureFixture) -
     pack_linears(model)
     prompt = ids(random.Random(6), 30)
     eager, compiled = plain(prompt), plain(prompt)
-    run(Engine(model), [eager])
-    engine = Engine(model, compile=True)
+    run(engine_over(model), [eager])
+    engine = engine_over(model, compile=True)
     widths = _passes(engine)
     run(engine, [compiled])
     assert compiled.token_ids == eager.token_ids
@@ -201,7 +202,7 @@ def test_what_can_not_be_compiled_runs_uncompiled_and_says_so_once(
     model = random_model("llama", dtype=torch.float64)
     prompt = ids(random.Random(7), 30)
     generation = plain(prompt)
-    run(Engine(model, compile=True), [generation])
+    run(engine_over(model, compile=True), [generation])
     assert generation.token_ids == generate(model, prompt, TOKENS)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(
@@ -232,22 +233,24 @@ def test_grouped_attention_gives_what_sdpa_gives(kind: Kind, width: int) -> None
 @pytest.mark.parametrize("width", [2, 40])
 def test_a_pass_behind_cached_tokens_needs_no_mask(kind: Kind, start: int, width: int) -> None:
     model = random_model(kind, dtype=torch.float64)
-    engine = Engine(model)
+    engine = engine_over(model)
     tokens = [ids(random.Random(seed), start + width) for seed in (10, 11)]
     made: list[torch.Tensor | None] = []
-    masks = engine._cache.masks
+    masks = engine.backend._cache.masks
 
     def noted(*given: Any, **options: Any) -> Any:
         found = masks(*given, **options)
         made.append(found["full_attention"] if isinstance(found, dict) else found)
         return found
 
-    engine._cache.masks = noted  # type: ignore[method-assign]
+    engine.backend._cache.masks = noted  # type: ignore[method-assign]
     with torch.inference_mode():
         expected = model(torch.tensor(tokens)).logits[:, start:]
-        engine._cache.reserve(2, start + width)
-        engine._forward([row[:start] for row in tokens], [0, 0], 0, [start - 1])
-        found = engine._forward([row[start:] for row in tokens], [start] * 2, 0, list(range(width)))
+        engine.backend._cache.reserve(2, start + width)
+        engine.backend.forward([row[:start] for row in tokens], [0, 0], 0, [start - 1])
+        found = engine.backend.forward(
+            [row[start:] for row in tokens], [start] * 2, 0, list(range(width))
+        )
     torch.testing.assert_close(found, expected)
     assert made == [None, None]
 

@@ -18,6 +18,7 @@ from amulet.cache import GPU_COLUMN_STEP, BufferKind, RowCache
 from amulet.engine import Engine
 from amulet.errors import OutOfMemoryError
 from amulet.graphs import Graph, StepGraphs, _can_record, _given
+from tests.engines import engine_over
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate
 from tests.oracles.test_decode import TOKENS, decodes_as_transformers, ids, plain, run, steered
@@ -62,7 +63,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _kept(engine: Engine) -> Engine:
     """Let an engine keep its cache, and with it the graphs, from one answer to the next."""
-    engine._kept_bytes = 2**30
+    engine.backend._kept_bytes = 2**30
     return engine
 
 
@@ -71,11 +72,11 @@ def test_recorded_steps_decode_what_transformers_does(kind: Kind) -> None:
     """Rows in number and length as they come: level or not, with spare ones, joining, leaving."""
     model = random_model(kind, dtype=torch.float64).to(DEVICE)
     rng = random.Random(kind)
-    engine = _kept(Engine(model))
+    engine = _kept(engine_over(model))
     widths = _passes(engine)
     for lengths in ((40,), (20, 33, 64), (30, 9)):
         decodes_as_transformers(engine, model, rng, lengths)
-    assert widths.count(1) <= len(engine._graphs._asked), "a step ran without its graph"
+    assert widths.count(1) <= len(engine.backend._graphs._asked), "a step ran without its graph"
 
 
 @needs_compiler
@@ -87,17 +88,17 @@ def test_layers_are_compiled_once_for_all(kind: Kind, caplog: pytest.LogCaptureF
     counters.clear()
     model = random_model(kind, dtype=torch.float64).to(DEVICE)
     rng = random.Random(kind)
-    engine = _kept(Engine(model, compile=True))
-    engine._compiled._by_layer = True
+    engine = _kept(engine_over(model, compile=True))
+    engine.backend._compiled._by_layer = True
     for lengths in ((40,), (20, 33, 64)):
         prompts = [ids(rng, length) for length in lengths]
         generations = [plain(prompt) for prompt in prompts]
         run(engine, generations)
         for prompt, generation in zip(prompts, generations, strict=True):
             assert generation.token_ids == generate(model, prompt, TOKENS)
-    assert not engine._compiled.broken
-    assert engine._graphs._graphs
-    assert all(shape[2] for shape in engine._graphs._graphs)
+    assert not engine.backend._compiled.broken
+    assert engine.backend._graphs._graphs
+    assert all(shape[2] for shape in engine.backend._graphs._graphs)
     assert sum("Compiled the decode step" in text for text in caplog.messages) == 1
     assert counters["stats"]["unique_graphs"] == 2  # for one token and for several; none since
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -106,23 +107,23 @@ def test_layers_are_compiled_once_for_all(kind: Kind, caplog: pytest.LogCaptureF
 def test_graphs_are_made_anew_when_the_cache_grows() -> None:
     model = random_model("llama", dtype=torch.float64).to(DEVICE)
     prompt = ids(random.Random(1), GPU_COLUMN_STEP - TOKENS - 10)
-    engine = _kept(Engine(model))
+    engine = _kept(engine_over(model))
     generation = plain(prompt)
     run(engine, [generation])
-    (first,) = engine._graphs._graphs.values()
-    had = engine._cache.capacity[1]
+    (first,) = engine.backend._graphs._graphs.values()
+    had = engine.backend._cache.capacity[1]
     longer = plain(prompt + generation.token_ids[:40])
     run(engine, [longer])
-    (second,) = engine._graphs._graphs.values()
+    (second,) = engine.backend._graphs._graphs.values()
     assert longer.token_ids == generate(model, longer.prompts[0], TOKENS)
     assert second is not first
-    assert engine._cache.capacity[1] > had
+    assert engine.backend._cache.capacity[1] > had
 
 
 def test_a_changed_model_is_recorded_anew() -> None:
     model = random_model("llama", dtype=torch.float64).to(DEVICE)
     prompt = ids(random.Random(2), 30)
-    engine = _kept(Engine(model))
+    engine = _kept(engine_over(model))
     before, after = plain(prompt), plain(prompt)
     run(engine, [before])
     model.lm_head = torch.nn.Linear(64, 320, bias=False, dtype=torch.float64, device=DEVICE)
@@ -135,8 +136,8 @@ def test_spare_rows_harm_no_prefill_that_is_under_way() -> None:
     """Three rows decode by a graph of four while a long prompt fills the fourth."""
     model = random_model("llama", dtype=torch.float64).to(DEVICE)
     rng = random.Random(7)
-    engine = _kept(Engine(model))
-    engine._chunk = 40  # a step of theirs after so many tokens
+    engine = _kept(engine_over(model))
+    engine.backend.chunk = 40  # a step of theirs after so many tokens
     prompts = [ids(rng, length) for length in (20, 31, 12, 390)]
     generations = [plain(prompt) for prompt in prompts]
     for generation in generations[:3]:
@@ -146,7 +147,7 @@ def test_spare_rows_harm_no_prefill_that_is_under_way() -> None:
     decoded = len(generations[0].token_ids)
     engine.admit(generations[3])
     assert len(generations[0].token_ids) >= decoded + 8
-    assert (4, 1, False) in engine._graphs._graphs
+    assert (4, 1, False) in engine.backend._graphs._graphs
     run(engine, [])
     for prompt, generation in zip(prompts, generations, strict=True):
         assert generation.token_ids == generate(model, prompt, TOKENS)
@@ -173,7 +174,7 @@ def test_models_whose_steps_differ_by_position_are_not_recorded() -> None:
 def test_a_model_that_was_cast_decodes_on() -> None:
     model = random_model("llama").to(DEVICE)
     prompt = ids(random.Random(8), 30)
-    engine = _kept(Engine(model))
+    engine = _kept(engine_over(model))
     run(engine, [plain(prompt)])
     model.to(torch.float64)
     generation = plain(prompt)
@@ -183,13 +184,13 @@ def test_a_model_that_was_cast_decodes_on() -> None:
 
 def test_a_long_answer_does_not_leave_long_rows_to_all() -> None:
     model = random_model("llama").to(DEVICE)
-    engine = _kept(Engine(model))
-    engine._cache = RowCache(column_step=16)
+    engine = _kept(engine_over(model))
+    engine.backend._cache = RowCache(column_step=16)
     run(engine, [plain(ids(random.Random(9), 400))])
-    had = engine._cache.capacity[1]
+    had = engine.backend._cache.capacity[1]
     short = plain(ids(random.Random(9), 20))
     run(engine, [short])
-    assert engine._cache.capacity[1] < had // 4
+    assert engine.backend._cache.capacity[1] < had // 4
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -197,7 +198,7 @@ def test_a_prompt_without_room_leaves_the_engine_as_it_was(
     monkeypatch: pytest.MonkeyPatch, running: bool
 ) -> None:
     model = random_model("llama", dtype=torch.float64).to(DEVICE)
-    engine = _kept(Engine(model))
+    engine = _kept(engine_over(model))
     first = plain(ids(random.Random(10), 40))
     engine.admit(first)
     if not running:
@@ -217,13 +218,13 @@ def test_a_prompt_without_room_leaves_the_engine_as_it_was(
     run(engine, [second])
     for generation in (first, second):
         assert generation.token_ids == generate(model, generation.prompts[0], TOKENS)
-    assert engine._graphs.serves
+    assert engine.backend._graphs.serves
 
 
 def test_hooks_run_at_every_step(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model("llama", dtype=torch.float64).to(DEVICE)
     prompt = ids(random.Random(3), 30)
-    engine = _kept(Engine(model))
+    engine = _kept(engine_over(model))
     first, second = plain(prompt), plain(prompt)
     run(engine, [first])
     calls: list[int] = []
@@ -242,12 +243,12 @@ def test_checks_of_drafts_are_recorded(kind: Kind) -> None:
     model = random_model(kind, dtype=torch.float64).to(DEVICE)
     prompt, base = ids(random.Random(4), 40), ids(random.Random(5), 23)
     expected = generate(model, prompt, TOKENS, base=base, strength=2.0)
-    engine = Engine(model, drafts=True)
+    engine = engine_over(model, drafts=True)
     pair = steered(prompt, base, 2.0)
     pair.draft = _Foretold(expected, 0)
     run(engine, [pair])
     assert pair.token_ids == expected
-    assert any(shape[1] > 1 for shape in engine._graphs._graphs)
+    assert any(shape[1] > 1 for shape in engine.backend._graphs._graphs)
 
 
 def test_what_can_not_be_recorded_runs_as_it_did(
@@ -265,12 +266,12 @@ def test_what_can_not_be_recorded_runs_as_it_did(
     forward = mlp.forward
     mlp.forward = lambda hidden: forward(hidden) * (1.0 if hidden.sum().item() < 1e9 else 2.0)
     caplog.set_level(logging.INFO, "amulet")
-    engine = Engine(model)
+    engine = engine_over(model)
     for _ in range(2):
         generation = plain(prompt)
         run(engine, [generation])
         assert generation.token_ids == expected
-    assert not engine._graphs.serves
+    assert not engine.backend._graphs.serves
     (line,) = [text for text in caplog.messages if "CUDA graphs" in text]
     assert line.startswith("Decode steps can't be CUDA graphs: ")
 
@@ -283,8 +284,8 @@ def test_an_adapter_is_run_at_every_step(caplog: pytest.LogCaptureFixture) -> No
     layer.q_proj.forward = layer.q_proj.base_layer.forward
     caplog.set_level(logging.INFO, "amulet")
     generation = plain(ids(random.Random(6), 30))
-    engine = Engine(model)
+    engine = engine_over(model)
     run(engine, [generation])
-    assert not engine._graphs._graphs
+    assert not engine.backend._graphs._graphs
     assert generation.token_ids == generate(model, generation.prompts[0], TOKENS)
     assert sum("adapter" in text for text in caplog.messages) == 1

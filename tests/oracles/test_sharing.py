@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet
-from amulet.engine import CHUNK
+from amulet.backends.transformers.backend import CHUNK
 from tests.models import random_model
 
 PREFERENCES: list[Any] = [
@@ -96,4 +96,4 @@ def test_threads_that_come_and_go_get_what_each_gets_alone(
     for thread in threads:
         thread.join(timeout=120)
     assert [got[i] for i in range(len(alone))] == alone
-    assert amulet._engine.cache_bytes == 0
+    assert amulet._engine.backend.nbytes == 0

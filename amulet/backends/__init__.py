@@ -1,0 +1,1 @@
+"""What computes logits: `base` is the seam, and each sub-package stands behind it."""

@@ -1,0 +1,213 @@
+"""`TransformersBackend`: rows of a Transformers model, over one KV cache.
+
+A pass goes through the model's own forward. A decode step is also a CUDA graph on a GPU, or
+compiled where that is wanted; each of them gives way to the plain pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from amulet import native
+from amulet.attention import causal_behind_cached, grouped, steps_are_native
+from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported, forward_parameters
+from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
+from amulet.graphs import StepGraphs
+from amulet.layers import are_native, renew_packed
+from amulet.openmp import release
+from amulet.packed_layers import native_rows
+from amulet.weights import execution_device, weights_state
+
+CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
+GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
+COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
+WORTH_SHARING = 64  # tokens spared, from which a shared beginning is worth a pass of its own
+GPU_WORTH_SHARING = 512  # the same on a GPU
+KEPT_FOR_GRAPHS = 1 / 8  # of a GPU's memory: so much KV cache stays for its CUDA graphs when idle
+TOO_LONG = 4  # times the columns that an answer needs: kept rows that are longer are made anew
+TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no second thread
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """Per layer, one row's keys and values `[kv_heads, length, head_dim]`."""
+
+    buffers: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+class TransformersBackend:
+    """See `Backend`.
+
+    Args:
+        model: a causal language model that `check_supported` accepts.
+        compile: compile the decode step; "auto" does once decoding has taken `COMPILE_AFTER`, but
+            not where whole layers are C code, which is faster.
+    """
+
+    any_length = True
+
+    def __init__(self, model: PreTrainedModel, compile: bool | Literal["auto"] = False) -> None:
+        check_supported(model)
+        execution_device(model)
+        self.model = model
+        self._compile = False if compile == "auto" and are_native(model) else compile
+        self._compiled = CompiledStep(model)
+        self._graphs = StepGraphs(model, self._compiled)
+        self._seconds = 0.0  # spent on steps
+        on_gpu = model.device.type == "cuda"
+        self.chunk = GPU_CHUNK if on_gpu else CHUNK
+        self.worth_sharing = GPU_WORTH_SHARING if on_gpu else WORTH_SHARING
+        self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
+        self._kind = model.dtype, model.device  # of what the cache holds
+        self._weights = weights_state(model)
+        self._causal_behind_cached = causal_behind_cached(model)
+        # Up to how many rows a step is the C code's, but for small operations.
+        rows = native_rows(model) if steps_are_native(model) else 0
+        self._team_rows = min(rows, TEAM_ROWS)
+        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
+        self._kept_bytes = 0  # of the KV cache, when nothing runs
+        if on_gpu:  # graphs are recorded over these very buffers
+            memory = torch.cuda.get_device_properties(model.device).total_memory
+            self._kept_bytes = int(KEPT_FOR_GRAPHS * memory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected, and logits are."""
+        return execution_device(self.model)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the KV cache."""
+        return self._cache.nbytes
+
+    def queued(self) -> None:
+        """Let go of the caller's OpenMP helpers, which would make the decode thread slow."""
+        release()
+
+    def renew(self, tokens: int, idle: bool) -> None:
+        """See `Backend.renew`: graphs over another model's weights, and rows of another dtype."""
+        changed = self._graphs.refresh(self._compiles())
+        kind = self.model.dtype, self.device
+        if not idle:
+            return
+        if kind != self._kind:  # cast, or moved
+            self._kind = kind
+            self._cache.clear()
+        # What an idle GPU kept may be on another one, or as long as somebody's long answer.
+        if changed or self._cache.capacity[1] > TOO_LONG * tokens:
+            self._cache.clear()
+
+    def state(self) -> object:
+        """Return the weights' state, as `weights_state` tells it."""
+        now = weights_state(self.model)
+        if now != self._weights:
+            renew_packed(self.model)
+            self._weights = weights_state(self.model)
+        return self._weights
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many rows of so many ids; see `Backend.reserve`."""
+        self._cache.reserve(rows, tokens)
+
+    def working(self, tokens: int) -> AbstractContextManager[Any]:
+        """Return the C code's thread team where a step of so many tokens is its own."""
+        # Compiled code brings loops for OpenMP's threads, which the team's would get in the way of.
+        alone = tokens <= self._team_rows and not self._compiles()
+        return native.team() if alone else nullcontext()
+
+    def forward(
+        self,
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        first: int,
+        keep: Sequence[int],
+    ) -> torch.Tensor:
+        """One pass over rows `first ...`; return logits `[rows, kept places, vocab]`."""
+        device, model = self.device, self.model
+        self._cache.begin(first, starts, len(ids[0]))
+        options: dict[str, Any] = {}
+        if self._keeps_logits:
+            options["logits_to_keep"] = torch.tensor(keep, device=device)
+        masks = self._cache.masks(
+            model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
+        )
+        tokens, positions = torch.tensor(ids, device=device), self._cache.positions.to(device)
+        with grouped():
+            logits = forward_pass(model, tokens, positions, masks, self._cache, **options)
+        return logits if self._keeps_logits else logits[:, list(keep)]
+
+    def step(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
+        """One decode step; return logits `[rows, ids per row, vocab]`.
+
+        By a CUDA graph on a GPU, and compiled where that is wanted; on the CPU a step that checks
+        drafts is not, as it would have to be compiled for itself.
+        """
+        begun = time.perf_counter()
+        compiles, logits = self._compiles(), None
+        if self._graphs.serves:
+            logits = self._graphs(ids, starts, self._cache, compiles)
+        elif compiles and len(ids[0]) == 1:
+            logits = self._step_compiled(ids, starts)
+        if logits is None:
+            logits = self.forward(ids, starts, 0, range(len(ids[0])))
+        self._seconds += time.perf_counter() - begun
+        return logits
+
+    def _step_compiled(
+        self, ids: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> torch.Tensor | None:
+        spare = max(LEAST_ROWS - len(ids), 0)  # rows that are filled meanwhile, or nobody's
+        columns = max(starts) + 1
+        self._cache.reserve(len(ids) + spare, columns + 1)
+        unused = self._cache.capacity[1] - 1  # a column that none of the rows has come to
+        device = self.device
+        positions = torch.tensor([*starts, *[0] * spare], device=device)[:, None]
+        targets = torch.tensor([*starts, *[unused] * spare], device=device)[:, None]
+        keys, values = self._cache.buffers(0, len(positions))
+        tokens = torch.tensor([*ids, *[[0]] * spare], device=device)
+        logits = self._compiled(tokens, positions, targets, keys, values, columns)
+        return None if logits is None else logits[: len(ids)]
+
+    def _compiles(self) -> bool:
+        due = self._seconds > COMPILE_AFTER if self._compile == "auto" else self._compile
+        return due and not self._compiled.broken
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` ids of one row to another."""
+        self._cache.copy_row(source, target, length)
+
+    def save_row(self, row: int, length: int) -> SavedRow:
+        """Return a copy of a row's first `length` ids."""
+        return SavedRow(self._cache.row(row, length))
+
+    def load_row(self, row: int, snapshot: SavedRow, length: int) -> None:
+        """Put the first `length` ids of what `save_row` returned into a row."""
+        self._cache.write_row(row, snapshot.buffers, length)
+
+    def row_bytes(self, length: int) -> int:
+        """Bytes of what `save_row` returns for so many ids."""
+        return self._cache.row_bytes(length)
+
+    def rest(self) -> None:
+        """Free all memory; but on a GPU keep some, emptied, for its CUDA graphs."""
+        if self._graphs.serves and self._cache.nbytes < self._kept_bytes:
+            self._cache.blank()
+            self._graphs.blank()
+        else:
+            self._cache.free()
+
+    def clear(self) -> None:
+        """Free all memory."""
+        self._cache.clear()

@@ -1,0 +1,184 @@
+"""One contract for all backends: rows are what was put into them, and the engine needs no more.
+
+The reference passes all ids of a row at once, for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from amulet.backends.base import Backend
+from amulet.backends.transformers.backend import TransformersBackend
+from amulet.engine import Engine
+from amulet.generation import Generation
+from tests.backends.scripted import ScriptedBackend, scores
+from tests.models import random_model
+
+BEGINNING = [5, 9, 2, 6, 5, 3, 5, 8] * 5
+PROMPTS = [[*BEGINNING, 1, 2, 3], [*BEGINNING, 4], [7, 7, 1], [*BEGINNING, 1, 2, 9, 9, 9]]
+
+
+class Subject(NamedTuple):
+    """A backend, and what its logits are for a row of ids, `[vocab]`."""
+
+    backend: Backend
+    logits: Callable[[Sequence[int]], torch.Tensor]
+
+
+def transformers() -> Subject:
+    model = random_model("llama", dtype=torch.float64)
+
+    def logits(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+    return Subject(TransformersBackend(model), logits)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "transformers": transformers,
+    "scripted": lambda: Subject(ScriptedBackend(), scores),
+    "scripted, recurrent": lambda: Subject(ScriptedBackend(any_length=False), scores),
+}
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return SUBJECTS[request.param]()
+
+
+def answer(subject: Subject, prompts: Sequence[list[int]], weight: float, tokens: int) -> list[int]:
+    """Return the reference's greedy answer to a preferred prompt and a base prompt, or to one."""
+    found: list[int] = []
+    for _ in range(tokens):
+        rows = [subject.logits([*prompt, *found]).log_softmax(-1) for prompt in prompts]
+        mixed = rows[-1] + weight * (rows[0] - rows[-1]) if len(rows) == 2 else rows[0]
+        found.append(int(mixed.argmax()))
+    return found
+
+
+def generation(prompts: Sequence[list[int]], weight: float, tokens: int) -> Generation:
+    weights = [weight] if len(prompts) == 2 else []
+    return Generation(prompts=prompts, weights=weights, max_new_tokens=tokens)
+
+
+def run(engine: Engine) -> None:
+    while engine.running:
+        engine.step()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    # Sums of some hundred products in float64, of numbers up to a hundred.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_a_row_is_what_was_put_into_it(subject: Subject) -> None:
+    backend, logits = subject
+    one, other = [3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]
+    backend.reserve(3, 16)
+    after = backend.forward([one, other], [0, 0], 0, [5])
+    close(after[:, 0], torch.stack([logits(one), logits(other)]))
+    backend.copy_row(1, 2, 6)
+    saved = backend.save_row(0, 6)
+    assert saved.nbytes == backend.row_bytes(6) > 0
+    after = backend.step([[7], [8], [9]], [6, 6, 6])
+    close(after[:, 0], torch.stack([logits([*one, 7]), logits([*other, 8]), logits([*other, 9])]))
+    backend.load_row(2, saved, 6)
+    after = backend.forward([[1, 2]], [6], 2, [0, 1])
+    close(after[0], torch.stack([logits([*one, 1]), logits([*one, 1, 2])]))
+
+
+@torch.inference_mode()
+def test_rows_are_of_any_length_where_the_backend_says_so(subject: Subject) -> None:
+    backend, logits = subject
+    if not backend.any_length:
+        backend.reserve(2, 16)
+        backend.forward([[3, 1, 4]], [0], 0, [2])
+        with pytest.raises(AssertionError, match="no such length"):
+            backend.copy_row(0, 1, 2)
+        return
+    backend.reserve(2, 16)
+    backend.forward([[3, 1, 4, 1], [2, 6, 5, 0]], [0, 0], 0, [3])  # the last of them is padding
+    after = backend.step([[5], [9]], [4, 3])
+    close(after[:, 0], torch.stack([logits([3, 1, 4, 1, 5]), logits([2, 6, 5, 9])]))
+    backend.copy_row(0, 1, 2)
+    after = backend.step([[8], [8]], [3, 2])
+    close(after[:, 0], torch.stack([logits([3, 1, 4, 8]), logits([3, 1, 8])]))
+
+
+def test_rows_come_and_go_and_each_answer_is_that_of_a_full_recomputation(
+    subject: Subject,
+) -> None:
+    engine = Engine(subject.backend, prefix_bytes=2**20, drafts=True)
+    expected, asked = [], []
+    for number, prompts in enumerate(
+        [[PROMPTS[0], PROMPTS[1]], [PROMPTS[2]], [PROMPTS[3], PROMPTS[2]], [PROMPTS[1]]]
+    ):
+        tokens, weight = 3 + 2 * number, 1.0 + 0.5 * number
+        expected.append(answer(subject, prompts, weight, tokens))
+        asked.append(generation(prompts, weight, tokens))
+        engine.admit(asked[-1])  # the others are in the middle of theirs
+        engine.step()
+    run(engine)
+    assert [g.token_ids for g in asked] == expected
+    assert {g.finish_reason for g in asked} == {"length"}
+    assert subject.backend.nbytes == 0
+
+
+def test_the_next_turn_computes_only_what_is_new(subject: Subject) -> None:
+    engine = Engine(subject.backend, prefix_bytes=2**20)
+    first = generation([PROMPTS[0]], 1.0, 6)
+    engine.admit(first)
+    run(engine)
+    prompt = [*PROMPTS[0], *first.token_ids, 4, 2]
+    second = generation([prompt], 1.0, 4)
+    engine.admit(second)
+    run(engine)
+    assert second.token_ids == answer(subject, [prompt], 1.0, 4)
+    assert second.cached_tokens == len(prompt) - 3  # the last token was never passed
+
+
+def test_a_cancelled_answer_leaves_the_others_as_they_are(subject: Subject) -> None:
+    engine = Engine(subject.backend)
+    asked = [generation([prompt], 1.0, 6) for prompt in PROMPTS]
+    for each in asked:
+        engine.admit(each)
+    engine.retire(asked[0])
+    run(engine)
+    assert [g.finish_reason for g in asked] == ["cancelled", "length", "length", "length"]
+    for prompt, each in zip(PROMPTS[1:], asked[1:], strict=True):
+        assert each.token_ids == answer(subject, [prompt], 1.0, 6)
+
+
+def test_nothing_that_other_weights_computed_is_used() -> None:
+    backend = ScriptedBackend()
+    engine = Engine(backend, prefix_bytes=2**20)
+    engine.admit(generation([PROMPTS[0]], 1.0, 3))
+    run(engine)
+    backend.changed()
+    again = generation([PROMPTS[0]], 1.0, 3)
+    engine.admit(again)
+    assert again.cached_tokens == 0
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    backend = ScriptedBackend()
+    Engine(backend).admit(generation([PROMPTS[0], PROMPTS[1]], 1.0, 1))
+    assert sum(rows * width for rows, width in backend.passes) < len(PROMPTS[0]) + len(BEGINNING)
+
+
+@pytest.mark.parametrize("any_length", [True, False])
+def test_a_recurrent_row_gets_no_padding_and_no_drafts(any_length: bool) -> None:
+    repeats = ScriptedBackend(any_length, lambda ids: torch.eye(64)[(ids[-1] + 1) % 8])
+    engine = Engine(repeats, drafts=True)
+    asked = generation([list(range(8)) * 4, list(range(8)) * 3], 1.0, 24)
+    engine.admit(asked)
+    run(engine)
+    assert asked.token_ids == [number % 8 for number in range(24)]
+    widths = {width for _, width in repeats.passes[2:]}
+    assert (max(widths) > 1) is any_length
