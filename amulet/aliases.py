@@ -40,5 +40,5 @@ def advice(name: str, known: Collection[str]) -> str:
     if (called := meant(name, known)) is not None:
         return f"it is called {called} here"
     if (found := close(name, known)) is not None:
-        return f"did you mean {found}?"
+        return f"the closest one is {found}"
     return "check its spelling"

@@ -62,7 +62,11 @@ Floor = Annotated[
     ),
 ]
 Placement = Annotated[
-    str | None, typer.Option(help="Where the preference stands: user (default), system or both.")
+    str | None,
+    typer.Option(
+        help="Where the preference stands: user, system or both; default "
+        f"{DEFAULT_STEERING.placement}."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]

@@ -58,7 +58,8 @@ def load_pretrained(
             the model then can't be trained or given other weights. "int8" and "int4" also round
             them: half of bfloat16's memory and faster for a few rows, at some loss; see
             `pack_linears`.
-        options: whatever else Transformers' `from_pretrained` takes.
+        options: whatever else Transformers' `from_pretrained` takes, such as `gguf_file`, the
+            name of a GGUF file there; its weights are made dense.
 
     Raises:
         ModelError: an option is not valid, or the model can't be loaded; says why.
@@ -179,11 +180,17 @@ def _checked_source(name_or_path: str | os.PathLike[str], options: dict[str, Any
     given = os.fspath(name_or_path)
     path = Path(given).expanduser()
     if given.strip() and path.is_dir():  # Path("") would be the current folder
+        folder = path / options.get("subfolder", "")
         if "gguf_file" not in options:
-            _check_folder(path / options.get("subfolder", ""))
+            _check_folder(folder)
+        elif not (folder / options["gguf_file"]).is_file():
+            raise ModelError(
+                f"gguf_file={options['gguf_file']!r}: there is no such file in {folder}."
+            )
         return str(path)
     if path.is_file():
-        raise ModelError(f"{given} is a file: give the folder that it lies in.")
+        named = f', and gguf_file="{path.name}"' if path.suffix == ".gguf" else ""
+        raise ModelError(f"{given} is a file: give the folder that it lies in{named}.")
     # A hub name is "name" or "owner/name"; anything else can only mean a folder.
     parts = given.split("/")
     if not given.strip() or "\\" in given or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
@@ -198,6 +205,9 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"{folder}: there is no such folder.")
     adapter = (folder / "adapter_config.json").is_file()
+    gguf = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf and not (folder / "config.json").is_file():
+        raise ModelError(f'{folder} holds GGUF files: name one, such as gguf_file="{gguf[0]}".')
     if not adapter and not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is not a saved model: it has no config.json. Give the folder that "

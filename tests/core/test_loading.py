@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -18,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from amulet import Amulet
 from amulet.errors import MissingPackageError, ModelError
 from amulet.loading import default_device, load_pretrained
 
@@ -237,3 +241,65 @@ def test_importing_the_module_loads_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+# ---- GGUF ----
+
+
+@pytest.fixture
+def gguf_folder(tmp_path: Path) -> Path:
+    """A random Llama of one layer as a GGUF file with a tokenizer of bytes, and nothing else."""
+    width, inner, vocab = 32, 64, 258
+    tokens = [*bytes_to_unicode().values(), "ab", "<|endoftext|>"]
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_vocab_size(vocab)
+    writer.add_context_length(128)
+    writer.add_block_count(1)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (vocab - 1) + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(vocab - 1)
+    writer.add_chat_template(
+        "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
+    )
+    shapes = {
+        **dict.fromkeys(("token_embd", "output"), (vocab, width)),
+        **{f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "output")},
+        **dict.fromkeys(("blk.0.ffn_gate", "blk.0.ffn_up"), (inner, width)),
+        "blk.0.ffn_down": (width, inner),
+        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (width,)),
+    }
+    numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", numbers.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path
+
+
+def test_a_gguf_file_loads_without_any_other(gguf_folder: Path) -> None:
+    amulet = Amulet.from_pretrained(gguf_folder, gguf_file="tiny.gguf", device="cpu")
+    assert amulet.model.dtype == torch.float32
+    assert amulet.encode("cab") == [amulet.encode("c")[0], 256]
+    reply = amulet.chat(
+        [{"role": "user", "content": "Hi"}], preference="Be brief.", strength=1, max_new_tokens=3
+    )
+    assert reply.usage.completion_tokens == len(reply.token_ids) >= 1
+    assert reply.usage.base_prompt_tokens == len("Hi") + 1
+
+
+def test_a_gguf_file_has_to_be_named(gguf_folder: Path) -> None:
+    assert said(gguf_folder).endswith('holds GGUF files: name one, such as gguf_file="tiny.gguf".')
+    assert said(gguf_folder / "tiny.gguf").endswith('lies in, and gguf_file="tiny.gguf".')
+    assert said(gguf_folder, gguf_file="other.gguf") == (
+        f"gguf_file='other.gguf': there is no such file in {gguf_folder}."
+    )

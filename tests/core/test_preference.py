@@ -65,7 +65,10 @@ def test_any_iterable_of_preferences_will_do() -> None:
         (["a", 3], "a preference of type int: "),
         ([["a"]], "a preference of type list: "),
         ({"weight": 2}, "a preference of type dict: "),
-        ({"text": "a", "weigth": 2}, "Preference: weigth: unknown option; did you mean weight?."),
+        (
+            {"text": "a", "weigth": 2},
+            "Preference: weigth: unknown option; the closest one is weight.",
+        ),
         ({"text": ""}, "Preference: text='': "),
         ({"text": 3}, "Preference: text=3: "),
         ({"text": "a", "weight": 10.5}, "Preference: weight=10.5: "),

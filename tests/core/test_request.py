@@ -104,7 +104,7 @@ def test_a_message_that_is_no_dict_is_named_by_its_place() -> None:
         ("repeat_penalty", "it is called repetition_penalty here"),
         ("response_format", "it is called grammar here"),
         ("preferences", "it is called preference here"),
-        ("preferance", "did you mean preference?"),
+        ("preferance", "the closest one is preference"),
         ("whatever", "check its spelling"),
     ],
 )
