@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from docutils import nodes
@@ -30,6 +31,10 @@ copyright = "the Amulet authors, Apache-2.0"
 version = release = amulet.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+if find_spec("sphinx_copybutton"):  # a site built without it lacks the buttons and nothing else
+    extensions.append("sphinx_copybutton")
+copybutton_prompt_text = "$ "
+copybutton_line_continuation_character = "\\"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 # `python no-run` is `python` to the highlighter; the tests read the second word.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for style in site.rglob("*.css"):
         text = style.read_text(encoding="utf-8")
         assert not re.search(r"(?:url\(|@import\s+)[\"']?(?:https?:)?//", text), style
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("sphinx_copybutton"), reason="the package is not installed")
+def test_code_has_copy_buttons(site: Path) -> None:
+    assert 'src="_static/copybutton.js' in (site / "quick-start.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
