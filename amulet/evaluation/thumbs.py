@@ -15,9 +15,12 @@ outweighing all others.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 SPREAD = 5.0  # standard deviation of the prior about the default weight; wide, so that data win
 LARGEST = 1.0 + game_gain()  # thumbs that all agree would push without end; the paper's push is it
 _FOLDS = 10
+_SQLITE = b"SQLite format 3\0"
 
 
 class Thumb(BaseModel):
@@ -63,10 +67,7 @@ class Thumb(BaseModel):
     @field_validator("preferences")
     @classmethod
     def _preferences_differ(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        texts = tuple(text.strip() for text in given)
-        if not all(texts) or len(set(texts)) < len(texts):
-            raise ValueError("expected texts that are not empty and differ")
-        return texts
+        return differing(given)
 
     @model_validator(mode="after")
     def _one_chat(self) -> Thumb:
@@ -114,14 +115,69 @@ class TunedByThumbs:
     thumbs: int
 
 
-def read_thumbs(path: str | os.PathLike[str]) -> list[Thumb]:
-    """Return the thumbs of a JSONL file.
+def differing(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return texts without the spaces around them.
+
+    Raises:
+        ValueError: one is empty, or stands there twice.
+    """
+    stripped = tuple(text.strip() for text in texts)
+    if not all(stripped) or len(set(stripped)) < len(stripped):
+        raise ValueError("expected texts that are not empty and differ")
+    return stripped
+
+
+def pairs(rated: Iterable[Mapping[str, Any]]) -> list[Thumb]:
+    """Return every pair of a liked and a disliked answer to the same chat.
+
+    Args:
+        rated: what a server keeps of one user: `messages`, `preferences`, `answer`, and `thumb`,
+            "up" or "down". Pairs have the same messages and the same preferences.
+    """
+    groups: dict[str, tuple[list[Mapping[str, Any]], list[str]]] = {}
+    for one in rated:
+        key = json.dumps([one["messages"], sorted(one["preferences"])], sort_keys=True)
+        liked, disliked = groups.setdefault(key, ([], []))
+        if one["thumb"] == "up":
+            liked.append(one)
+        else:
+            disliked.append(one["answer"])
+    return [
+        Thumb(
+            messages=one["messages"],
+            preferences=one["preferences"],
+            a=one["answer"],
+            b=other,
+            chosen="a",
+        )
+        for liked, disliked in groups.values()
+        for one in liked
+        for other in disliked
+        if one["answer"] != other
+    ]
+
+
+def read_thumbs(path: str | os.PathLike[str], user: str | None = None) -> list[Thumb]:
+    """Return the thumbs of a JSONL file, or of a server's SQLite file.
+
+    Args:
+        path: the file.
+        user: whose thumbs of a server's file; None is all users'.
 
     Raises:
         EvaluationError: there is no such file, it has none, or a line is not a thumb (says which).
     """
     if not Path(path).is_file():
         raise EvaluationError(f"{str(path)!r}: no such file; expected JSON lines of thumbs.")
+    with open(path, "rb") as file:
+        is_database = file.read(len(_SQLITE)) == _SQLITE
+    if is_database:
+        return _stored_thumbs(Path(path), user)
+    if user is not None:
+        raise EvaluationError(
+            f"user={user!r}: only a server's SQLite file tells users apart, and {str(path)!r} is "
+            "none; leave the user out."
+        )
     thumbs = []
     for number, record in read_lines(Path(path)):
         try:
@@ -134,6 +190,27 @@ def read_thumbs(path: str | os.PathLike[str]) -> list[Thumb]:
     if not thumbs:
         raise EvaluationError(f"{str(path)!r} has no thumbs: expected one JSON object a line.")
     return thumbs
+
+
+def _stored_thumbs(path: Path, user: str | None) -> list[Thumb]:
+    """Return the pairs of a file that `amulet.serve.store` has written; no pair is of two users."""
+    by_user: dict[str, list[dict[str, Any]]] = {}
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            for name, kept in database.execute("SELECT user, thumb FROM thumbs ORDER BY rowid"):
+                by_user.setdefault(name, []).append(json.loads(kept))
+    except (sqlite3.Error, ValueError) as error:
+        raise EvaluationError(
+            f"{str(path)!r}: {error}; expected the file that `amulet serve --thumbs` keeps."
+        ) from None
+    found = [one for name in by_user if user in (None, name) for one in pairs(by_user[name])]
+    if not found:
+        whose = "" if user is None else f" of the user {user!r}"
+        raise EvaluationError(
+            f"{str(path)!r} has no pairs{whose}: expected a thumb up on one answer and a thumb "
+            "down on another one to the same question."
+        )
+    return found
 
 
 def tune_by_thumbs(

@@ -35,8 +35,9 @@ Preferences = Annotated[
 ]
 Thumbs = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSON lines of answer pairs and the better one of each."),
+    typer.Option(metavar="FILE", help="JSON lines of answer pairs, or a server's file of thumbs."),
 ]
+User = Annotated[str | None, typer.Option(help="Whose thumbs of a server's file; else all users'.")]
 Strengths = Annotated[list[float] | None, typer.Option("--strength", help="To try; repeat.")]
 Floors = Annotated[list[float] | None, typer.Option("--floor", help="To try; repeat.")]
 Placements = Annotated[list[str] | None, typer.Option("--placement", help="To try; repeat.")]
@@ -65,6 +66,7 @@ def tune_command(
     questions: Questions = None,
     preferences: Preferences = None,
     thumbs: Thumbs = None,
+    user: User = None,
     model: Model = None,
     strength: Strengths = None,
     floor: Floors = None,
@@ -96,7 +98,7 @@ def tune_command(
         if thumbs is not None:
             from amulet.evaluation.thumbs import read_thumbs
 
-            pairs = read_thumbs(thumbs)
+            pairs = read_thumbs(thumbs, user)
             _by_thumbs(load(model, device, dtype), pairs, places, out)
             return
         from amulet.evaluation.questions import load_question_sets

@@ -6,6 +6,7 @@ The web framework is imported when the command runs, so that `amulet --help` ans
 from __future__ import annotations
 
 import webbrowser
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,13 +32,19 @@ def playground(
     port: Port = 8000,
     api_key: Keys = None,
     allowed_host: Hosts = None,
+    thumbs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="SQLite file of thumbs; else they are kept until the server stops."
+        ),
+    ] = None,
     max_rows: Annotated[
-        int, typer.Option(help="Rows decoded at once; a pair of answers takes three or more.")
+        int, typer.Option(help="Rows decoded at once; three answers take four or more.")
     ] = 64,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 4096,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Open a page that shows plain and steered answers side by side; it serves as `serve` does."""
+    """Open a page that compares plain, prompted and steered answers; it serves as `serve` does."""
 
     def tell(url: str) -> None:
         Console(stderr=True).print(f"Playground: {url}", style="bold", soft_wrap=True)
@@ -50,6 +57,7 @@ def playground(
             host=host,
             port=port,
             api_keys=api_key or (),
+            thumbs=thumbs or ":memory:",
             allowed_hosts=allowed_host,
             limits={"max_tokens": max_tokens},
             around=_page,

@@ -24,7 +24,7 @@ from amulet import __version__
 from amulet.errors import AmuletError, RequestError
 from amulet.model import Amulet
 from amulet.request import Request
-from amulet.serve.errors import ApiError, from_amulet, from_validation
+from amulet.serve.errors import RESPONSES, ApiError, from_amulet, from_validation
 from amulet.serve.guard import Guard, answer, check_origins, not_ready
 from amulet.serve.limits import Limits
 from amulet.serve.metrics import CONTENT_TYPE
@@ -38,7 +38,8 @@ from amulet.serve.schema import (
     check_settings,
 )
 from amulet.serve.service import GRACE, ClientGone, Job, Service
-from amulet.serve.store import PreferenceStore
+from amulet.serve.store import Store
+from amulet.serve.thumbs import add_thumbs
 
 _JSON = re.compile(r"application/([\w.-]+\+)?json", re.IGNORECASE)
 User = Annotated[str, InPath(min_length=1, max_length=256)]
@@ -54,6 +55,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     limits: Limits | None = None,
     preferences: Path | None = None,
+    thumbs: str | Path | None = None,
     allowed_hosts: Sequence[str] | None = None,
     allowed_origins: Sequence[str] = (),
     log_content: bool = False,
@@ -67,6 +69,8 @@ def create_app(
         api_keys: keys of which a client must send one; none lets everybody in.
         limits: what requests may ask for.
         preferences: an SQLite file of stored preferences; needs an API key.
+        thumbs: an SQLite file of stored thumbs, the same one or another; ":memory:" keeps them
+            until the server stops. Without an API key a user's name has 32 characters or more.
         allowed_hosts: names in the `Host` header that are answered; None answers all.
         allowed_origins: origins of pages that may use the server from a browser (CORS), such as
             "https://app.example.com"; "*" is every page.
@@ -87,7 +91,8 @@ def create_app(
             "Stored preferences need an API key: anybody could read and change them otherwise."
         )
     service = Service(limits or Limits(), log_content)
-    store = None if preferences is None else PreferenceStore(preferences)
+    store = None if preferences is None else Store(preferences)
+    thumb_store = None if thumbs is None else Store(thumbs)
 
     def load(given: Amulet | Callable[[], Amulet]) -> None:
         loaded = given if isinstance(given, Amulet) else given()
@@ -102,8 +107,9 @@ def create_app(
         if loading is not None:
             loading.cancel()
         service.preparing.shutdown(wait=False)
-        if store is not None:
-            store.close()
+        for kept in (store, thumb_store):
+            if kept is not None:
+                kept.close()
 
     if isinstance(amulet, Amulet):
         load(amulet)
@@ -116,9 +122,11 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = service
-    _add_routes(app, service, store)
+    _add_routes(app, service, store, keeps_thumbs=thumb_store is not None)
     if store is not None:
         _add_store(app, service.limits, store)
+    if thumb_store is not None:
+        add_thumbs(app, service, thumb_store, has_key=bool(api_keys))
     _add_errors(app)
     app.add_middleware(
         Guard,
@@ -149,7 +157,7 @@ async def _reported(
         on_failure(error)
 
 
-def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -> None:
+def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumbs: bool) -> None:
     async def run(body: ChatBody | CompletionBody, http: HttpRequest) -> Response:
         _check_model(service, body.model)
         fields = list(type(body).model_fields)
@@ -170,23 +178,23 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
         except ClientGone:
             return Response(status_code=499)  # nobody reads it; the log and the metrics tell
 
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a chat."""
         return await run(body, http)
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    @app.post("/v1/completions", responses=RESPONSES)
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Continue a text, without a chat template."""
         return await run(body, http)
 
-    @app.get("/v1/models", responses=_ERRORS)
+    @app.get("/v1/models", responses=RESPONSES)
     async def models() -> dict[str, Any]:
         """List the one model, by each of its names."""
         service.amulet  # noqa: B018  (503 while it is loaded)
         return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
-    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    @app.get("/v1/models/{model:path}", responses=RESPONSES)
     async def model(model: str) -> dict[str, Any]:
         """Tell what a client on the other side needs to know of the model."""
         _check_model(service, model)
@@ -201,9 +209,10 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
             "end_ids": sorted(amulet.end_ids),
             "max_rows": amulet.max_rows,
             "limits": vars(service.limits),
+            "thumbs": keeps_thumbs,
         }
 
-    @app.post("/tokenize", responses=_ERRORS)
+    @app.post("/tokenize", responses=RESPONSES)
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """Return the token ids of a text, or of a chat as the model's template writes it."""
         _check_model(service, body.model)
@@ -213,42 +222,42 @@ def _add_routes(app: FastAPI, service: Service, store: PreferenceStore | None) -
             raise from_amulet(error, list(TokenizeBody.model_fields)) from None
         return {"count": len(ids), "max_model_len": service.amulet.window, "tokens": ids}
 
-    @app.get("/health", responses=_ERRORS)
+    @app.get("/health", responses=RESPONSES)
     async def health() -> dict[str, str]:
         """Tell whether requests are answered: 200, or 503 while loading or draining."""
         if service.traffic.state != "ready":
             raise not_ready(service.traffic.state)
         return {"status": "ready"}
 
-    @app.get("/metrics", responses=_ERRORS)
+    @app.get("/metrics", responses=RESPONSES)
     async def metrics() -> Response:
         """Return the figures in Prometheus's form."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
-def _add_store(app: FastAPI, limits: Limits, store: PreferenceStore) -> None:
-    @app.get("/v1/preferences/{user}", responses=_ERRORS)
+def _add_store(app: FastAPI, limits: Limits, store: Store) -> None:
+    @app.get("/v1/preferences/{user}", responses=RESPONSES)
     async def get_preference(user: User) -> dict[str, Any]:
         """Return a user's stored settings."""
-        settings = await asyncio.to_thread(store.get, _unicode(user))
+        settings = await asyncio.to_thread(store.get, user)
         if settings is None:
             raise _no_preference()
         return settings
 
-    @app.put("/v1/preferences/{user}", responses=_ERRORS)
+    @app.put("/v1/preferences/{user}", responses=RESPONSES)
     async def put_preference(user: User, body: Settings) -> dict[str, Any]:
         """Store settings for requests with this `user`."""
         try:
             check_settings(body, limits)
         except AmuletError as error:
             raise from_amulet(error, list(Settings.model_fields)) from None
-        await asyncio.to_thread(store.put, _unicode(user), body.settings())
+        await asyncio.to_thread(store.put, user, body.settings())
         return body.settings()
 
-    @app.delete("/v1/preferences/{user}", responses=_ERRORS, status_code=204)
+    @app.delete("/v1/preferences/{user}", responses=RESPONSES, status_code=204)
     async def delete_preference(user: User) -> Response:
         """Forget a user's settings."""
-        if not await asyncio.to_thread(store.delete, _unicode(user)):
+        if not await asyncio.to_thread(store.delete, user):
             raise _no_preference()
         return Response(status_code=204)
 
@@ -356,7 +365,7 @@ def _writer(
     )
 
 
-async def _stored(store: PreferenceStore | None, user: str | None) -> dict[str, Any]:
+async def _stored(store: Store | None, user: str | None) -> dict[str, Any]:
     if store is None or user is None:
         return {}
     return await asyncio.to_thread(store.get, user) or {}
@@ -394,22 +403,5 @@ def _tokens(amulet: Amulet, body: TokenizeBody) -> list[int]:
     )
 
 
-def _unicode(user: str) -> str:
-    return user.encode("utf-8", "replace").decode("utf-8")
-
-
 def _no_preference() -> ApiError:
     return ApiError(404, "This user has no stored preference.", param="user", code="not_found")
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": description}
-    for status, description in {
-        400: "The request is not valid; `error.param` names the field.",
-        401: "The API key is missing or wrong.",
-        404: "There is no such model, preference or route.",
-        413: "The body is too large.",
-        429: "The queue is full; `Retry-After` tells when to try again.",
-        503: "The model is being loaded, or the server shuts down or is out of memory or time.",
-    }.items()
-}

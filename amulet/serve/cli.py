@@ -46,6 +46,9 @@ Stored = Annotated[
         "--preferences", metavar="FILE", help="SQLite file of users' preferences; needs a key."
     ),
 ]
+Thumbs = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="SQLite file of users' thumbs on answers.")
+]
 Hosts = Annotated[
     list[str] | None,
     typer.Option("--allowed-host", help="Host header to answer; loopback answers its own names."),
@@ -75,6 +78,7 @@ def serve(
     api_key: Keys = None,
     served_model_name: Served = None,
     preferences: Stored = None,
+    thumbs: Thumbs = None,
     allowed_host: Hosts = None,
     allow_origin: Origins = None,
     max_rows: Annotated[
@@ -100,6 +104,7 @@ def serve(
     max_grammar_bytes: Annotated[
         int, typer.Option(help="Size of a grammar, a JSON schema, the tools of a forced call.")
     ] = 2**16,
+    max_thumbs: Annotated[int, typer.Option(help="Thumbs kept per user.")] = 1000,
     drain_seconds: Annotated[
         float, typer.Option(help="After SIGTERM, time for running requests to end.")
     ] = 30.0,
@@ -123,6 +128,7 @@ def serve(
             api_keys=api_key or (),
             name=served_model_name,
             preferences=preferences,
+            thumbs=thumbs,
             allowed_hosts=allowed_host,
             allowed_origins=allow_origin or (),
             limits={
@@ -134,6 +140,7 @@ def serve(
                 "preferences": max_preferences,
                 "choices": max_choices,
                 "grammar_bytes": max_grammar_bytes,
+                "thumbs": max_thumbs,
             },
             drain_seconds=drain_seconds,
             log_content=log_content,
@@ -149,6 +156,7 @@ def start(
     limits: dict[str, Any],
     name: Sequence[str] | None = None,
     preferences: Path | None = None,
+    thumbs: str | Path | None = None,
     allowed_hosts: list[str] | None = None,
     allowed_origins: Sequence[str] = (),
     drain_seconds: float = 30.0,
@@ -161,7 +169,8 @@ def start(
     Args:
         loading: arguments of `load`.
         host, port: where it listens.
-        api_keys, name, preferences, allowed_hosts, allowed_origins, log_content: see `create_app`.
+        api_keys, name, preferences, thumbs, allowed_hosts, allowed_origins, log_content: see
+            `create_app`.
         limits: fields of `Limits`.
         drain_seconds: time for running requests to end after the signal.
         around: puts another application before the server's, which it is given.
@@ -190,6 +199,7 @@ def start(
         api_keys=api_keys,
         limits=Limits(**limits),
         preferences=preferences,
+        thumbs=thumbs,
         allowed_hosts=allowed_hosts or (LOOPBACK if loopback else None),
         allowed_origins=allowed_origins,
         log_content=log_content,

@@ -25,6 +25,18 @@ PARAMS = {
     "max_new_tokens": "max_tokens",
     "template_options": "chat_template_kwargs",
 }
+# What the OpenAPI document says of each status.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": description}
+    for status, description in {
+        400: "The request is not valid; `error.param` names the field.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model, preference or route.",
+        413: "The body is too large.",
+        429: "The queue is full; `Retry-After` tells when to try again.",
+        503: "The model is being loaded, or the server shuts down or is out of memory or time.",
+    }.items()
+}
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)
 _NAMED = re.compile(r"([a-z_]+)(?=[\[ .=:(])")
 

@@ -25,6 +25,7 @@ class Limits:
         preferences: preferences per request; each costs a row of the batch.
         choices: answers per request: prompts times `n`.
         grammar_bytes: size of a grammar, JSON schema, or the tools of a forced call.
+        thumbs: thumbs that are kept per user.
 
     Raises:
         RequestError: a number is out of its range.
@@ -38,6 +39,7 @@ class Limits:
     preferences: int = 4
     choices: int = 16
     grammar_bytes: int = 2**16
+    thumbs: int = 1000
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -357,12 +357,12 @@ def check_settings(settings: Settings, limits: Limits) -> None:
     Request(prompt="-", **given)
 
 
-def too_many_preferences(count: int, limits: Limits) -> ApiError:
+def too_many_preferences(count: int, limits: Limits, field: str = "preference") -> ApiError:
     """Return the error for more preferences than a request may have."""
     return ApiError(
         400,
-        f"preference: {count} given, and this server permits {limits.preferences} per request.",
-        param="preference",
+        f"{field}: {count} given, and this server permits {limits.preferences} per request.",
+        param=field,
     )
 
 

@@ -1,38 +1,51 @@
-"""Users' preferences in one SQLite file."""
+"""What the server keeps of users, in one SQLite file: their preferences and their thumbs."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from amulet.errors import RequestError
+from amulet.serve.errors import ApiError
 
-_TABLE = "CREATE TABLE IF NOT EXISTS preferences (user TEXT PRIMARY KEY, settings TEXT NOT NULL)"
+MEMORY = ":memory:"
+_TABLES = """
+CREATE TABLE IF NOT EXISTS preferences (user TEXT PRIMARY KEY, settings TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS thumbs (
+    user TEXT, id TEXT, thumb TEXT NOT NULL, PRIMARY KEY (user, id)
+);
+"""
+_PAGES = 2**18  # of 4 KiB: a file that everybody may write to ends at 1 GiB
 
 
-class PreferenceStore:
-    """Settings (preference, strength, floor, placement) by user; any thread may call it.
+class Store:
+    """Settings (preference, strength, ...) and thumbs by user; any thread may call it.
 
     Args:
-        path: the file; it is made, readable for its owner alone, where there is none.
+        path: the file; it is made, readable for its owner alone, where there is none. `MEMORY`
+            keeps everything in memory instead, until `close`.
 
     Raises:
         RequestError: the file can't be opened or is no SQLite database.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self._lock = threading.Lock()
         try:
-            path.touch(mode=0o600)
+            if path != MEMORY:
+                Path(path).touch(mode=0o600)
             self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
-            self._database.execute(_TABLE)
+            self._database.execute("PRAGMA secure_delete=ON")  # what a user deletes is overwritten
+            self._database.execute(f"PRAGMA max_page_count={_PAGES}")
+            self._database.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:
             raise RequestError(
-                f"preferences={str(path)!r}: {error}; expected a file that can be written, new or "
+                f"store={str(path)!r}: {error}; expected a file that can be written, new or "
                 "an SQLite database."
             ) from None
 
@@ -40,24 +53,81 @@ class PreferenceStore:
         """Return a user's settings, None where there are none."""
         with self._lock:
             row = self._database.execute(
-                "SELECT settings FROM preferences WHERE user = ?", (user,)
+                "SELECT settings FROM preferences WHERE user = ?", (_text(user),)
             ).fetchone()
         return None if row is None else dict(json.loads(row[0]))
 
     def put(self, user: str, settings: dict[str, Any]) -> None:
-        """Keep a user's settings in place of earlier ones."""
-        with self._lock:
-            self._database.execute(
-                "INSERT OR REPLACE INTO preferences VALUES (?, ?)", (user, json.dumps(settings))
-            )
+        """Keep a user's settings in place of earlier ones.
+
+        Raises:
+            ApiError: the file has its full size (507).
+        """
+        self._write(
+            "INSERT OR REPLACE INTO preferences VALUES (?, ?)", _text(user), json.dumps(settings)
+        )
 
     def delete(self, user: str) -> bool:
         """Forget a user's settings; return whether there were any."""
+        return self._write("DELETE FROM preferences WHERE user = ?", _text(user)) > 0
+
+    def thumbs(self, user: str) -> list[dict[str, Any]]:
+        """Return a user's thumbs, the oldest first, each with its `id`."""
         with self._lock:
-            found = self._database.execute("DELETE FROM preferences WHERE user = ?", (user,))
-            return found.rowcount > 0
+            rows = self._database.execute(
+                "SELECT id, thumb FROM thumbs WHERE user = ? ORDER BY rowid", (_text(user),)
+            ).fetchall()
+        return [{"id": id_, **json.loads(thumb)} for id_, thumb in rows]
+
+    def put_thumb(self, user: str, id_: str, thumb: dict[str, Any], most: int) -> bool:
+        """Keep a thumb, in place of an earlier one with this id.
+
+        Returns:
+            Whether it is kept: a user who has `most` can change those, not add to them.
+
+        Raises:
+            ApiError: the file has its full size (507).
+        """
+        return (
+            self._write(
+                "INSERT OR REPLACE INTO thumbs SELECT ?1, ?2, ?3 "
+                "WHERE (SELECT count(*) FROM thumbs WHERE user = ?1 AND id <> ?2) < ?4",
+                _text(user),
+                _text(id_),
+                json.dumps(thumb),
+                most,
+            )
+            > 0
+        )
+
+    def delete_thumbs(self, user: str, id_: str | None = None) -> int:
+        """Forget a user's thumb, or all of them (None); return how many there were."""
+        if id_ is None:
+            return self._write("DELETE FROM thumbs WHERE user = ?", _text(user))
+        return self._write("DELETE FROM thumbs WHERE user = ? AND id = ?", _text(user), _text(id_))
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._database.close()
+
+    def _write(self, statement: str, *values: object) -> int:
+        """Run a statement; return how many rows it has changed."""
+        with self._lock:
+            try:
+                changed = self._database.execute(statement, values).rowcount
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error):
+                    raise
+                raise ApiError(
+                    507, "The server's store is full: delete what is no longer needed."
+                ) from None
+            if statement.startswith("DELETE"):  # nor does it stay in the log of changes
+                with suppress(sqlite3.OperationalError):  # somebody else reads the file
+                    self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return changed
+
+
+def _text(given: str) -> str:
+    """Return a text that SQLite takes: an address may hold half of a surrogate pair."""
+    return given.encode("utf-8", "replace").decode("utf-8")

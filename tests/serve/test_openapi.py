@@ -29,6 +29,7 @@ def test_nothing_that_is_sent_is_a_server_error(
         api_keys=["k"],
         limits=Limits(max_tokens=8),
         preferences=tmp_path / "preferences.sqlite",
+        thumbs=tmp_path / "preferences.sqlite",
     )
     headers = {"Authorization": "Bearer k"}
     schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=headers)
@@ -54,7 +55,8 @@ def test_nothing_that_is_sent_is_a_server_error(
         except Unsatisfiable:
             continue  # nothing of this operation can be wrong
         tried.add(operation.label)
-    assert {"POST /v1/chat/completions", "PUT /v1/preferences/{user}"} <= tried
+    stored = {"PUT /v1/preferences/{user}", "PUT /v1/thumbs/{id}", "GET /v1/thumbs/pairs"}
+    assert {"POST /v1/chat/completions", *stored} <= tried
     assert len(app.state.service.traffic) == 0
 
 

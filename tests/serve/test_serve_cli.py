@@ -92,7 +92,8 @@ def test_options_reach_the_server(servers: list[Server], tmp_path: Path) -> None
         "--api-key", "b", "--served-model-name", "mine", "--max-tokens", "9", "--queue", "3",
         "--max-body-bytes", "10", "--max-prompt-tokens", "7", "--max-seconds", "2",
         "--max-preferences", "1", "--max-choices", "2", "--log-content",
-        "--preferences", str(tmp_path / "p.sqlite"),
+        "--preferences", str(tmp_path / "p.sqlite"), "--thumbs", str(tmp_path / "p.sqlite"),
+        "--max-thumbs", "4",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     server = servers[0]
@@ -108,6 +109,7 @@ def test_options_reach_the_server(servers: list[Server], tmp_path: Path) -> None
         "preferences": 1,
         "choices": 2,
         "grammar_bytes": 65536,
+        "thumbs": 4,
     }
     app: Any = server.config.app
     assert app.state.service.log_content
@@ -120,6 +122,9 @@ def test_options_reach_the_server(servers: list[Server], tmp_path: Path) -> None
         "/health",
         "/metrics",
         "/v1/preferences/{user}",
+        "/v1/thumbs",
+        "/v1/thumbs/{id}",
+        "/v1/thumbs/pairs",
     }
 
 

@@ -1,0 +1,136 @@
+"""The routes that keep thumbs: what a user thought of an answer, for `amulet tune --thumbs`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query
+from fastapi import Path as InPath
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from starlette.responses import Response
+
+from amulet.evaluation.thumbs import differing, pairs
+from amulet.serve.errors import RESPONSES, ApiError
+from amulet.serve.schema import ChatMessage, chat, readable, too_many_preferences
+from amulet.serve.service import Service
+from amulet.serve.store import Store
+
+Id = Annotated[str, InPath(min_length=1, max_length=256)]
+User = Annotated[str, Query(min_length=1, max_length=256)]
+UNGUESSED = 32  # characters of a user's name where no key keeps others out
+
+
+class ThumbBody(BaseModel):
+    """The body of PUT /v1/thumbs/{id}: an answer, what it answers, and what the user thought of it.
+
+    Answers to the same `messages` under the same `preferences` become pairs, one with a thumb up
+    and one with a thumb down each; so a plain answer that is shown beside a steered one is given
+    the preferences of both.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    preferences: Annotated[list[str], Field(min_length=1)]
+    answer: str
+    thumb: Literal["up", "down"]
+    settings: dict[str, Any] = Field(
+        default={}, description="What the answer was asked for with; kept as it is."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_readable(cls, given: Any) -> Any:
+        given = readable(given)
+        if isinstance(given, dict):  # what Python reads of JSON, and nobody else
+            json.dumps(given, allow_nan=False)
+        return given
+
+    @field_validator("preferences")
+    @classmethod
+    def _preferences_differ(cls, given: list[str]) -> list[str]:
+        return list(differing(given))
+
+
+def add_thumbs(app: FastAPI, service: Service, store: Store, has_key: bool) -> None:
+    """Add the routes to an application.
+
+    Args:
+        app: the application.
+        service: for its limits and the model's name.
+        store: where thumbs are kept.
+        has_key: whether clients send an API key. Without one a user's name is all that keeps
+            others out, so it must be long.
+    """
+
+    def check(user: str) -> None:
+        if not has_key and len(user) < UNGUESSED:
+            raise ApiError(
+                400,
+                f"user: expected {UNGUESSED} characters or more, drawn at random: without an API "
+                "key, whoever guesses the name reads these thumbs.",
+                param="user",
+            )
+
+    @app.get("/v1/thumbs", responses=RESPONSES)
+    async def get_thumbs(user: User) -> dict[str, Any]:
+        """Return all that is kept of a user's thumbs, the oldest first."""
+        check(user)
+        return {"object": "list", "data": await asyncio.to_thread(store.thumbs, user)}
+
+    @app.get("/v1/thumbs/pairs", responses=RESPONSES)
+    async def get_pairs(user: User) -> Response:
+        """Return a user's pairs of answers as JSON lines, as `amulet tune --thumbs` reads them."""
+        check(user)
+
+        def lines() -> str:
+            found = pairs(store.thumbs(user))
+            return "".join(pair.model_dump_json(exclude_defaults=True) + "\n" for pair in found)
+
+        headers = {"Content-Disposition": 'attachment; filename="thumbs.jsonl"'}
+        text = await asyncio.to_thread(lines)
+        return Response(text, headers=headers, media_type="application/x-ndjson")
+
+    @app.put("/v1/thumbs/{id}", responses=RESPONSES)
+    async def put_thumb(id: Id, user: User, body: ThumbBody) -> dict[str, Any]:
+        """Keep a thumb, in place of an earlier one with this id; return what is kept."""
+        check(user)
+        limits = service.limits
+        if len(body.preferences) > limits.preferences:
+            raise too_many_preferences(len(body.preferences), limits, "preferences")
+        kept = {
+            **body.model_dump(mode="json", exclude={"messages"}),
+            "messages": chat(body.messages),
+            "model": service.names[0],
+            "fingerprint": service.fingerprint,
+            "time": int(time.time()),
+        }
+        if not await asyncio.to_thread(store.put_thumb, user, id, kept, limits.thumbs):
+            raise ApiError(
+                400,
+                f"This user has {limits.thumbs} thumbs, what this server permits: delete some.",
+                param="user",
+                code="too_many_thumbs",
+            )
+        return {"id": id, **kept}
+
+    @app.delete("/v1/thumbs/{id}", responses=RESPONSES, status_code=204)
+    async def delete_thumb(id: Id, user: User) -> Response:
+        """Forget one of a user's thumbs."""
+        check(user)
+        return _deleted(await asyncio.to_thread(store.delete_thumbs, user, id))
+
+    @app.delete("/v1/thumbs", responses=RESPONSES, status_code=204)
+    async def delete_thumbs(user: User) -> Response:
+        """Forget all of a user's thumbs."""
+        check(user)
+        return _deleted(await asyncio.to_thread(store.delete_thumbs, user))
+
+
+def _deleted(count: int) -> Response:
+    if not count:
+        raise ApiError(404, "This user has no such thumb.", code="not_found")
+    return Response(status_code=204)
