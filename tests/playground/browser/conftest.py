@@ -81,6 +81,9 @@ def visit(browser: Browser) -> Iterator[Open]:
     assert wrong == []
 
 
+COLUMNS = ("plain", "prompted", "steered")
+
+
 def ask(page: Page, question: str) -> None:
     """Send a question and return; the answers are still to come."""
     page.get_by_label("Your question").fill(question)

@@ -1,4 +1,4 @@
-"""Asking and seeing: both columns, the slider, stop, regenerate, edit, copy, tokens, history."""
+"""Asking and seeing: columns, their histories, the slider, stop, regenerate, edit, copy, tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from amulet import Amulet
-from tests.playground.browser.conftest import Open, answer, ask, prefer, serving
+from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, prefer, serving
 from tests.serve.conftest import saying
 
 LONG = "A black hole is a region of space from which nothing escapes, not even light."
@@ -32,6 +32,32 @@ def settled(page: Page) -> None:
     page.get_by_role("button", name="Regenerate").wait_for()
 
 
+def answers(page: Page) -> list[str]:
+    """The last turn's answers, in the order of the columns."""
+    return [answer(page, column) for column in COLUMNS]
+
+
+def histories(page: Page, question: str) -> list[list[str]]:
+    """Ask, and return what each column sent of the conversation before the question."""
+    sent: list[dict[str, Any]] = []
+
+    def note(request: Any) -> None:
+        if request.method == "POST":
+            sent.append(json.loads(request.post_data or "null"))
+
+    page.on("request", note)
+    ask(page, question)
+    answers(page)
+    settled(page)
+    page.remove_listener("request", note)
+    sent.sort(key=lambda body: ("strength" in body, "trace" in body))
+    for body in sent:
+        assert body["messages"][-1] == {"role": "user", "content": question}
+        roles = [message["role"] for message in body["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+    return [[message["content"] for message in body["messages"][:-1]] for body in sent]
+
+
 def test_a_first_answer(visit: Open, url: str) -> None:
     page = visit(url)
     ask(page, "What is a black hole?")
@@ -43,15 +69,25 @@ def test_a_first_answer(visit: Open, url: str) -> None:
     assert page.locator("section.plain .figures dd").nth(1).inner_text().endswith(" s")
 
 
-def test_both_columns_in_one_batch(visit: Open, url: str, amulet: Amulet) -> None:
+def test_all_columns_in_one_batch(visit: Open, url: str, amulet: Amulet) -> None:
     page = visit(url)
     prefer(page, "Be brief.")
     before = len(amulet.model.calls)
     ask(page, "What is a black hole?")
-    assert (answer(page, "plain"), answer(page, "steered")) == (LONG, SHORT)
-    # A plain row, and the pair of the steered answer: three rows in one forward pass.
-    assert (3, 1) in amulet.model.calls[before:]
-    assert page.locator("section.plain .part").inner_text() == "black"
+    assert answers(page) == [LONG, SHORT, SHORT]
+    # A plain row, a preferred one, and the pair of the steered answer: one forward pass.
+    assert (4, 1) in amulet.model.calls[before:]
+    headers = page.locator("section.answer header").all_inner_texts()
+    assert [header.split("\n")[-1] for header in headers] == [
+        "No preference",
+        "Preference in the prompt, no steering (strength 0)",
+        "Be brief. (strength 0.5, floor 0.1)",
+    ]
+    settled(page)
+    # This model does all that it is asked for, so steering adds nothing, and the page says so.
+    same = page.get_by_text("The same text as with the preference in the prompt only.")
+    assert same.count() == 1
+    assert page.locator("section.answer .part").count() == 0
 
 
 def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
@@ -61,12 +97,27 @@ def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
     assert answer(page, "steered") == SHORT
     settled(page)
     assert page.get_by_text("The settings have changed").count() == 0
-    page.get_by_label("Strength").press("Home")  # -1: no preference at all
-    expect(page.locator("output").first).to_have_text("−1")
-    page.get_by_role("button", name="Answer again").click()
+    slider = page.get_by_label("Strength", exact=True)
+    number = page.get_by_label("Strength as a number")
+    expect(number).to_have_value("0.5")  # the model's own, which the slider marks
+    mark = page.locator(f"#{slider.get_attribute('list')} option")
+    assert [one.get_attribute("value") for one in mark.all()] == ["0.5"]
+    for key, value in (("Home", "0"), ("End", "2")):
+        slider.press(key)
+        expect(number).to_have_value(value)
+    for typed, value in (("7", "7"), ("", "7"), ("-1", "-1")):  # more than the slider has
+        number.fill(typed)
+        number.press("Tab")
+        expect(number).to_have_value(value)
+    page.get_by_role("button", name="Answer again").click()  # -1: no preference at all
     page.locator("section.steered", has_text="nothing escapes").wait_for()
-    assert answer(page, "steered") == LONG
+    assert answers(page) == [LONG, SHORT, LONG]
     assert "strength −1" in page.locator("section.steered header").inner_text()
+    # The frame shows where the two answers that have the preference diverge.
+    assert page.locator("section.prompted .part").inner_text() == "hole"
+    assert page.locator("section.plain .part").count() == 0
+    page.get_by_role("button", name="Reset to the model's defaults").click()
+    expect(number).to_have_value("0.5")
 
 
 def test_what_is_sent(visit: Open, url: str) -> None:
@@ -75,11 +126,11 @@ def test_what_is_sent(visit: Open, url: str) -> None:
     prefer(page, "Be brief.")
     page.get_by_label("Steer away from: Be brief.").click()
     page.get_by_label("Weight of: Be brief.").fill("0.5")
-    page.get_by_label("Strength").fill("2")
-    page.get_by_label("Floor").press("Home")
+    page.get_by_label("Strength", exact=True).fill("2")
+    page.get_by_label("Floor", exact=True).press("Home")
     page.get_by_label("Both").check()
     page.get_by_text("Sampling").click()
-    page.get_by_label("Tokens at most").fill("7")
+    page.get_by_label("Max tokens per answer").fill("7")
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Seed").fill("11")
     page.get_by_label("Seed").press("Tab")
@@ -94,7 +145,8 @@ def test_what_is_sent(visit: Open, url: str) -> None:
     )
     ask(page, "What is a black hole?")
     answer(page, "steered")
-    plain, steered = sorted(sent, key=lambda body: "strength" in body)
+    page.locator("section.prompted[data-state=done]").wait_for()
+    plain, prompted, steered = sorted(sent, key=lambda body: body.get("strength", -1))
     common = {
         "model": "scripted",
         "messages": [{"role": "user", "content": "What is a black hole?"}],
@@ -105,17 +157,17 @@ def test_what_is_sent(visit: Open, url: str) -> None:
         "stream_options": {"include_usage": True},
     }
     assert plain == {**common, "preference": ""}
-    assert steered == {
+    wished = {
         **common,
         "preference": [
             {"text": "Talk like a pirate.", "weight": 1},
             {"text": "Be brief.", "weight": -0.5},
         ],
-        "strength": 2,
         "floor": 0,
         "placement": "both",
-        "trace": True,
     }
+    assert prompted == {**wished, "strength": 0}
+    assert steered == {**wished, "strength": 2, "trace": True}
     assert "Cut off at the token limit." in page.locator("section.plain").inner_text()
 
 
@@ -123,16 +175,15 @@ def test_stop_keeps_what_there_is(visit: Open, tokenizer: Any) -> None:
     with serving(saying(tokenizer, "word " * 600)) as (url, _):
         page = visit(url)
         page.get_by_text("Sampling").click()
-        page.get_by_label("Tokens at most").fill("4000")
-        page.get_by_label("Tokens at most").press("Tab")
+        page.get_by_label("Max tokens per answer").fill("4000")
+        page.get_by_label("Max tokens per answer").press("Tab")
         prefer(page, "Be brief.")
         ask(page, "Go on.")
         answer(page, "steered", "streaming")
         page.get_by_role("button", name="Stop").click()
-        stopped = answer(page, "steered", "stopped"), answer(page, "plain", "stopped")
-        assert 0 < len(stopped[0]) < 2990
-        assert 0 < len(stopped[1]) < 2990
-        assert page.get_by_text("Stopped.").count() == 2
+        for column in COLUMNS:
+            assert 0 < len(answer(page, column, "stopped")) < 2990
+        assert page.get_by_text("Stopped.").count() == 3
         ask(page, "And now?")  # the server has gone on to the next
         answer(page, "steered", "streaming")
         page.keyboard.press("Escape")
@@ -148,16 +199,13 @@ def test_regenerate_edit_and_the_answer_that_is_kept(visit: Open, url: str) -> N
     page.get_by_role("button", name="Regenerate").click()
     settled(page)
     assert answer(page, "steered") == SHORT
-    page.locator("section.plain").get_by_role("button", name="Go on with this").click()
+    page.locator("section.plain").get_by_role("button", name="Continue from this answer").click()
 
-    with page.expect_request("**/v1/chat/completions") as sent:
-        ask(page, "Second?")
-    roles = [
-        (message["role"], message["content"]) for message in sent.value.post_data_json["messages"]
-    ]
-    assert roles == [("user", "First?"), ("assistant", LONG), ("user", "Second?")]
-    settled(page)
+    assert histories(page, "Second?") == [["First?", LONG]] * 3
+    page.get_by_text("Continued from the plain answer above.").wait_for()
     assert page.locator("article.turn").count() == 2
+    # What the second turn was asked after can be changed no more.
+    assert page.get_by_role("button", name="Continue from this answer").count() == 3
 
     page.get_by_role("button", name="Edit the question").first.click()
     page.get_by_label("The question", exact=True).fill("Changed?")
@@ -167,6 +215,55 @@ def test_regenerate_edit_and_the_answer_that_is_kept(visit: Open, url: str) -> N
     settled(page)
     assert page.locator("article.turn").count() == 1
     assert page.locator(".question").inner_text() == "Changed?"
+
+
+def test_each_column_has_its_own_history(visit: Open, url: str) -> None:
+    page = visit(url)
+    ask(page, "Zero?")  # without a preference: one answer, which is everybody's
+    answer(page, "plain")
+    settled(page)
+    prefer(page, "Be brief.")
+    number = page.get_by_label("Strength as a number")
+    number.fill("-1")  # so that all three columns are told apart: the steered answer is long
+    number.press("Tab")
+    zero = ["Zero?", LONG]
+    assert histories(page, "First?") == [zero] * 3
+    assert answers(page) == [LONG, SHORT, LONG]
+    first = [[*zero, "First?", said] for said in (LONG, SHORT, LONG)]
+    assert histories(page, "Second?") == first
+    page.get_by_text("Each answer continues from the one above it in its own column.").wait_for()
+    prompted = page.locator("article.turn").last.locator("section.prompted")
+    button = prompted.get_by_role("button", name="Continue from this answer")
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    third = [[*earlier, "Second?", SHORT] for earlier in first]
+    assert histories(page, "Third?") == third
+    page.get_by_text("Continued from the prompt-only answer above.").wait_for()
+    page.get_by_role("button", name="The steered answer as code").last.click()
+    code = page.get_by_role("tabpanel").inner_text()
+    assert code.count(SHORT) == 1  # its own history, but for the answer that was chosen
+    assert code.count(LONG) == 2
+
+
+def test_regenerate_is_in_view(visit: Open, url: str) -> None:
+    for width, height in ((1280, 620), (390, 700)):
+        page = visit(url, viewport={"width": width, "height": height})
+        if width < 1200:
+            page.get_by_role("button", name="Preference and steering").click()
+        prefer(page, "Be brief.")
+        page.keyboard.press("Escape")
+        for question in ("First?", "Second?"):
+            ask(page, question)
+            answers(page)
+            button = page.get_by_role("button", name="Regenerate")
+            expect(button).to_be_in_viewport(ratio=1)
+            box, bottom = button.bounding_box(), page.locator(".bottom").bounding_box()
+            assert box is not None
+            assert bottom is not None
+            assert box["y"] + box["height"] <= bottom["y"]
+        page.get_by_label("Your question").fill("line\n" * 5)  # the box above gets smaller
+        expect(button).to_be_in_viewport(ratio=1)
+        page.close()
 
 
 def test_copy(visit: Open, url: str) -> None:
@@ -186,10 +283,8 @@ def test_tokens_tell_why_by_keyboard_and_mouse(visit: Open, url: str) -> None:
     settled(page)
     tokens = page.locator("section.steered .token[tabindex]")
     assert page.locator('section.steered .token[tabindex="0"]').count() == 1  # one tab stop
-    parting = page.locator("section.steered .token.part")
+    parting = page.locator("section.steered .token.other").first
     assert parting.inner_text() == "h"  # the base row goes on with "black"
-    assert "other" in (parting.get_attribute("class") or "")
-
     parting.hover()
     tip = page.get_by_role("tooltip")
     assert "“h” raised by" in tip.inner_text()

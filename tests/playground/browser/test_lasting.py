@@ -14,9 +14,9 @@ ANSWERS = {"Be brief": "Short.", "Be rude": "No.", "": "A long answer to the que
 
 def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokenizer: Any) -> None:
     with serving(saying(tokenizer, ANSWERS)) as (url, _):
-        page = visit(url)
+        page = visit(url, viewport={"width": 1680, "height": 800})
         prefer(page, "Be brief.")
-        page.get_by_label("Floor").press("Home")
+        page.get_by_label("Floor", exact=True).press("Home")
         ask(page, "The first one?")
         answer(page, "steered")
 
@@ -24,7 +24,7 @@ def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokeniz
         assert page.get_by_label("Preferences in force").count() == 0  # each has its own
         prefer(page, "Be rude.")
         page.get_by_label("Steer away from: Be rude.").click()
-        page.get_by_label("Strength").press("End")
+        page.get_by_label("Strength", exact=True).press("End")
         ask(page, "The second one?")
         answer(page, "steered")
         coloured = page.locator("section.steered .token").count()
@@ -35,7 +35,7 @@ def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokeniz
         assert answer(page, "plain") == "A long answer to the question."
         assert page.locator("section.steered .token").count() == coloured > 0
         assert "Away from: Be rude." in page.get_by_label("Preferences in force").inner_text()
-        expect(page.locator("output").first).to_have_text("8")
+        expect(page.get_by_label("Strength as a number")).to_have_value("2")
 
         names = page.locator("nav li .open")
         assert names.all_inner_texts() == [
@@ -45,7 +45,7 @@ def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokeniz
         names.nth(1).click()
         assert answer(page, "steered") == "Short."
         assert "Be brief." in page.get_by_label("Preferences in force").inner_text()
-        expect(page.locator("output").nth(1)).to_have_text("0")
+        expect(page.get_by_label("Floor as a number")).to_have_value("0")
 
         page.get_by_role("button", name="Delete: The first one?").click()
         page.get_by_role("button", name="Really delete: The first one?").click()
@@ -57,8 +57,8 @@ def test_an_answer_that_was_cut_by_a_reload(visit: Open, tokenizer: Any) -> None
     with serving(saying(tokenizer, "word " * 600)) as (url, _):
         page = visit(url)
         page.get_by_text("Sampling").click()
-        page.get_by_label("Tokens at most").fill("4000")
-        page.get_by_label("Tokens at most").press("Tab")
+        page.get_by_label("Max tokens per answer").fill("4000")
+        page.get_by_label("Max tokens per answer").press("Tab")
         ask(page, "Go on.")
         answer(page, "plain", "streaming")
         page.wait_for_timeout(600)  # it is kept now and then while it is written
@@ -96,8 +96,8 @@ def test_a_server_that_stops_in_the_middle(visit: Open, tokenizer: Any) -> None:
     with serving(saying(tokenizer, "word " * 600)) as (url, _):
         page = visit(url, expected="ERR_")
         page.get_by_text("Sampling").click()
-        page.get_by_label("Tokens at most").fill("4000")
-        page.get_by_label("Tokens at most").press("Tab")
+        page.get_by_label("Max tokens per answer").fill("4000")
+        page.get_by_label("Max tokens per answer").press("Tab")
         ask(page, "Go on.")
         answer(page, "plain", "streaming")
     assert answer(page, "plain", "failed").startswith("word")  # what has come stays

@@ -8,7 +8,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.playground.browser.conftest import Open, answer, ask, prefer, serving
+from amulet.serve.store import MEMORY
+from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, prefer, serving
 from tests.serve.conftest import saying
 
 ANSWER = (
@@ -20,7 +21,7 @@ ANSWERS = {"Be brief": "A hole, [dark](https://example.org).", "": ANSWER}
 
 @pytest.fixture(scope="module")
 def url(tokenizer: Any) -> Any:
-    with serving(saying(tokenizer, ANSWERS)) as (url, _):
+    with serving(saying(tokenizer, ANSWERS), thumbs=MEMORY) as (url, _):
         yield url
 
 
@@ -62,6 +63,9 @@ def test_axe_finds_nothing_serious(visit: Open, url: str, scheme: str, width: in
     answer(page, "plain")
     answer(page, "steered")
     page.get_by_role("button", name="Regenerate").wait_for()
+    page.get_by_role("button", name="Like the steered answer", exact=True).click()
+    page.get_by_role("button", name="Dislike the plain answer").click()
+    page.get_by_text("1 pair", exact=True).wait_for(state="attached")
     page.locator("section.steered .token").first.focus()
     page.get_by_role("tooltip").wait_for()
     assert findings(page) == []
@@ -70,10 +74,9 @@ def test_axe_finds_nothing_serious(visit: Open, url: str, scheme: str, width: in
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Edit the question").click()
     assert findings(page) == []
-    if narrow:
-        page.get_by_role("button", name="Conversations").click()
-        page.get_by_role("button", name="Delete: What is").click()
-        assert findings(page) == []
+    page.get_by_role("button", name="Conversations").click()
+    page.get_by_role("button", name="Delete: What is").click()
+    assert findings(page) == []
 
 
 @pytest.mark.parametrize("width", [360, 600, 800, 1100, 1900])
@@ -89,9 +92,9 @@ def test_nothing_is_wider_than_the_window(visit: Open, url: str, width: int) -> 
     page.get_by_role("button", name="Regenerate").wait_for()
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide == width
-    columns = [page.locator(f"section.{name}").bounding_box() for name in ("plain", "steered")]
-    beside = columns[0]["y"] == columns[1]["y"]  # type: ignore[index]
-    assert beside == (width > 700)
+    columns = [page.locator(f"section.{name}").bounding_box() for name in COLUMNS]
+    beside = len({box["y"] for box in columns if box}) == 1
+    assert beside == (width > 900)
     for box in columns:
         assert box is not None
         assert box["x"] >= 0
@@ -139,8 +142,8 @@ def test_a_long_answer_with_its_trace_stays_smooth(visit: Open, tokenizer: Any) 
     with serving(saying(tokenizer, {"Be brief": long[:300], "": long[:300]})) as (url, _):
         page = visit(url)
         page.get_by_text("Sampling").click()
-        page.get_by_label("Tokens at most").fill("300")
-        page.get_by_label("Tokens at most").press("Tab")
+        page.get_by_label("Max tokens per answer").fill("300")
+        page.get_by_label("Max tokens per answer").press("Tab")
         prefer(page, "Be brief.")
         page.evaluate(
             """() => {

@@ -18,14 +18,15 @@ import pytest
 from playwright.sync_api import Page
 
 from amulet import Amulet
-from tests.playground.browser.conftest import Open, answer, ask, serving
+from amulet.serve.store import MEMORY
+from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, serving
 
 NAME = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(Amulet.embedded(), name=NAME) as (url, _):
+    with serving(Amulet.embedded(), name=NAME, thumbs=MEMORY) as (url, _):
         yield url
 
 
@@ -58,8 +59,8 @@ def copied(page: Page, column: str) -> str:
 
 
 def finished(page: Page) -> None:
-    answer(page, "plain")
-    answer(page, "steered")
+    for column in COLUMNS:
+        answer(page, column)
     page.get_by_role("button", name="Regenerate").wait_for()
 
 
@@ -70,8 +71,8 @@ def test_the_code_gives_the_same_answers(visit: Open, url: str, tmp_path: Path) 
     page.get_by_label("Steer away from: Write formally").click()
     page.get_by_label("Weight of: Write formally").fill("0.25")
     page.get_by_text("Sampling").click()
-    page.get_by_label("Tokens at most").fill("24")
-    page.get_by_label("Tokens at most").press("Tab")
+    page.get_by_label("Max tokens per answer").fill("24")
+    page.get_by_label("Max tokens per answer").press("Tab")
     ask(page, "What's a \"black hole\"?\nIn Earth's neighbourhood \\ sky")
     finished(page)
     page.get_by_label("Temperature").fill("0.7")  # the second turn is drawn, with a seed
@@ -79,7 +80,7 @@ def test_the_code_gives_the_same_answers(visit: Open, url: str, tmp_path: Path) 
     ask(page, "And why?")
     finished(page)
 
-    for column in ("steered", "plain"):
+    for column in ("steered", "prompt-only", "plain"):
         said = copied(page, column)
         assert said
         # The options are written once for all three; for the plain answer one will do.
@@ -107,15 +108,15 @@ def test_pictures(
     question: str,
     width: int,
 ) -> None:
-    size = {"width": width, "height": 760}
+    size = {"width": width, "height": 800}
     page = visit(url, color_scheme=scheme, viewport=size, reduced_motion="reduce")
     page.locator(".server.ready").wait_for()
     if width < 1200:
         page.get_by_role("button", name="Preference and steering").click()
     page.get_by_role("button", name=preset).click()
     page.get_by_text("Sampling").click()
-    page.get_by_label("Tokens at most").fill("70")
-    page.get_by_label("Tokens at most").press("Tab")
+    page.get_by_label("Max tokens per answer").fill("60")
+    page.get_by_label("Max tokens per answer").press("Tab")
     page.get_by_text("Sampling").click()
     if width < 1200:
         page.keyboard.press("Escape")

@@ -34,8 +34,8 @@ def test_html_and_scripts_do_nothing(visit: Open, tokenizer: Any) -> None:
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.get_by_text("Sampling").click()
-        page.get_by_label("Tokens at most").fill("2000")
-        page.get_by_label("Tokens at most").press("Tab")
+        page.get_by_label("Max tokens per answer").fill("2000")
+        page.get_by_label("Max tokens per answer").press("Tab")
         prefer(page, "<img src=x onerror=window.hacked=1>")
         ask(page, "<script>window.hacked=1</script>")
         said = answer(page, "plain"), answer(page, "steered")

@@ -1,22 +1,23 @@
-// Asking: a turn's plain and steered answer, streamed at once, so that the server decodes both in
-// one batch.
+// Asking: a turn's answers, one per column, streamed at once, so that the server decodes them in one
+// batch.
 
 import { signal } from "@preact/signals";
 import { ServerError, chatBody, streamChat, type Chunk } from "./api";
 import * as store from "./store";
+import { COLUMNS, NAMES } from "./columns";
 import type { Answer, Column, Conversation, Message, Settings, Token, Turn } from "./types";
 
 /** The turn that is being answered; one at a time. */
 export const answering = signal<string | null>(null);
 let abort = new AbortController();
 
-/** The messages before a turn, each earlier turn with the answer that was kept, and its question. */
-export function history(turns: Turn[], turn: Turn): Message[] {
+/** What a column's answer answers: the earlier turns, each with the answer that it continues from. */
+export function history(turns: Turn[], turn: Turn, column: Column): Message[] {
   const earlier = turns.slice(0, turns.indexOf(turn));
   return [
     ...earlier.flatMap((past): Message[] => [
       { role: "user", content: past.question },
-      { role: "assistant", content: (past[past.kept] ?? past.plain).text },
+      { role: "assistant", content: (past[past.kept ?? column] ?? past.plain).text },
     ]),
     { role: "user", content: turn.question },
   ];
@@ -51,9 +52,14 @@ export function stop(): void {
   abort.abort();
 }
 
+/** Have all columns continue from one answer, or each from its own again. */
 export function keep(turn: Turn, column: Column): void {
-  const id = store.currentId.value!;
-  changeTurn(id, turn.id, (old) => ({ ...old, kept: column }));
+  change(store.currentId.value!, turn.id, ({ kept }) => ({ kept: kept === column ? null : column }));
+}
+
+/** Change a part of a turn for good. */
+export function change(id: string, turnId: string, by: (turn: Turn) => Partial<Turn>): void {
+  changeTurn(id, turnId, (old) => ({ ...old, ...by(old) }));
   store.save(id);
 }
 
@@ -65,13 +71,14 @@ function ask(conversation: Conversation, before: Turn[], question: string): void
     question,
     settings,
     plain: empty(),
+    prompted: steers ? empty() : null,
     steered: steers ? empty() : null,
-    kept: steers ? "steered" : "plain",
+    kept: null,
   };
   const turns = [...before, turn];
   store.change(conversation.id, (old) => ({ ...old, turns, updated: Date.now() }));
   store.save(conversation.id);
-  void answer(conversation.id, turn, history(turns, turn));
+  void answer(conversation.id, turn, turns);
 }
 
 /** The settings of this turn for good: a draw gets its seed here, so that it can be repeated. */
@@ -99,18 +106,18 @@ function empty(): Answer {
   };
 }
 
-async function answer(id: string, turn: Turn, messages: Message[]): Promise<void> {
+async function answer(id: string, turn: Turn, turns: Turn[]): Promise<void> {
   abort = new AbortController();
   answering.value = turn.id;
   store.announced.value = "Answering.";
-  const columns: Column[] = turn.steered ? ["plain", "steered"] : ["plain"];
+  const columns = COLUMNS.filter((column) => turn[column]);
   const writers = columns.map((column) => new Writer(id, turn.id, column));
   const name = store.model.value?.id ?? "";
   await Promise.all(
     writers.map((writer) => {
-      const steered = writer.column === "steered";
-      const body = chatBody(name, messages, turn.settings, steered);
-      return writer.read(steered ? { ...body, trace: true } : body, abort.signal);
+      const { column } = writer;
+      const body = chatBody(name, history(turns, turn, column), turn.settings, column);
+      return writer.read(column === "steered" ? { ...body, trace: true } : body, abort.signal);
     }),
   );
   answering.value = null;
@@ -189,7 +196,7 @@ class Writer {
   }
 
   summary(): string {
-    const name = this.column === "plain" ? "Plain" : "Steered";
+    const name = NAMES[this.column];
     const { state, count } = this.now;
     if (state === "failed") return `${name} answer failed: ${this.now.error}`;
     return `${name} answer ${state === "stopped" ? "stopped" : "complete"}, ${count} tokens.`;

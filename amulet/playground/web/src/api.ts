@@ -1,7 +1,7 @@
 // The server's protocol: its health, its model, and an answer as a stream of chunks.
 
 import { createParser } from "eventsource-parser";
-import type { Message, Model, Settings } from "./types";
+import type { Column, Message, Model, Settings } from "./types";
 
 /** What the server said instead of an answer. */
 export class ServerError extends Error {
@@ -30,7 +30,7 @@ export function hasApiKey(): boolean {
   return apiKey !== null;
 }
 
-async function ask(route: string, options: RequestInit = {}): Promise<Response> {
+export async function ask(route: string, options: RequestInit = {}): Promise<Response> {
   const headers = new Headers(options.headers);
   if (apiKey !== null) headers.set("Authorization", `Bearer ${apiKey}`);
   const response = await fetch(address(route), { ...options, headers, cache: "no-store" });
@@ -55,23 +55,25 @@ export async function fetchModel(): Promise<Model> {
     steering: facts.steering,
     maxTokens: facts.limits.max_tokens,
     maxWishes: facts.limits.preferences,
+    thumbs: facts.thumbs === true,
   };
 }
 
-/** The body of a chat request; without wishes it is decoded plainly. */
+/** The body of a column's chat request. */
 export function chatBody(
   model: string,
   messages: Message[],
   settings: Settings,
-  steered: boolean,
+  column: Column,
 ): Record<string, unknown> {
   const body: Record<string, unknown> = { model, messages, max_tokens: settings.maxTokens };
   if (settings.temperature > 0) {
     body.temperature = settings.temperature;
     if (settings.seed !== null) body.seed = settings.seed;
   }
-  if (!steered) return { ...body, preference: "" };
-  const { wishes, strength, floor, placement } = settings;
+  if (column === "plain") return { ...body, preference: "" };
+  const { wishes, floor, placement } = settings;
+  const strength = column === "prompted" ? 0 : settings.strength;
   return { ...body, preference: preferenceOf(wishes), strength, floor, placement };
 }
 

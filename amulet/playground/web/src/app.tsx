@@ -10,6 +10,7 @@ import { Conversations } from "./conversations";
 import { Icon } from "./icons";
 import { SettingsPanel } from "./settings";
 import * as store from "./store";
+import { ThumbsPanel } from "./thumbs";
 import { TurnView } from "./turn";
 import type { Column, Settings, Turn } from "./types";
 
@@ -42,9 +43,9 @@ export function App() {
     const { turns: all } = store.current.value!;
     setAsked({
       model: store.model.value?.id ?? "",
-      messages: history(all, all.find(({ id }) => id === turn.id)!),
+      messages: history(all, all.find(({ id }) => id === turn.id)!, column),
       settings: turn.settings,
-      steered: column === "steered",
+      column,
     });
   });
   const close = useCallback(() => setDrawer(null), []);
@@ -96,6 +97,7 @@ export function App() {
         aria-label="Preference and steering"
       >
         <SettingsPanel />
+        <ThumbsPanel />
       </aside>
       {drawer !== null && <div class="shade" onClick={close} />}
       {asked && <CodeDialog asked={asked} onClose={() => setAsked(null)} />}
@@ -108,26 +110,45 @@ export function App() {
 
 function Turns({ turns, onCode }: { turns: Turn[]; onCode: (turn: Turn, column: Column) => void }) {
   const box = useRef<HTMLDivElement>(null);
+  const content = useRef<HTMLDivElement>(null);
   const following = useRef(true);
-  // Follow what is written, unless the reader has scrolled up.
+  const reached = useRef(0);
+  // Follow what is written, unless the reader has scrolled up; also where the box gets smaller.
   useLayoutEffect(() => {
-    if (following.current) box.current!.scrollTop = box.current!.scrollHeight;
-  }, [turns]);
+    const outer = box.current!;
+    const observer = new ResizeObserver(() => {
+      if (following.current) outer.scrollTop = outer.scrollHeight;
+    });
+    observer.observe(outer);
+    observer.observe(content.current!);
+    return () => observer.disconnect();
+  }, []);
   useLayoutEffect(() => {
     following.current = true;
     box.current!.scrollTop = box.current!.scrollHeight;
   }, [store.currentId.value, turns.length]);
   const scrolled = () => {
     const { scrollTop, clientHeight, scrollHeight } = box.current!;
-    following.current = scrollTop + clientHeight > scrollHeight - 40;
+    // More may have been written since the page itself scrolled: only a way back is the reader's.
+    const isAtEnd = scrollTop + clientHeight > scrollHeight - 40;
+    following.current = isAtEnd || (following.current && scrollTop >= reached.current);
+    reached.current = scrollTop;
   };
   return (
     <div class="turns" ref={box} onScroll={scrolled} tabIndex={0} role="region" aria-label="Answers">
-      <h2 class="unseen">Conversation</h2>
-      <Legend />
-      {turns.map((turn, place) => (
-        <TurnView key={turn.id} turn={turn} last={place === turns.length - 1} onCode={onCode} />
-      ))}
+      <div ref={content}>
+        <h2 class="unseen">Conversation</h2>
+        <Legend />
+        {turns.map((turn, place) => (
+          <TurnView
+            key={turn.id}
+            turn={turn}
+            before={turns[place - 1]?.steered ? turns[place - 1].kept : undefined}
+            last={place === turns.length - 1}
+            onCode={onCode}
+          />
+        ))}
+      </div>
     </div>
   );
 }
@@ -140,8 +161,8 @@ function Legend() {
       <span class="token">as it was</span>
       <span class="token up2">raised</span>
       <span class="token up4">raised most</span>
-      <span class="token other">not what the unsteered model would say</span>
-      <span class="token part">the answers part here</span>
+      <span class="token other">the unsteered model would say something else</span>
+      <span class="token part">prompt-only and steered diverge here</span>
     </p>
   );
 }
@@ -151,8 +172,8 @@ function Welcome() {
     <div class="welcome">
       <h2>See a preference steer an answer</h2>
       <p>
-        Choose a preference, then ask. The plain and the steered answer grow side by side, and each
-        steered token shows how much steering raised it.
+        Choose a preference, then ask. Three answers appear side by side: without the preference, with
+        it in the prompt only, and steered. Each steered token shows how much steering raised it.
       </p>
       <ul>
         {SUGGESTIONS.map((question) => (

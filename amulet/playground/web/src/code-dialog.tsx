@@ -1,6 +1,7 @@
 // "As code": the request behind an answer, in four languages.
 
 import { useEffect, useRef, useState } from "preact/hooks";
+import { NAMES } from "./columns";
 import { LANGUAGES, code, type Asked, type Language } from "./code";
 import { Icon } from "./icons";
 import { Copy } from "./turn";
@@ -28,7 +29,7 @@ export function CodeDialog({ asked, onClose }: { asked: Asked; onClose: () => vo
     >
       <div class="inside">
         <header>
-          <h2 id="code-title">The {asked.steered ? "steered" : "plain"} answer as code</h2>
+          <h2 id="code-title">The {NAMES[asked.column].toLowerCase()} answer as code</h2>
           <button
             type="button"
             class="quiet"

@@ -1,7 +1,7 @@
 // The request behind an answer as code: LangChain, LlamaIndex, Python and curl.
 
-import { address, chatBody, hasApiKey, preferenceOf } from "./api";
-import type { Message, Settings } from "./types";
+import { address, chatBody, hasApiKey } from "./api";
+import type { Column, Message, Settings } from "./types";
 
 export const LANGUAGES = ["LangChain", "LlamaIndex", "Python", "curl"] as const;
 export type Language = (typeof LANGUAGES)[number];
@@ -10,7 +10,7 @@ export interface Asked {
   model: string;
   messages: Message[];
   settings: Settings;
-  steered: boolean;
+  column: Column;
 }
 
 export function code(language: Language, asked: Asked): string {
@@ -55,8 +55,8 @@ print(reply.text)
 `;
 }
 
-function curl({ model, messages, settings, steered }: Asked): string {
-  const body = JSON.stringify(chatBody(model, messages, settings, steered), null, 2);
+function curl({ model, messages, settings, column }: Asked): string {
+  const body = JSON.stringify(chatBody(model, messages, settings, column), null, 2);
   const key = hasApiKey() ? '  -H "Authorization: Bearer $AMULET_API_KEY" \\\n' : "";
   return `curl ${quoted(address("v1/chat/completions"))} \\
   -H "Content-Type: application/json" \\
@@ -74,21 +74,10 @@ function connect(): string {
   return `Amulet.connect(${url}${key})`;
 }
 
-function options({ settings, steered }: Asked, limit: string): string {
-  const { wishes, strength, floor, placement, temperature, seed } = settings;
-  const all: [string, unknown][] = steered
-    ? [
-        ["preference", preferenceOf(wishes)],
-        ["strength", strength],
-        ["floor", floor],
-        ["placement", placement],
-      ]
-    : [["preference", ""]];
-  all.push([limit, settings.maxTokens]);
-  if (temperature > 0) {
-    all.push(["temperature", temperature]);
-    if (seed !== null) all.push(["seed", seed]);
-  }
+/** What is sent beside the messages, as arguments in Python. */
+function options({ model, settings, column }: Asked, limit: string): string {
+  const { model: _, messages: __, max_tokens, ...sent } = chatBody(model, [], settings, column);
+  const all = Object.entries({ ...sent, [limit]: max_tokens });
   return all.map(([name, value]) => `    ${name}=${literal(value)},\n`).join("");
 }
 

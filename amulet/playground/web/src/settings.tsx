@@ -27,10 +27,11 @@ const PLACES: [value: Placement, name: string][] = [
 export const SettingsPanel = memo(() => {
   const { wishes, strength, floor, placement, maxTokens, temperature, seed } = settings.value;
   const most = model.value?.maxWishes ?? 4;
+  const standard = defaults(model.value);
   const full = wishes.length >= most;
   const set = (changed: Wish[]) => changeSettings({ wishes: changed });
   const reset = () => {
-    const { strength, floor, placement } = defaults(model.value);
+    const { strength, floor, placement } = standard;
     changeSettings({ strength, floor, placement });
   };
   return (
@@ -86,20 +87,22 @@ export const SettingsPanel = memo(() => {
         <Slider
           name="Strength"
           value={strength}
-          min={-1}
-          max={8}
-          step={0.1}
+          standard={standard.strength}
+          max={2}
+          step={0.05}
+          range={[-100, 1000]}
           set={(value) => changeSettings({ strength: value })}
-          hint="−1 no preference · 0 the prompt alone · 0.5 to 2 a push · 4.6 the paper"
+          hint={`0: prompt only. ${standard.strength}, marked: this model's default. Above 2, answers often break down; type a larger number to try.`}
         />
         <Slider
           name="Floor"
           value={floor}
-          min={0}
+          standard={standard.floor}
           max={1}
           step={0.01}
+          range={[0, 1]}
           set={(value) => changeSettings({ floor: value })}
-          hint="Tokens below this share of the likeliest one are out; 0 is off"
+          hint="Tokens less likely than this share of the likeliest one are left out; 0 is off."
         />
         <div class="field" role="radiogroup" aria-labelledby="placement">
           <span class="name" id="placement">
@@ -121,7 +124,7 @@ export const SettingsPanel = memo(() => {
         </div>
         <p>
           <button type="button" class="quiet worded" onClick={reset}>
-            Back to the model's own setting
+            Reset to the model's defaults
           </button>
         </p>
       </fieldset>
@@ -129,7 +132,7 @@ export const SettingsPanel = memo(() => {
       <details class="more">
         <summary>Sampling</summary>
         <NumberField
-          name="Tokens at most"
+          name="Max tokens per answer"
           value={maxTokens}
           min={1}
           max={model.value?.maxTokens ?? 4096}
@@ -154,7 +157,7 @@ export const SettingsPanel = memo(() => {
           set={(value) => changeSettings({ seed: value === null ? null : Math.round(value) })}
         />
         <p class="hint">
-          Temperature 0 always takes the likeliest token. No seed: a new one each time.
+          At temperature 0 the likeliest token is always chosen. Without a seed, each answer gets a new one.
         </p>
       </details>
     </div>
@@ -238,31 +241,53 @@ function WishRow({ wish, set, remove }: RowGiven) {
 interface SliderGiven {
   name: string;
   value: number;
-  min: number;
+  /** The model's own, which gets a mark. */
+  standard: number;
+  /** Where the slider ends. */
   max: number;
   step: number;
+  /** What may be typed. */
+  range: [least: number, most: number];
   hint: string;
   set: (value: number) => void;
 }
 
-function Slider({ name, value, min, max, step, hint, set }: SliderGiven) {
+function Slider({ name, value, standard, max, step, range, hint, set }: SliderGiven) {
   const id = `slider-${name.toLowerCase()}`;
   return (
     <div class="field">
       <label class="name" for={id}>
         {name}
       </label>
-      <output for={id}>{String(value).replace("-", "−")}</output>
+      <input
+        type="number"
+        aria-label={`${name} as a number`}
+        value={value}
+        min={range[0]}
+        max={range[1]}
+        step="any"
+        onChange={({ currentTarget: field }) => {
+          const given = field.valueAsNumber;
+          const [least, most] = range;
+          const taken = Number.isNaN(given) ? value : Math.max(least, Math.min(most, given));
+          field.value = String(taken);
+          set(taken);
+        }}
+      />
       <input
         type="range"
         id={id}
         value={value}
-        min={min}
-        max={Math.max(max, value)}
+        min={0}
+        max={max}
         step={step}
+        list={`${id}-marks`}
         aria-describedby={`${id}-hint`}
         onInput={(event) => set(event.currentTarget.valueAsNumber)}
       />
+      <datalist id={`${id}-marks`}>
+        <option value={standard} />
+      </datalist>
       <p class="hint" id={`${id}-hint`}>
         {hint}
       </p>

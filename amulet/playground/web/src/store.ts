@@ -59,6 +59,7 @@ function interrupted(conversation: Conversation): Conversation {
   const turns = conversation.turns.map((turn) => ({
     ...turn,
     plain: ended(turn.plain),
+    prompted: turn.prompted ? ended(turn.prompted) : null, // an older page had no such column
     steered: turn.steered && ended(turn.steered),
   }));
   return { ...conversation, turns };
@@ -105,6 +106,18 @@ export function changeSettings(part: Partial<Settings>): void {
     change(id, (conversation) => ({
       ...conversation,
       settings: { ...conversation.settings, ...part },
+    }));
+    save(id);
+  }
+}
+
+/** Forget every thumb that was given, also in other conversations. */
+export function forgetThumbs(): void {
+  for (const { id, turns } of conversations.value) {
+    if (!turns.some(({ thumbs }) => thumbs)) continue;
+    change(id, (conversation) => ({
+      ...conversation,
+      turns: conversation.turns.map((turn) => ({ ...turn, thumbs: undefined })),
     }));
     save(id);
   }

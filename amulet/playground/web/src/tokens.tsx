@@ -45,7 +45,7 @@ export function parting(one: string, other: string): number | null {
   return null;
 }
 
-/** The word of a plain answer from which the steered one goes another way. */
+/** The word of an unsteered answer from which the steered one goes another way. */
 export function partingWord(text: string, place: number | null): Cut[] {
   if (place === null) return [];
   const start = text.slice(0, place).search(/\S+$/);
@@ -70,7 +70,7 @@ function cutsOf(tokens: Token[], place: number | null): Cut[] {
 interface Given {
   text: string;
   tokens: Token[];
-  /** Where the plain answer goes another way. */
+  /** Where the prompt-only answer goes another way. */
   parts: number | null;
   id: string;
 }

@@ -1,27 +1,40 @@
-// One question and its answers, plain and steered, side by side.
+// One question and its answers side by side.
 
 import { memo } from "preact/compat";
 import { useMemo, useState } from "preact/hooks";
 import { answering, keep, regenerate } from "./answers";
+import { COLUMNS, NAMES } from "./columns";
 import { Icon } from "./icons";
 import { Markdown } from "./markdown";
 import { announced } from "./store";
+import { Thumbs } from "./thumbs";
 import { Tokens, parting, partingWord } from "./tokens";
 import type { Answer, Column, Turn } from "./types";
 
 interface Given {
   turn: Turn;
+  /** What the turn before was continued from; undefined: it had one answer, or there is none. */
+  before: Turn["kept"] | undefined;
   last: boolean;
   onCode: (turn: Turn, column: Column) => void;
 }
 
-export const TurnView = memo(({ turn, last, onCode }: Given) => {
+export const TurnView = memo(({ turn, before, last, onCode }: Given) => {
   const busy = answering.value !== null;
   return (
     <article class="turn" aria-label={`Question: ${turn.question}`}>
       <Question turn={turn} busy={busy} />
-      <div class={`columns ${turn.steered ? "two" : "one"}`}>
-        {(["plain", "steered"] as const).map(
+      {before !== undefined && (
+        <p class="hint from">
+          {before !== null
+            ? `Continued from the ${NAMES[before].toLowerCase()} answer above.`
+            : turn.steered
+              ? "Each answer continues from the one above it in its own column."
+              : "Continued from the plain answer above."}
+        </p>
+      )}
+      <div class={`columns ${turn.steered ? "three" : "one"}`}>
+        {COLUMNS.map(
           (column) =>
             turn[column] && (
               <AnswerView
@@ -29,6 +42,7 @@ export const TurnView = memo(({ turn, last, onCode }: Given) => {
                 turn={turn}
                 column={column}
                 answer={turn[column]}
+                last={last}
                 onCode={onCode}
               />
             ),
@@ -100,16 +114,22 @@ interface AnswerGiven {
   turn: Turn;
   column: Column;
   answer: Answer;
+  last: boolean;
   onCode: Given["onCode"];
 }
 
-function AnswerView({ turn, column, answer, onCode }: AnswerGiven) {
+function AnswerView({ turn, column, answer, last, onCode }: AnswerGiven) {
   const steered = column === "steered";
-  const name = steered ? "Steered" : "Plain";
+  const name = NAMES[column];
+  const { prompted } = turn;
   const kept = turn.kept === column;
   const writing = answer.state === "waiting" || answer.state === "streaming";
-  const parts = turn.steered && parting(turn.plain.text, turn.steered.text);
-  const word = useMemo(() => partingWord(turn.plain.text, parts), [turn.plain.text, parts]);
+  const parts =
+    prompted && turn.steered && column !== "plain"
+      ? parting(prompted.text, turn.steered.text)
+      : null;
+  const word = useMemo(() => partingWord(answer.text, parts), [answer.text, parts]);
+  const alike = steered && answer.state === "done" && answer.text === prompted?.text;
   return (
     <section
       class={`answer ${column}`}
@@ -119,7 +139,7 @@ function AnswerView({ turn, column, answer, onCode }: AnswerGiven) {
     >
       <header>
         <h3>{name}</h3>
-        {turn.steered && <p class="wishes">{steered ? wishes(turn) : "No preference"}</p>}
+        {turn.steered && <p class="wishes">{about(turn, column)}</p>}
       </header>
       {answer.reasoning && (
         <details class="reasoning">
@@ -141,36 +161,43 @@ function AnswerView({ turn, column, answer, onCode }: AnswerGiven) {
         </p>
       )}
       {!writing && <Ending answer={answer} />}
+      {alike && prompted.state === "done" && (
+        <p class="ending">The same text as with the preference in the prompt only.</p>
+      )}
       <Figures answer={answer} />
       <footer>
-        {turn.steered && (
-          <button
-            type="button"
-            class="quiet worded"
-            aria-pressed={kept}
-            disabled={writing}
-            title="The next question is asked after this answer"
-            onClick={() => keep(turn, column)}
-          >
-            {kept && <Icon name="check" />} Go on with this
-          </button>
-        )}
+        <Thumbs turn={turn} column={column} />
         <span class="space" />
-        <Copy text={answer.text} label={`Copy the ${column} answer`} />
+        <Copy text={answer.text} label={`Copy the ${name.toLowerCase()} answer`} />
         <button
           type="button"
           class="quiet worded"
-          aria-label={`The ${column} answer as code`}
+          aria-label={`The ${name.toLowerCase()} answer as code`}
           onClick={() => onCode(turn, column)}
         >
           <Icon name="code" /> As code
         </button>
+        {turn.steered && last && (
+          <button
+            type="button"
+            class="quiet worded continue"
+            aria-pressed={kept}
+            disabled={writing}
+            title="The next question continues from this answer in all columns"
+            onClick={() => keep(turn, column)}
+          >
+            {kept && <Icon name="check" />} Continue from this answer
+          </button>
+        )}
       </footer>
     </section>
   );
 }
 
-function wishes({ settings }: Turn): string {
+/** What a column's answer was asked for with. */
+function about({ settings }: Turn, column: Column): string {
+  if (column === "plain") return "No preference";
+  if (column === "prompted") return "Preference in the prompt, no steering (strength 0)";
   const said = settings.wishes.map(({ text, weight }) =>
     weight === 1 ? text : `${weight < 0 ? "Away from: " : ""}${text} × ${Math.abs(weight)}`,
   );

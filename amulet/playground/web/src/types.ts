@@ -51,7 +51,10 @@ export interface Answer {
   error: string | null;
 }
 
-export type Column = "plain" | "steered";
+/** Without the preference; with it in the prompt alone, which is strength 0; and steered. */
+export type Column = "plain" | "prompted" | "steered";
+
+export type Thumb = "up" | "down";
 
 export interface Turn {
   id: string;
@@ -59,9 +62,11 @@ export interface Turn {
   settings: Settings;
   plain: Answer;
   /** null: there was no preference. */
+  prompted: Answer | null;
   steered: Answer | null;
-  /** Which answer the conversation goes on with. */
-  kept: Column;
+  /** The answer from which all columns continue; null: each from its own. */
+  kept: Column | null;
+  thumbs?: Partial<Record<Column, Thumb>>;
 }
 
 export interface Conversation {
@@ -84,4 +89,6 @@ export interface Model {
   steering: { strength: number; floor: number; placement: Placement };
   maxTokens: number;
   maxWishes: number;
+  /** Whether the server keeps thumbs. */
+  thumbs: boolean;
 }
