@@ -31,10 +31,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "The request is not valid; `error.param` names the field.",
         401: "The API key is missing or wrong.",
-        404: "There is no such model, preference or route.",
+        404: "There is no such model, preference, thumb or route.",
         413: "The body is too large.",
         429: "The queue is full; `Retry-After` tells when to try again.",
         503: "The model is being loaded, or the server shuts down or is out of memory or time.",
+        507: "The file of preferences and thumbs is full.",
     }.items()
 }
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)

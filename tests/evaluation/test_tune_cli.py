@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from amulet import Amulet, Preference, Steering
 from amulet.evaluation.rules import RULES
 from amulet.evaluation.tune_cli import register
+from amulet.serve.store import Store
 from tests.docs.pages import DOCS, blocks
 from tests.models import ScriptedModel
 
@@ -119,6 +120,30 @@ def test_thumbs_give_a_strength(
     assert "Be brief." in result.stdout
     assert "of 3 thumbs are foretold by the others." in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["steering.json", "thumbs.jsonl"]
+
+
+def test_a_servers_file_gives_one_users_strength(
+    tiny: Amulet, monkeypatch: pytest.MonkeyPatch, loaded: list[object], tmp_path: Path
+) -> None:
+    use(tiny, monkeypatch, loaded)
+    file, out = tmp_path / "thumbs.sqlite", tmp_path / "steering.json"
+    store = Store(file)
+    for user, liked in (("ann", "So."), ("bob", "No.")):
+        for answer in ("So.", "No."):
+            chat = [{"role": "user", "content": "Why?"}]
+            kept = {"messages": chat, "preferences": ["Be brief."], "answer": answer}
+            thumb = {**kept, "thumb": "up" if answer == liked else "down"}
+            assert store.put_thumb(user, answer, thumb, most=2)
+    weights = {}
+    for user in ("ann", "bob"):
+        result = run("--thumbs", file, "--user", user, "--out", out, "--placement", "user")
+        assert result.exit_code == 0, result.output
+        assert "of 1 thumbs are foretold by the others." in result.stdout
+        weights[user] = Steering.model_validate_json(out.read_text(encoding="utf-8")).strength
+    store.close()
+    middle = tiny.steering.strength  # they like the opposite, so one pulls up and one down
+    assert min(weights.values()) < middle < max(weights.values())
+    assert "of 2 thumbs" in run("--thumbs", file, "--out", out, "--placement", "user").stdout
 
 
 def test_several_preferences_get_weights_in_a_file_beside_it(

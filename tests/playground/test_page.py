@@ -171,6 +171,8 @@ def test_the_command_puts_the_page_before_the_server(
     (server,) = started
     assert (server.config.host, server.config.port) == ("127.0.0.1", 8123)
     assert server._service.limits.max_tokens == 77
+    page: Any = server.config.app
+    assert "/v1/thumbs" in page._app.openapi()["paths"]  # also without --thumbs
     assert server._on_start is not None
     server._on_start("http://127.0.0.1:8123/")
     assert opened == ["http://127.0.0.1:8123/"]
