@@ -120,6 +120,7 @@ def create_app(
         docs_url=None,  # these pages load their scripts from another host
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,  # a path that lacks its id is no other route
     )
     app.state.service = service
     _add_routes(app, service, store, keeps_thumbs=thumb_store is not None)

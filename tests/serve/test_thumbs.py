@@ -91,6 +91,16 @@ async def test_a_round_trip_of_two_users(tiny: Amulet, file: Path) -> None:
     assert b"A drink" not in written  # what is deleted is overwritten
 
 
+async def test_a_path_without_an_id_deletes_nothing(tiny: Amulet) -> None:
+    app = create_app(tiny, name="m", api_keys=["k"], thumbs=MEMORY)
+    async with asking(app, "k") as client:
+        assert await put(client, "1", ANN, body("Tea is ...", "up")) == 200
+        for path in (f"{THUMBS}/", f"{THUMBS}//"):
+            response = await client.delete(path, params=ANN, follow_redirects=True)
+            assert response.status_code == 404
+        assert await ids(client, ANN) == ["1"]
+
+
 async def test_pairs_are_of_one_chat_and_the_same_preferences(tiny: Amulet) -> None:
     async with asking(create_app(tiny, api_keys=["k"], thumbs=MEMORY), "k") as client:
         longer = [*user("What is tea?"), {"role": "assistant", "content": "A"}, *user("Why?")]
