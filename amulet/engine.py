@@ -251,26 +251,35 @@ class Engine:
         prompts = generation.prompts
         filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
         generation.cached_tokens = filled[0]
-        shared = common_prefix(prompts)
-        lead = filled.index(max(filled))
+        # What each row has in common with the base row, which leads.
+        common = [common_prefix(prompt, prompts[-1]) for prompt in prompts[:-1]]
+        base = len(common)
+        for i, length in enumerate(common):
+            length = min(length, filled[i])
+            if filled[-1] < length and self._may_copy(filled[i], length):
+                self.backend.copy_row(first + i, first + base, length)
+                filled[-1] = length
         # A pass of its own for the shared beginning must be worth it: what follows then starts
         # behind something, which takes a mask on a GPU and more work without one.
-        spared = (len(prompts) - 1) * (shared - filled[lead])
+        shared = max(common, default=0)
+        spared = sum(
+            max(length - max(own, filled[-1]), 0)
+            for length, own in zip(common, filled, strict=False)
+        )
         if spared < max(self.backend.worth_sharing, max(map(len, prompts)) - shared):
-            shared = min(shared, filled[lead])
-        if not self.backend.any_length and filled[lead] > shared:
-            shared = 0  # the row can't be cut back to what it shares
-        while filled[lead] < shared:
-            width = self._width(shared - filled[lead])
+            shared = 0
+        while filled[-1] < shared:
+            width = self._width(shared - filled[-1])
             if not self._give_way(generation, width):
                 return None
-            chunk = prompts[lead][filled[lead] : filled[lead] + width]
-            self.backend.forward([chunk], [filled[lead]], first + lead, [width - 1])
-            filled[lead] += width
-        for i, length in enumerate(filled):
-            if length < shared:
-                self.backend.copy_row(first + lead, first + i, shared)
-                filled[i] = shared
+            chunk = prompts[-1][filled[-1] : filled[-1] + width]
+            self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
+            filled[-1] += width
+        for i, length in enumerate(common):
+            length = min(length, filled[-1])
+            if filled[i] < length and self._may_copy(filled[-1], length):
+                self.backend.copy_row(first + base, first + i, length)
+                filled[i] = length
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
             left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
@@ -294,6 +303,10 @@ class Engine:
                     logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
                 filled[i] += taken[i]
         return torch.stack([logits[i] for i in range(len(prompts))])
+
+    def _may_copy(self, filled: int, length: int) -> bool:
+        """Tell whether so much of a row can be copied: a recurrent model's only whole."""
+        return self.backend.any_length or filled == length
 
     def _reuse(self, prompt: list[int], row: int) -> int:
         """Copy into a row what a running or kept row has of its prompt; return how many ids.
@@ -380,9 +393,6 @@ class Engine:
         return -(-left // passes)
 
 
-def common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Return how many leading ids all prompts share, leaving each at least one of its own."""
-    if len(prompts) < 2:
-        return 0
-    shared = min(shared_length(prompts[0], prompt) for prompt in prompts[1:])
-    return min(shared, min(map(len, prompts)) - 1)
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many leading ids two prompts share, leaving each at least one of its own."""
+    return min(shared_length(one, other), len(one) - 1, len(other) - 1)

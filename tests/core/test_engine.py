@@ -175,9 +175,9 @@ def test_long_rows_that_share_little_start_anew_each_by_itself(
 
 
 def test_common_prefix() -> None:
-    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2, "each row keeps an id of its own"
-    assert common_prefix([[1], [1, 2]]) == 0
-    assert common_prefix([[1, 2]]) == 0
+    assert common_prefix([1, 2, 3], [1, 2, 3]) == 2, "each row keeps an id of its own"
+    assert common_prefix([1], [1, 2]) == 0
+    assert common_prefix([1, 2], [2, 1]) == 0
 
 
 def test_the_trace_names_the_plain_choice(tokenizer: PreTrainedTokenizerFast) -> None:
