@@ -9,6 +9,7 @@ import torch
 from amulet.errors import DecodeError
 from amulet.generation import Generation
 from amulet.mixture import Mixture, take_rows
+from amulet.repeats import Repeats
 from amulet.sampling import NEVER, choose, penalise
 
 MOST = 1e30  # the highest score: it stays finite when a temperature divides it
@@ -35,6 +36,7 @@ def choose_tokens(
         [bool(g.processors) or g.seen is not None for g in generations],
     )
     mix.permit([_permitted(generation, logits) for generation in generations])
+    mix.lower([_repeated(generation) for generation in generations])
     changed = [i for i, g in enumerate(generations) if g.processors or g.seen is not None]
     # The trace shows the scores as they are before the penalties.
     scores = mix.scores.clone() if changed else mix.scores
@@ -95,6 +97,19 @@ def _permitted(generation: Generation, logits: torch.Tensor) -> torch.Tensor | N
         generation.error = error
         return None
     return None if mask is None else mask.to(logits.device)
+
+
+def _repeated(generation: Generation) -> dict[int, float]:
+    """Return what tokens lose that would repeat the answer.
+
+    What is decoded unsteered meanwhile, such as a tool call, may repeat, and may be repeated.
+    """
+    if not generation.loop_guard or not any(generation.weights):
+        generation.repeats = None
+        return {}
+    if generation.repeats is None:
+        generation.repeats = Repeats(generation.loop_guard, start=len(generation.token_ids))
+    return generation.repeats.costs(generation.token_ids)
 
 
 def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | None:

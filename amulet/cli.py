@@ -25,7 +25,7 @@ from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune
 from amulet.plan.cli import register as register_plan
 from amulet.playground.cli import register as register_playground
-from amulet.preference import DEFAULT_STEERING
+from amulet.preference import DEFAULT_STEERING, Steering
 from amulet.rendering.pieces import harmless
 from amulet.rendering.terminal import answer_text, legend_text
 from amulet.request import Reply, Request
@@ -68,6 +68,20 @@ Placement = Annotated[
         f"{DEFAULT_STEERING.placement}."
     ),
 ]
+Focus = Annotated[
+    float | None,
+    typer.Option(
+        help="How hard to hold the answer to the question, 0 (off, one row less) to 10; default "
+        f"{DEFAULT_STEERING.focus:g}."
+    ),
+]
+LoopGuard = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that an answer may repeat of itself freely; 0 is off; default "
+        f"{DEFAULT_STEERING.loop_guard}."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
@@ -98,6 +112,8 @@ def chat(
     strength: Strength = None,
     floor: Floor = None,
     placement: Placement = None,
+    focus: Focus = None,
+    loop_guard: LoopGuard = None,
     max_new_tokens: Limit = 256,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -110,6 +126,8 @@ def chat(
         "strength": strength,
         "floor": floor,
         "placement": placement,
+        "focus": focus,
+        "loop_guard": loop_guard,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
@@ -127,6 +145,8 @@ def compare(
     strength: Strength = None,
     floor: Floor = None,
     placement: Placement = None,
+    focus: Focus = None,
+    loop_guard: LoopGuard = None,
     max_new_tokens: Limit = 128,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -136,7 +156,8 @@ def compare(
     """Answer one question three ways, side by side: plain, preference in the prompt, steered."""
     shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     prompted = {**shared, "preference": preference, "placement": placement, "floor": floor}
-    steered = {**prompted, "strength": strength, "trace": True}  # for its colours
+    steered = {**prompted, "strength": strength, "focus": focus, "loop_guard": loop_guard}
+    steered["trace"] = True  # for its colours
     with readable_errors():
         _check(steered)
         wished(preference)
@@ -244,6 +265,8 @@ class Chat:
         ("/strength NUMBER", "how hard to steer: 0 is the prompt alone"),
         ("/floor NUMBER", "plausibility floor, 0 (off) to 1"),
         ("/placement WHERE", "where the preference stands: system, user or both"),
+        ("/focus NUMBER", "how hard to hold the answer to the question, 0 (off) to 10"),
+        ("/loop_guard NUMBER", "tokens that an answer may repeat of itself; 0 is off"),
         ("/clear", "forget the conversation so far"),
         ("/help", "show this"),
         ("/quit", "leave; so does Ctrl-D. Ctrl-C stops an answer"),
@@ -305,7 +328,7 @@ class Chat:
         elif name == "/clear":
             self._messages = []
             self._note("The conversation is forgotten.")
-        elif name in ("/preference", "/strength", "/floor", "/placement"):
+        elif name in ("/preference", *(f"/{setting}" for setting in Steering.model_fields)):
             self._set(name[1:], value.strip())
         else:
             self._note(f"{name} is no command; /help lists them.", style="red")
@@ -327,7 +350,8 @@ class Chat:
         wishes = " + ".join(preference.text for preference in request.preference)
         return (
             f"Preference: {wishes} (strength {steering.strength:g}, floor {steering.floor:g}, "
-            f"placement {steering.placement})"
+            f"placement {steering.placement}, focus {steering.focus:g}, "
+            f"loop guard {steering.loop_guard})"
         )
 
     def _note(self, text: str, style: str = "dim") -> None:

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 
 from amulet.drafts import Draft
 from amulet.mixture import TokenScores
+from amulet.repeats import Repeats
 from amulet.sampling import Sampling
 
 
@@ -31,6 +32,7 @@ class Generation:
             steps: all zero decodes the base row, that is plainly.
         floor: plausibility floor in [0, 1]: tokens below this share of the likeliest preferred
             token's probability are excluded; 0 is off.
+        loop_guard: how many of its own tokens the answer may repeat freely; 0 is off.
         max_new_tokens: limit in tokens.
         sampling: how tokens are chosen.
         seed: for sampling; None draws one.
@@ -44,6 +46,7 @@ class Generation:
     prompts: Sequence[list[int]]
     weights: Sequence[float] = ()
     floor: float = 0.0
+    loop_guard: int = 0
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
@@ -63,6 +66,7 @@ class Generation:
     generator: torch.Generator | None = field(default=None, init=False, repr=False)
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)
     draft: Draft | None = field(default=None, init=False, repr=False)
+    repeats: Repeats | None = field(default=None, init=False, repr=False)
     context: Context = field(default_factory=copy_context, init=False, repr=False)  # of its caller
     # `weights_state` when its prompts were computed; the engine compares by identity.
     computed_with: Any = field(default=None, init=False, repr=False)

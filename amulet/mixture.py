@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -131,6 +131,16 @@ class Mixture:
                 self._permitted[i, :size] = mask[:size]
         if self._permitted is not None:
             self.scores = self.scores.masked_fill(~self._permitted, NEVER)
+
+    def lower(self, costs: Sequence[Mapping[int, float]]) -> None:
+        """Take nats from the scores of single tokens: `{token id: nats}` for each generation."""
+        places = [(i, token) for i, own in enumerate(costs) for token in own]
+        if places:
+            device = self.scores.device
+            where = on_device(places, device).unbind(dim=1)
+            nats = on_device([-cost for own in costs for cost in own.values()], device)
+            nats = nats.to(self.scores.dtype)
+            self.scores = self.scores.index_put(where, nats, accumulate=True)
 
     def cut(
         self,

@@ -42,9 +42,10 @@ class Amulet:
             is, on its device. Its weights and adapters may be changed between answers.
         tokenizer: its tokenizer. Amulet reads a copy of its own, so other code may call it at the
             same time; a new chat template and added tokens are seen at the next request.
-        steering: strength, floor and placement for requests that don't give their own; or the
-            file of them that `amulet tune` writes.
-        max_rows: rows decoded at once; a steered request takes two or more. Further requests wait.
+        steering: how to steer requests that don't give their own settings; or the file of them
+            that `amulet tune` writes.
+        max_rows: rows decoded at once; a steered request takes three or more, without focus two.
+            Further requests wait; one that runs alone may take more.
         prefix_cache_bytes: memory for the keys and values of ended answers, so that the next turn
             of a conversation prefills only what is new. A prompt reuses only what it contains
             itself. 0 is off.
@@ -223,9 +224,9 @@ class Amulet:
 
         Args:
             messages: dicts in the Transformers chat form.
-            options: the fields of `Request`: preference, strength, floor, placement,
-                max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, trace, grammar,
-                tools, ...
+            options: the fields of `Request`: preference, strength, floor, placement, focus,
+                loop_guard, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, trace,
+                grammar, tools, ...
 
         Raises:
             RequestError: the input is not valid, before any forward pass.

@@ -19,6 +19,8 @@ PLACEMENTS: tuple[Placement, ...] = ("system", "user", "both")
 
 Strength = Annotated[float, Field(ge=-100.0, le=1000.0, allow_inf_nan=False)]
 Floor = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Focus = Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)]
+LoopGuard = Annotated[int, Field(ge=0, le=1000)]
 
 
 class Preference(BaseModel):
@@ -61,19 +63,28 @@ class Steering(BaseModel):
     """How hard, and where, preferences are applied; frozen, to and from JSON.
 
     Args:
-        strength: g of `log π ∝ p + g·(p − r)`. −1 is no preference at all, 0 the preference in
-            the prompt alone, 2.0 Linear Alignment, 4.6487 the paper's 60-step game.
+        strength: g of `log π ∝ p + g·((p − r) + f·(p − u))`. −1 is no preference at all, 0 the
+            preference in the prompt alone. Without focus, 2.0 is Linear Alignment and 4.6487 the
+            paper's 60-step game.
         floor: the plausibility floor, 0 to 1: only tokens with `p ≥ floor·max p` survive; 0 is off.
         placement: where the preference stands in the prompt: at the end of the last "user" turn,
             in the "system" message, or in "both". Raw text has it before the prompt.
+        focus: f, 0 to 10: how hard the answer is held to what was asked. p has both the chat and
+            the preference, r lacks the preference, and u lacks what was asked: it is the preference
+            as a message of its own. 0 is off, and spares the row of u. Strengths of 0 and below
+            have none, nor have raw text and preferences that are steered away from.
+        loop_guard: how many tokens an answer may repeat of itself before going on to repeat costs
+            likelihood, the more the longer; 0 is off. Strengths of 0 and below have none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # Chosen by data: docs/choosing-strength.md.
-    strength: Strength = 0.5
+    strength: Strength = 0.35
     floor: Floor = 0.1
     placement: Placement = "user"
+    focus: Focus = 1.0
+    loop_guard: LoopGuard = 4
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -85,9 +96,9 @@ class Steering(BaseModel):
     def paper(
         cls, iterations: int = 60, alpha: float = 2.0, lam: float = 2.0, eta: float = 10.0
     ) -> Steering:
-        """The paper's setting: the gain of its game, no floor, the system message."""
+        """The paper's setting: the gain of its game in the system message, and nothing else."""
         gain = game_gain(iterations, alpha, lam, eta)
-        return cls(strength=gain, floor=0.0, placement="system")
+        return cls(strength=gain, floor=0.0, placement="system", focus=0.0, loop_guard=0)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Steering:
@@ -100,8 +111,8 @@ class Steering(BaseModel):
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RequestError(
-                f"steering={os.fspath(path)!r}: expected a JSON file with strength, floor and "
-                f"placement, as `amulet tune` writes it ({error})."
+                f"steering={os.fspath(path)!r}: expected a JSON file of "
+                f"{', '.join(cls.model_fields)}, as `amulet tune` writes it ({error})."
             ) from error
 
 
@@ -151,13 +162,29 @@ def _one_preference(entry: object) -> Preference:
     )
 
 
-def row_weights(preferences: Sequence[Preference], strength: float) -> list[float]:
-    """Return the w_i of `r + Σ w_i·(p_i − r)`, one per preferred row.
+def shares(preferences: Sequence[Preference]) -> list[float]:
+    """Return the s_i by which preferences share the push: weights that sum to 1 at most."""
+    total = max(1.0, sum(abs(preference.weight) for preference in preferences))
+    return [preference.weight / total for preference in preferences]
 
-    Strength alone says how hard: weights that sum to more than 1 share it.
+
+def row_weights(
+    preferences: Sequence[Preference], strength: float, focus: float = 0.0
+) -> list[float]:
+    """Return the w_i of `r + Σ w_i·(p_i − r)`: one per preferred row, then that of the row of u.
+
+    There is a row of u only with focus, a strength above 0, and a preference that is wanted.
     """
-    share = (1.0 + strength) / max(1.0, sum(abs(p.weight) for p in preferences))
-    return [share * preference.weight for preference in preferences]
+    own = shares(preferences)
+    held = max(strength, 0.0) * focus  # of p − u, which is (p − r) − (u − r)
+    wanted = [max(share, 0.0) * held for share in own]
+    weights = [share * (1.0 + strength) + more for share, more in zip(own, wanted, strict=True)]
+    return [*weights, -sum(wanted)] if any(wanted) else weights
+
+
+def guard_of(steering: Steering) -> int:
+    """Return the loop guard in force: what is not steered may repeat itself."""
+    return steering.loop_guard if steering.strength > 0 else 0
 
 
 def describe(error: ValidationError, known: Collection[str] = ()) -> str:

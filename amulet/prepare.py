@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,8 @@ from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.generation import Generation
 from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
 from amulet.messages import Message, calls_as_text, normal_messages
-from amulet.preference import Preference, Steering, row_weights
-from amulet.prompts import Prompts, encode_chat, encode_text
+from amulet.preference import Preference, Steering, guard_of, row_weights
+from amulet.prompts import Prompts, encode_alone, encode_chat, encode_text
 from amulet.request import Request
 from amulet.sampling import Sampling
 from amulet.spans import Calls, Scanner, Spans, find_thinking
@@ -53,7 +54,7 @@ class Preparer:
 
     Attributes:
         tokenizer: the model's.
-        steering: strength, floor and placement for requests that don't give their own.
+        steering: for requests that don't give their own.
         window: the context window in tokens; None where none is known.
         end_ids: ids that end an answer.
     """
@@ -79,10 +80,15 @@ class Preparer:
         steering = request.steering(self.steering) if preferences else None
         prompts = self._encode(request, tools, preferences, steering)
         scanner = self._scanner(request, tools, prompts)
-        rows = [*prompts.preferred, prompts.base]
+        rows: list[list[int]] = [prompts.base]
         weights: list[float] = []
         if steering is not None:
-            weights = row_weights(preferences, steering.strength)
+            rows, weights = steered_rows(
+                prompts,
+                preferences,
+                steering,
+                None if request.prompt is not None else partial(self._alone, request, tools),
+            )
             # The prompt alone needs no base row, where no part is to be decoded plainly.
             if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
                 rows, weights = [prompts.preferred[0]], []
@@ -100,6 +106,7 @@ class Preparer:
             plain=prompts.base,
             weights=weights,
             floor=steering.floor if steering is not None else 0.0,
+            loop_guard=guard_of(steering) if steering is not None else 0,
             max_new_tokens=self._limit(request, max(map(len, rows))),
             sampling=Sampling(
                 request.temperature,
@@ -245,11 +252,44 @@ class Preparer:
             template_options=request.template_options,
         )
 
+    def _alone(self, request: Request, tools: _Tools) -> list[int]:
+        return encode_alone(
+            self.tokenizer,
+            tools.messages,
+            request.preference,
+            tools=tools.schemas or None,
+            template_options=request.template_options,
+        )
+
     def _limit(self, request: Request, prompt_tokens: int) -> int:
         """How many tokens there is room for; an answer may be cut by the window, a prompt not."""
         if self.window is None:
             return request.max_new_tokens
         return min(request.max_new_tokens, room_for_answer(prompt_tokens, self.window))
+
+
+def steered_rows(
+    prompts: Prompts,
+    preferences: Sequence[Preference],
+    steering: Steering,
+    alone: Callable[[], list[int]] | None,
+) -> tuple[list[list[int]], list[float]]:
+    """Return the prompts of a steered answer's rows, and the weights of all but the base row.
+
+    Args:
+        prompts: of the chat, or of raw text.
+        preferences: normal form, at least one.
+        steering: how.
+        alone: makes the prompt of the preferences alone, which focus takes; None where it can't be.
+    """
+    rows = [*prompts.preferred, prompts.base]
+    weights = row_weights(preferences, steering.strength, steering.focus if alone else 0.0)
+    if alone is not None and len(weights) == len(rows):
+        try:
+            rows.insert(-1, alone())
+        except TemplateError:  # it wants more of a chat; the chat itself it has taken
+            weights = row_weights(preferences, steering.strength)
+    return rows, weights
 
 
 def room_for_answer(prompt_tokens: int, window: int) -> int:

@@ -118,6 +118,36 @@ def encode_chat(
     return _told_apart(Prompts(tuple(preferred), base))
 
 
+def encode_alone(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    preferences: Sequence[Preference],
+    *,
+    tools: Sequence[Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the prompt of the preferences alone, without what was asked.
+
+    It has the chat's system messages, then the wanted preferences as the user's message, then the
+    beginning of the answer where one is continued.
+
+    Args:
+        tokenizer, messages, tools, template_options: as for `encode_chat`.
+        preferences: normal form, at least one of positive weight; the others are left out.
+
+    Raises:
+        TemplateError: the template refuses these messages.
+    """
+    system = [message for message in messages if message.get("role") in ("system", "developer")]
+    begun = [message for message in messages[-1:] if message.get("role") == "assistant"]
+    wanted = Preference("\n".join(one.text for one in preferences if one.weight > 0))
+    chat = [*system, {"role": "user", "content": ""}, *begun]
+    prompts = encode_chat(
+        tokenizer, chat, [wanted], "user", tools=tools, template_options=template_options
+    )
+    return prompts.preferred[0]
+
+
 def encode_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,

@@ -15,6 +15,8 @@ from amulet.errors import RequestError
 from amulet.grammar import Grammar
 from amulet.preference import (
     Floor,
+    Focus,
+    LoopGuard,
     Placement,
     Preference,
     Steering,
@@ -38,7 +40,8 @@ class Request(BaseModel):
         messages: the chat, dicts in the Transformers form (`role`, `content`, ...); or
         prompt: raw text for a completion, without a chat template. Exactly one of the two.
         preference: text, `Preference`, a list of them, or None/"" for plain decoding.
-        strength, floor, placement: see `Steering`; None takes the model's default.
+        strength, floor, placement, focus, loop_guard: see `Steering`; None takes the model's
+            default.
         max_new_tokens: the answer's limit in tokens, at least 1.
         temperature: 0 is greedy; above 0 samples.
         top_k: keep the k likeliest tokens; 0 is off.
@@ -75,6 +78,8 @@ class Request(BaseModel):
     strength: Strength | None = None
     floor: Floor | None = None
     placement: Placement | None = None
+    focus: Focus | None = None
+    loop_guard: LoopGuard | None = None
     max_new_tokens: Annotated[int, Field(ge=1, strict=True)] = 256
     temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 0.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -156,12 +161,10 @@ class Request(BaseModel):
         return self
 
     def steering(self, default: Steering) -> Steering:
-        """Return strength, floor and placement with what was not given taken from `default`."""
-        return Steering(
-            strength=default.strength if self.strength is None else self.strength,
-            floor=default.floor if self.floor is None else self.floor,
-            placement=default.placement if self.placement is None else self.placement,
-        )
+        """Return how to steer: what was not given is taken from `default`."""
+        given = {name: getattr(self, name) for name in Steering.model_fields}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Steering(**{**default.model_dump(), **given}) if given else default
 
 
 @dataclass(frozen=True)
@@ -286,7 +289,7 @@ class Reply:
         finish_reason: "stop" (end of turn or stop string), "tool_calls" (the model calls tools),
             "length" or "cancelled".
         usage: token counts.
-        steering: the strength, floor and placement in force; None when decoded plainly.
+        steering: the settings in force, see `Steering`; None when decoded plainly.
         stop_string: the stop string that ended the answer, if one did.
         trace: a `TokenTrace` per token, if asked for.
         reasoning: the thinking spans, without their markers.

@@ -1,6 +1,6 @@
 """The one rule of where a preference comes from: call > conversation > user > constructor.
 
-Each setting (preference, strength, floor, placement) is looked for on its own, from the nearest
+Each setting (the preference and those of `Steering`) is looked for on its own, from the nearest
 level outwards. None is "not given" and inherits; a preference of "" (or an empty list) is given,
 and means off, so a nested call can refuse what it would inherit.
 """
@@ -10,15 +10,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from amulet.aliases import close, meant
 from amulet.errors import RequestError
-from amulet.preference import Placement, PreferenceLike, normal_preferences
+from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
 
 Source: TypeAlias = Literal["call", "conversation", "user", "constructor"]
 SOURCES: tuple[Source, ...] = get_args(Source)
-SETTINGS = ("preference", "strength", "floor", "placement")
+SETTINGS = ("preference", *Steering.model_fields)
+
+
+class Push(TypedDict, total=False):
+    """How to steer; see `Steering`. None inherits."""
+
+    strength: float | None
+    floor: float | None
+    placement: Placement | None
+    focus: float | None
+    loop_guard: int | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Chosen:
 
     Attributes:
         preference: as plain JSON (see `plain`); None where nobody gave one, "" where it is off.
-        strength, floor, placement: None takes the model's default.
+        strength, floor, placement, focus, loop_guard: None takes the model's default.
         source: the level that the preference is from; None where nobody gave one.
     """
 
@@ -35,6 +45,8 @@ class Chosen:
     strength: float | None = None
     floor: float | None = None
     placement: Placement | None = None
+    focus: float | None = None
+    loop_guard: int | None = None
     source: Source | None = None
 
     def as_dict(self) -> dict[str, Any]:

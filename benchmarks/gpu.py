@@ -52,7 +52,7 @@ def many_users(
     model: Any, chats: Sequence[Any], options: Any, compiles: bool
 ) -> tuple[Spread, Spread]:
     """Return tokens per second of all users, steered and together: prefill in, and decode alone."""
-    amulet = contenders.amulet_over(model, max_rows=2 * len(chats), compile=compiles)
+    amulet = contenders.amulet_over(model, max_rows=3 * len(chats), compile=compiles)
 
     def together(n: int) -> None:
         amulet.batch(
@@ -81,7 +81,7 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
     tokens = len(contenders.amulet_over(model).encode_chat(chat)) + options.tokens // 2
     shares = {}
     for name, own in times.items():
-        rows = 1 if "plain" in name else 2
+        rows = 1 if "plain" in name else 2  # that of focus is short
         size = contenders.weight_bytes(model)
         size += rows * contenders.cache_bytes(model.config, dtype, tokens)
         best = max(speed.values())

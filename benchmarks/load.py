@@ -126,10 +126,10 @@ class Case:
 
         Each of two decodes rounds each logit to half a spacing, so the distance of two tokens in
         one row may differ by two spacings; as much again is left for what the layers before the
-        head round. Steering multiplies the rows by 1 + g and -g.
+        head round. Steering multiplies the rows by 1 + g + g·f, -g and -g·f.
         """
-        gain = DEFAULT_STEERING.strength
-        return 4 * SPACING * (1 + 2 * gain if self.steered else 1)
+        push = DEFAULT_STEERING.strength * (1 + DEFAULT_STEERING.focus)
+        return 4 * SPACING * (1 + 2 * push if self.steered else 1)
 
     def distance(self, ids: Sequence[int]) -> float:
         """Return by how many nats its first other token was less likely; 0 also at an even tie.
@@ -610,10 +610,10 @@ near tie may fall the other way: at the first token that differs, the decode alo
 nats it preferred its own. A logit between 16 and 32 is known to 1/16, so rounding of the logits
 alone moves two tokens of a row by up to 1/4 against each other, and as much again is left for what
 the layers before them round: {plain:g} nats in a plain answer, and {steered:g} in a steered one,
-which weighs two rows by 1 + g and −g. More, or a token that was not among the 20 likeliest, counts
-as a wrong answer. (In bfloat16 the requests have no floor: what is cut at its edge has no
-distance.) That this finds what it should is seen by giving each answer in every other request's
-place.
+which weighs three rows by 1 + g + g·f, −g and −g·f. More, or a token that was not among the 20
+likeliest, counts as a wrong answer. (In bfloat16 the requests have no floor: what is cut at its
+edge has no distance.) That this finds what it should is seen by giving each answer in every other
+request's place.
 """
 
 
@@ -624,7 +624,7 @@ def page_of(options: argparse.Namespace, sections: Sequence[str], faults: Sequen
         machine=", ".join(f"{name} {value}" for name, value in machine().items()),
         clients=options.clients,
         plain=4 * SPACING,
-        steered=4 * SPACING * (1 + 2 * DEFAULT_STEERING.strength),
+        steered=4 * SPACING * (1 + 2 * DEFAULT_STEERING.strength * (1 + DEFAULT_STEERING.focus)),
         least=options.tokens // 4,
         tokens=options.tokens,
     )

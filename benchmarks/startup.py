@@ -50,7 +50,7 @@ name, dtype, length, tokens, kept = sys.argv[1], *sys.argv[2:]
 dtype, tokens = getattr(torch, dtype), int(tokens)
 model = contenders.load(name, dtype, pack=True)
 amulet = contenders.amulet_over(model, prefix_cache_bytes=int(kept))
-question, given = "Which is the oldest?", {"preference": "Be brief."}
+question, given = "Which is the oldest?", {"preference": "Be brief.", "focus": 0.0}
 contenders.chat(amulet, [{"role": "user", "content": question}], 4, **given)
 messages = rag_chat(contenders.tokenizer(), int(length), question)
 rows = len(amulet.encode_chat(messages)) + tokens

@@ -80,6 +80,7 @@ def requests(engine: Any, pairs: int) -> tuple[list[tuple[list[int], Any]], list
         text = f"Tell me {number + 2} things about the sea and the ships on it. " * 5
         wish = WISHES[number % len(WISHES)]
         settings = {"preference": wish, "strength": 2.0, "floor": 0.1, "placement": "system"}
+        settings |= {"focus": 0.0, "loop_guard": 0}  # two rows
         found = encoder.chat([{"role": "user", "content": text}], settings)
         assert found is not None
         assert found.pair is not None

@@ -273,6 +273,8 @@ def _answers_of(job: Job, **content: Any) -> list[Answer]:
             strength=method.strength,
             floor=method.floor,
             placement=method.placement,
+            focus=method.focus,
+            loop_guard=method.loop_guard,
             adapt=method.adapt,
             **content,
         )

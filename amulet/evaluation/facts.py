@@ -58,20 +58,27 @@ def right_answers(
     Args:
         amulet: the model.
         preference: steers it; None is the plain model.
-        steering: strength and placement; None is the model's own.
+        steering: how, but for floor and loop guard; None is the model's own.
         given: facts; None is `facts()`.
         tell: called with (facts scored, facts in all).
     """
     steering = steering or amulet.steering
     given = facts() if given is None else given
-    asked = _Asked(None if preference is None else (preference,), steering.placement)
+    wish = None if preference is None else (preference,)
+    asked = _Asked(wish, steering.placement, bool(steering.focus))
     right = []
     for count, fact in enumerate(given, 1):
         options = _options(amulet, fact, asked, "", {})
         right.append(
             _is_right(
-                float((o.base if preference is None else o.steered(steering.strength)).mean())
-                for o in options
+                float(
+                    (
+                        scores.base
+                        if preference is None
+                        else scores.steered(steering.strength, focus=steering.focus)
+                    ).mean()
+                )
+                for scores in options
             )
         )
         if tell is not None:
@@ -121,6 +128,7 @@ class _Asked:
 
     preferences: tuple[str, ...] | None
     placement: Placement
+    has_focus: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,8 @@ def _wanted(run: Run) -> Iterator[_Wanted]:
             continue
         for preference in run.meta.preferences:
             parts = parts_of(preference) if method.adapt == "separate" else [preference]
-            asked = _Asked(tuple(part.text for part in parts), method.placement or "system")
+            texts = tuple(part.text for part in parts)
+            asked = _Asked(texts, method.placement or "system", bool(method.focus))
             yield _Wanted((method.name, preference.name), asked, method)
 
 
@@ -156,7 +165,7 @@ def _likelihood(scores: Scores, method: Method) -> float:
     if method.strength is None:
         return float(scores.base.mean())
     if not method.in_pairs:
-        return float(scores.steered(method.strength).mean())
+        return float(scores.steered(method.strength, focus=method.focus).mean())
     combine = combine_of(method)
     preferred, base = scores.rows[0], scores.rows[-1]  # [T, vocab]
     steps = [
@@ -179,11 +188,12 @@ def _options(
         messages=messages_of(fact.question, system_prompt),
         preference=None if asked.preferences is None else list(asked.preferences),
         placement=asked.placement,
+        focus=float(asked.has_focus),
     )
     # As an answer would begin; what ends it is left out, as a sentence may go on.
     texts = [option[:1].upper() + option[1:] for option in fact.options]
     answers = [amulet.encode(text) for text in texts]
-    prompts, weights = rows_of(amulet, request)
+    prompts, preferences = rows_of(amulet, request)
     for prompt in map(tuple, prompts):
         if prompt not in known:
             known[prompt] = score_continuations(amulet, prompt, answers)
@@ -191,7 +201,7 @@ def _options(
         Scores(
             torch.tensor(answer, device=amulet.model.device),
             torch.stack([known[tuple(prompt)][i] for prompt in prompts]),
-            weights,
+            preferences,
         )
         for i, answer in enumerate(answers)
     ]

@@ -100,16 +100,14 @@ def request_of(job: Job, settings: Settings, sampling: dict[str, Any] | None = N
         "seed": seed_of(job, settings),
         "trace": method.kind == "base",  # for `log_probability`; the row is there anyway
     }
-    if method.kind != "base":
+    if method.steering is not None:
         preference = job.preferences[0]
         apart = method.adapt == "separate"
         options |= {
             "preference": [part.text for part in parts_of(preference)]
             if apart
             else preference.text,
-            "strength": method.strength,
-            "floor": method.floor,
-            "placement": method.placement,
+            **method.steering.model_dump(),
             "trace": method.is_steered,  # for `changed`; it would cost pref a second row
         }
     return Request(**options)

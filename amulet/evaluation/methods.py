@@ -9,6 +9,7 @@ amulet                   g = 4.6487, what the paper's 60-step game amounts to; n
 amulet_literal           the 60 steps played one by one (to show that they do amount to it)
 ours                     the library's defaults
 ours:strength=4,floor=0.05,placement=user,adapt=decay
+ours:strength=0.5,focus=0,loop_guard=0
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from amulet.errors import EvaluationError
 from amulet.gain import game_gain
-from amulet.preference import DEFAULT_STEERING, Floor, Placement, Strength, describe
+from amulet.preference import (
+    DEFAULT_STEERING,
+    Floor,
+    Focus,
+    LoopGuard,
+    Placement,
+    Steering,
+    Strength,
+    describe,
+)
 
 Kind = Literal["base", "pref", "beam", "linear_alignment", "amulet", "amulet_literal", "ours"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,6 +49,7 @@ class Method(BaseModel):
         name: what it is called in a run; two different methods have two names.
         kind: which of the paper's methods it is, or "ours".
         strength, floor, placement: see `Steering`; None where the method has none.
+        focus, loop_guard: see `Steering`; 0 where the method has none.
         adapt: how strength or the base row vary; None is a constant strength against the plain
             prompt. See `amulet.evaluation.pairs` for the formulas.
             "jsd": strength times the Jensen-Shannon divergence of the two rows (AdaCAD).
@@ -56,7 +67,17 @@ class Method(BaseModel):
     strength: Strength | None = None
     floor: Floor | None = None
     placement: Placement | None = None
+    focus: Focus = 0.0
+    loop_guard: LoopGuard = 0
     adapt: Adapt | None = None
+
+    @property
+    def steering(self) -> Steering | None:
+        """Its settings; None for plain decoding."""
+        if self.strength is None:
+            return None
+        given = self.model_dump(include=set(Steering.model_fields), exclude_none=True)
+        return Steering(**given)
 
     @property
     def is_steered(self) -> bool:
@@ -83,10 +104,10 @@ def parse_method(text: str) -> Method:
     if colon and kind not in ("ours", "pref"):
         raise EvaluationError(
             f"method {text!r}: {kind} takes no options; expected pref:placement=... or "
-            "ours:strength=...,floor=...,placement=...,adapt=..."
+            "ours:strength=...,floor=...,placement=...,focus=...,loop_guard=...,adapt=..."
         )
     if kind == "ours":
-        return _ours(text, _options(text, rest, ("strength", "floor", "placement", "adapt")))
+        return _ours(text, _options(text, rest, (*Steering.model_fields, "adapt")))
     if kind == "pref":
         return _prompt_only(text, _options(text, rest, ("placement",)))
     fixed: dict[str, dict[str, object]] = {
@@ -181,14 +202,23 @@ def _prompt_only(text: str, given: dict[str, str]) -> Method:
 
 def _ours(text: str, given: dict[str, str]) -> Method:
     options: dict[str, object] = {**DEFAULT_STEERING.model_dump(), **given}
+    if given.get("adapt", "separate") != "separate":  # the library's own step doesn't do it
+        options.update(focus=given.get("focus", 0.0), loop_guard=given.get("loop_guard", 0))
     try:
         method = Method.model_validate({"name": "ours", "kind": "ours", **options})
     except ValidationError as error:
         raise EvaluationError(f"method {text!r}: {describe(error)}") from None
+    if method.in_pairs and (method.focus or method.loop_guard):
+        raise EvaluationError(
+            f"method {text!r}: adapt={method.adapt} knows neither focus nor loop_guard; leave them "
+            "out."
+        )
     name = (
         f"ours:strength={method.strength:.10g},floor={method.floor:.10g},"
         f"placement={method.placement}"
     )
+    if not method.in_pairs:
+        name += f",focus={method.focus:.10g},loop_guard={method.loop_guard}"
     if method.adapt is not None:
         name += f",adapt={method.adapt}"
     return method.model_copy(update={"name": name})

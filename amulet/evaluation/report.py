@@ -164,14 +164,14 @@ def _entries(name: str, run: Run) -> Iterable[Entry]:
 
 
 def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
-    """Return one curve per floor, placement and variant, and a sign for what has no strength.
+    """Return one curve per setting but strength, and a sign for what has no strength.
 
     The prompt alone, which is strength 0, is where the curves of its placement begin.
     """
     scored = [e for e in entries if name in e.values and "guards.log_probability" in e.values]
     signs: dict[str, Point] = {}
     starts: dict[tuple[str, str], Point] = {}
-    groups: dict[tuple[str, str, float, str], list[tuple[float, Point]]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[tuple[float, Point]]] = defaultdict(list)
     for arm in dict.fromkeys(entry.arm for entry in scored):
         own = [entry for entry in scored if entry.arm == arm]
         answer = own[0].answer
@@ -184,19 +184,27 @@ def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
         elif not answer.strength and not answer.adapt:
             starts[run, placement] = Point(x, y, "")
         else:
-            key = (run, placement, answer.floor or 0.0, answer.adapt or "")
-            groups[key].append((answer.strength, Point(x, y, f"{answer.strength:g}")))
+            point = Point(x, y, f"{answer.strength:g}")
+            groups[run, placement, _setting(answer)].append((answer.strength, point))
     curves = [Curve(title, [point], True) for title, point in signs.items()]
     curves += [
         Curve(f"{run}prompt only, {placement}", [point], True)
         for (run, placement), point in starts.items()
     ]
-    for (run, placement, floor, adapt), points in groups.items():
+    for (run, placement, setting), points in groups.items():
         start = starts.get((run, placement))
         drawn = [point for _, point in sorted(points, key=lambda pair: pair[0])]
-        title = f"{run}floor {floor:g}, {placement}" + (f", {adapt}" if adapt else "")
-        curves.append(Curve(title, [start, *drawn] if start else drawn))
+        curves.append(Curve(f"{run}{setting}", [start, *drawn] if start else drawn))
     return curves
+
+
+def _setting(answer: Answer) -> str:
+    """Return how an answer was steered, but for the strength."""
+    parts = [f"floor {answer.floor or 0.0:g}", answer.placement or "system"]
+    parts += [f"focus {answer.focus:g}"] if answer.focus else []
+    parts += [f"loop guard {answer.loop_guard}"] if answer.loop_guard else []
+    parts += [answer.adapt] if answer.adapt else []
+    return ", ".join(parts)
 
 
 def _examples(entries: Sequence[Entry], count: int) -> list[tuple[Answer, list[Entry]]]:

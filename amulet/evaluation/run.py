@@ -35,6 +35,7 @@ class Answer(BaseModel):
     Attributes:
         key: "set/index/preference/method"; no two answers of a run share it.
         strength, floor, placement, adapt: None where the method has none.
+        focus, loop_guard: 0 where it has none.
         seed: of the draw, where the answer was sampled.
         token_ids: every decoded id, the end-of-turn id included.
         finish_reason: "stop" or "length".
@@ -56,6 +57,8 @@ class Answer(BaseModel):
     strength: float | None = None
     floor: float | None = None
     placement: str | None = None
+    focus: float = 0.0
+    loop_guard: int = 0
     adapt: str | None = None
     seed: int = 0
     answer: str
@@ -96,6 +99,8 @@ class MethodMeta(BaseModel):
     strength: float | None = None
     floor: float | None = None
     placement: str | None = None
+    focus: float = 0.0
+    loop_guard: int = 0
     adapt: str | None = None
 
 

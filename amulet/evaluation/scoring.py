@@ -13,6 +13,8 @@ from amulet.cache import cache_argument
 from amulet.errors import EvaluationError
 from amulet.evaluation.jobs import with_every_row
 from amulet.mixture import Mixture
+from amulet.preference import Preference, row_weights
+from amulet.repeats import Repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,43 +33,52 @@ class Scores:
     Attributes:
         token_ids: the answer's, `[T]`.
         rows: log-probabilities of all tokens at each place, `[rows, T, vocab]`, float32: the
-            preferred rows, then the base row. A request without preference has the base row alone.
-        weights: what strength 0 gives each preferred row, their w_i; 1 for a single preference.
+            preferred rows, that of the preferences alone if the request has focus, then the base
+            row. A request without preference has the base row alone.
+        preferences: of the preferred rows, in their order.
     """
 
     token_ids: torch.Tensor
     rows: torch.Tensor
-    weights: tuple[float, ...] = ()
+    preferences: tuple[Preference, ...] = ()
 
     @property
     def preferred(self) -> torch.Tensor:
         """Of the answer's tokens in each preferred row, `[preferences, T]`."""
-        return self._gathered(self.rows[:-1])
+        return self._gathered(self.rows[: len(self.preferences)])
 
     @property
     def base(self) -> torch.Tensor:
         """Of the answer's tokens without any preference, `[T]`."""
         return self._gathered(self.rows[-1])
 
-    def steered(self, strength: float, floor: float = 0.0) -> torch.Tensor:
+    def steered(
+        self, strength: float, floor: float = 0.0, focus: float = 0.0, loop_guard: int = 0
+    ) -> torch.Tensor:
         """Of the answer's tokens as decoding steers them, `[T]`; −inf below the floor.
 
         Args:
-            strength: g of `log π ∝ p + g·(p − r)`; several preferences share it by weight.
-            floor: share of the likeliest preferred token's probability, 0 (off) to 1.
+            strength, floor, focus, loop_guard: see `Steering`.
 
         Raises:
-            EvaluationError: the request had no preference.
+            EvaluationError: the request had no preference, or no focus and is to have it.
         """
-        if not self.weights:
+        if not self.preferences:
             raise EvaluationError("steered scores need a preference; this request has none.")
         count, places, vocab = self.rows.shape
+        weights = row_weights(self.preferences, strength, focus)
+        if len(weights) >= count:
+            raise EvaluationError("steered scores with focus need a request that has it.")
+        weights += [0.0] * (count - 1 - len(weights))
         # The decoder's own step, with the answer's places as if they were generations.
         mixture = Mixture(
             self.rows.transpose(0, 1).reshape(places * count, vocab),
-            [[(1.0 + strength) * weight for weight in self.weights]] * places,
+            [weights] * places,
             [count] * places,
         )
+        if loop_guard and strength > 0:
+            answer, repeats = self.token_ids.tolist(), Repeats(loop_guard)
+            mixture.lower([repeats.costs(answer[:place]) for place in range(places)])
         mixture.cut([floor] * places, [None] * places)
         return self._gathered(mixture.scores.log_softmax(dim=-1))
 
@@ -126,10 +137,10 @@ def score_answers(
 
 @dataclass(frozen=True)
 class _Rows:
-    """One item's rows: their prompts (preferred, then base), weights, and the answer after each."""
+    """One item's rows: their prompts, the base row's last, and the answer after each."""
 
     prompts: Sequence[list[int]]
-    weights: tuple[float, ...]
+    preferences: tuple[Preference, ...]
     answer: list[int]
 
     @property
@@ -137,12 +148,11 @@ class _Rows:
         return max(map(len, self.prompts)) + len(self.answer)
 
 
-def rows_of(amulet: Amulet, request: Request) -> tuple[Sequence[list[int]], tuple[float, ...]]:
-    """Return the prompts of all rows, the base row's last, and `Scores.weights`."""
+def rows_of(amulet: Amulet, request: Request) -> tuple[Sequence[list[int]], tuple[Preference, ...]]:
+    """Return the prompts of all rows, the base row's last, and the preferences."""
     with amulet.start(with_every_row(request)) as stream:
-        generation = stream.generation
-    # The strength is 1 there, so 1 + g is 2.
-    return generation.prompts, tuple(weight / 2.0 for weight in generation.weights)
+        prompts = stream.generation.prompts
+    return prompts, request.preference
 
 
 @torch.inference_mode()
@@ -227,4 +237,4 @@ def _score(model: PreTrainedModel, items: Sequence[_Rows]) -> Iterator[Scores]:
             own.append(logits[row, first : first + len(item.answer)].to(torch.float32))
             row += 1
         answer = torch.tensor(item.answer, device=logits.device)
-        yield Scores(answer, torch.stack(own).log_softmax(dim=-1), item.weights)
+        yield Scores(answer, torch.stack(own).log_softmax(dim=-1), item.preferences)

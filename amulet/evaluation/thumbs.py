@@ -224,7 +224,7 @@ def tune_by_thumbs(
 
     Args:
         amulet: the model that will answer; its own steering is where the fit starts from, and
-            gives the floor, of which thumbs say nothing.
+            gives floor and loop guard, of which thumbs say nothing. The fit has no focus.
         thumbs: about 30 are enough for a few preferences.
         placements: those to choose from, by log-loss on thumbs left out; None is the model's own.
         tell: called with (pairs of answers scored, pairs in all).
@@ -247,7 +247,10 @@ def tune_by_thumbs(
         fits[placement] = fit_weights(torch.tensor(rows, dtype=torch.float64), prior)
     placement = min(places, key=lambda place: fits[place].log_loss)
     strength, preferences = _as_steering(names, fits[placement].weights)
-    steering = Steering(strength=strength, floor=amulet.steering.floor, placement=placement)
+    # The weights are fitted to p − r alone.
+    steering = amulet.steering.model_copy(
+        update={"strength": strength, "placement": placement, "focus": 0.0}
+    )
     return TunedByThumbs(steering, preferences, fits[placement], len(thumbs))
 
 
@@ -325,6 +328,7 @@ def features(amulet: Amulet, thumb: Thumb, answer: str, placement: Placement) ->
         messages=thumb.chat,
         preference=[Preference(text) for text in thumb.preferences],
         placement=placement,
+        focus=0.0,
     )
     scores = answer_log_probabilities(amulet, request, ids)
     return [float(mean) for mean in (scores.preferred - scores.base).double().mean(dim=-1)]

@@ -1,4 +1,4 @@
-"""Searches strength, floor and placement for a model and preferences, within quality guards.
+"""Searches the steering for a model and preferences, within quality guards.
 
 Successive halving: every setting answers a few questions, the better half goes on with twice as
 many, until three or fewer have answered all. A setting that harms the text more than the guards
@@ -146,9 +146,7 @@ class _Search:
         return Request(
             messages=(*system, {"role": "user", "content": question}),
             preference=preference,
-            strength=steering.strength,
-            floor=steering.floor,
-            placement=steering.placement,
+            **steering.model_dump(),
             max_new_tokens=self.max_new_tokens,
             trace=True,  # tells each token's log-probability under the plain model
         )
@@ -163,6 +161,8 @@ def tune(
     strengths: Sequence[float] = STRENGTHS,
     floors: Sequence[float] = FLOORS,
     placements: Sequence[Placement] = PLACEMENTS,
+    focuses: Sequence[float] | None = None,
+    loop_guards: Sequence[int] | None = None,
     guards: Guards | None = None,
     system_prompt: str = "",
     max_new_tokens: int = 128,
@@ -177,7 +177,8 @@ def tune(
         questions: what is asked, each with each preference; 30 or more tell settings apart.
         preferences: what is wished for, in words, one at a time.
         score: the judge, such as a rule's check or a reward model.
-        strengths, floors, placements: the grid.
+        strengths, floors, placements, focuses, loop_guards: the grid. The last two are None for
+            the model's own focus and loop guard.
         guards: how far quality may fall; None is `Guards()`. While few questions are answered, a
             setting passes that is over the limit by no more than a standard error.
         system_prompt: stands before every question; "" is none.
@@ -190,20 +191,23 @@ def tune(
         EvaluationError: nothing to ask, to wish for or to try.
     """
     guards = guards or Guards()
+    own = amulet.steering
+    focuses = (own.focus,) if focuses is None else focuses
+    loop_guards = (own.loop_guard,) if loop_guards is None else loop_guards
+    alive = [
+        Steering(**dict(zip(Steering.model_fields, setting, strict=True)))
+        for setting in itertools.product(strengths, floors, placements, focuses, loop_guards)
+    ]
     for name, given in (
         ("questions", questions),
         ("preferences", preferences),
-        ("settings", [*itertools.product(strengths, floors, placements)]),
+        ("settings", alive),
     ):
         if not given:
             raise EvaluationError(f"No {name}: expected at least one.")
-    alive = [
-        Steering(strength=strength, floor=floor, placement=placement)
-        for strength, floor, placement in itertools.product(strengths, floors, placements)
-    ]
     asked = random.Random(seed).sample(list(questions), len(questions))
     cases = [(question, preference) for question in asked for preference in preferences]
-    prompt_only = Steering(strength=0.0, floor=0.0, placement=amulet.steering.placement)
+    prompt_only = Steering(strength=0.0, floor=0.0, placement=own.placement)
     rungs = _rungs(len(alive), len(asked))
     search = _Search(
         amulet,

@@ -15,7 +15,7 @@ from rich.text import Text
 from amulet.console import Device, DType, Model, load, progress_bar, readable_errors
 from amulet.errors import EvaluationError
 from amulet.preference import PLACEMENTS as KNOWN_PLACEMENTS
-from amulet.preference import Placement
+from amulet.preference import Placement, Steering
 
 if TYPE_CHECKING:
     from amulet import Amulet
@@ -41,6 +41,12 @@ User = Annotated[str | None, typer.Option(help="Whose thumbs of a server's file;
 Strengths = Annotated[list[float] | None, typer.Option("--strength", help="To try; repeat.")]
 Floors = Annotated[list[float] | None, typer.Option("--floor", help="To try; repeat.")]
 Placements = Annotated[list[str] | None, typer.Option("--placement", help="To try; repeat.")]
+Focuses = Annotated[
+    list[float] | None, typer.Option("--focus", help="To try; repeat. Else the default alone.")
+]
+LoopGuards = Annotated[
+    list[int] | None, typer.Option("--loop-guard", help="To try; repeat. Else the default alone.")
+]
 Limit = Annotated[int | None, typer.Option(help="Questions per set, drawn by the seed; else all.")]
 Seed = Annotated[int, typer.Option(help="Of the questions drawn and of their order.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
@@ -71,6 +77,8 @@ def tune_command(
     strength: Strengths = None,
     floor: Floors = None,
     placement: Placements = None,
+    focus: Focuses = None,
+    loop_guard: LoopGuards = None,
     limit: Limit = None,
     seed: Seed = 0,
     max_new_tokens: Tokens = 128,
@@ -80,7 +88,7 @@ def tune_command(
     dtype: DType = "auto",
     list_rules: ListRules = False,
 ) -> None:
-    """Find strength, floor and placement for your model and preferences; writes a steering file.
+    """Find how to steer your model with your preferences; writes a steering file.
 
     Give --questions and --preferences (their rules judge), or --thumbs. Several preferences in
     thumbs get weights, in a file of their own beside FILE.
@@ -123,6 +131,8 @@ def tune_command(
                 strengths=strength or STRENGTHS,
                 floors=floor or FLOORS,
                 placements=places or PLACEMENTS,
+                focuses=focus,
+                loop_guards=loop_guard,
                 guards=guards,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
@@ -186,15 +196,14 @@ def _by_thumbs(
 
 def _table(found: Tuned) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("strength", "floor", "placement", "answers", "score", "fall", "distinct", ""):
+    titles = (*Steering.model_fields, "answers", "score", "fall", "distinct", "")
+    for title in titles:
         table.add_column(title, justify="right")
     for trial in (found.prompt_only, *found.trials):
         setting = trial.steering
         marks = "chosen" if setting == found.steering else "" if trial.holds else "breaks a guard"
         table.add_row(
-            f"{setting.strength:g}",
-            f"{setting.floor:g}",
-            setting.placement,
+            *(f"{value:g}" if name != "placement" else value for name, value in setting),
             str(trial.answers),
             f"{trial.score:.3f}",
             f"{trial.log_probability_fall:.3f}",

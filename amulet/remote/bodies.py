@@ -13,9 +13,7 @@ from amulet.template import check_unicode
 from amulet.tools import tool_schemas
 
 _SAME = (
-    "strength",
-    "floor",
-    "placement",
+    *Steering.model_fields,
     "temperature",
     "top_k",
     "top_p",

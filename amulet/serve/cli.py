@@ -82,7 +82,7 @@ def serve(
     allowed_host: Hosts = None,
     allow_origin: Origins = None,
     max_rows: Annotated[
-        int, typer.Option(help="Rows decoded at once; a steered request takes two or more.")
+        int, typer.Option(help="Rows decoded at once; a steered request takes three or more.")
     ] = 64,
     pack: Annotated[
         Literal["int8", "int4"] | None, typer.Option(help="Round weights: on a CPU, in bfloat16.")

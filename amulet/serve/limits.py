@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from amulet.errors import RequestError
+from amulet.preference import Steering, row_weights
 from amulet.request import Request
 from amulet.serve.errors import ApiError
 
@@ -48,9 +49,10 @@ class Limits:
                 raise RequestError(f"{name}={value!r}: expected {least:g} or more.")
 
 
-def rows_of(request: Request) -> int:
-    """Return how many rows of the batch a request takes, at most."""
-    return len(request.preference) + 1 if request.preference else 1
+def rows_of(request: Request, default: Steering) -> int:
+    """Return how many rows of the batch a request takes, at most; `default` steers it."""
+    steering = request.steering(default)
+    return 1 + len(row_weights(request.preference, steering.strength, steering.focus))
 
 
 class Traffic:

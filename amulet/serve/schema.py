@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from amulet.errors import RequestError
 from amulet.grammar import Grammar
-from amulet.preference import Floor, Placement, Strength
+from amulet.preference import Floor, Focus, LoopGuard, Placement, Steering, Strength
 from amulet.request import Request
 from amulet.serve.errors import ApiError
 from amulet.serve.limits import Limits
 
-SETTINGS = ("preference", "strength", "floor", "placement")
+SETTINGS = ("preference", *Steering.model_fields)
 DEPTH = 100
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 SEEDS = 2**63  # any integer is a seed; the generators take this many
@@ -60,6 +60,8 @@ class Settings(BaseModel):
     strength: Strength | None = None
     floor: Floor | None = None
     placement: Placement | None = None
+    focus: Focus | None = None
+    loop_guard: LoopGuard | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -118,7 +118,8 @@ class Job:
         self._service = service
         self._requests = requests
         self._began = time.perf_counter()
-        self._ticket = service.traffic.enter(sum(map(rows_of, requests)))
+        rows = sum(rows_of(request, service.amulet.steering) for request in requests)
+        self._ticket = service.traffic.enter(rows)
         self._streams: list[ReplyStream] = []
         self._readers: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[int, Event | None] | Exception] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server reads `preference`, `strength`, `floor` and `placement` of a request.
+"""vLLM's OpenAI server reads the settings of `Steering`, and `preference`, of a request.
 
 Installed as vLLM's endpoint plug-in `amulet` (entry point `vllm.endpoint_plugins`), which every API
 server process loads. It adds no route: it makes the prompts of steered chats and completions, by
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from amulet.errors import ModelError, RequestError
-from amulet.preference import DEFAULT_STEERING, row_weights
-from amulet.prepare import ends_with, room_for_answer
-from amulet.prompts import Prompts, encode_chat, encode_text
+from amulet.preference import DEFAULT_STEERING, Steering, guard_of, row_weights
+from amulet.prepare import ends_with, room_for_answer, steered_rows
+from amulet.prompts import Prompts, encode_alone, encode_chat, encode_text
 from amulet.request import Request
 from amulet.spans import find_thinking
 from amulet.template import ChatTemplate
@@ -30,7 +30,7 @@ from amulet.vllm_backend.wire import PAIR, Pair
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-SETTINGS = ("preference", "strength", "floor", "placement")
+SETTINGS = ("preference", *Steering.model_fields)
 MAX_PREFERENCES = 4  # as `amulet serve` has it
 # Options of `amulet serve` that vLLM doesn't know, and would drop without a word.
 OWN_ENGINE = ("trace", "grammar", "steer_grammar", "return_details")
@@ -151,8 +151,21 @@ class Encoder:
                 template_options=merged,
             )
 
+        def alone() -> list[int]:
+            return encode_alone(
+                self._tokenizer,
+                request.messages or (),
+                request.preference,
+                tools=tools,
+                template_options=merged,
+            )
+
         return self._steered(
-            request, encode, lambda: self._spans(tools, merged), repetition_penalty
+            request,
+            encode,
+            alone,
+            lambda: self._spans(tools, merged),
+            repetition_penalty,
         )
 
     def text(
@@ -166,25 +179,32 @@ class Encoder:
         return self._steered(
             request,
             lambda placement: encode_text(self._tokenizer, prompt, request.preference),
+            None,
             lambda: ([], ""),
             repetition_penalty,
         )
 
     def _steered(
-        self, request: Request, encode: Any, spans: Any, repetition_penalty: float | None
+        self,
+        request: Request,
+        encode: Any,
+        alone: Callable[[], list[int]] | None,
+        spans: Any,
+        repetition_penalty: float | None,
     ) -> Steered | None:
         preferences = request.preference
         steering = request.steering(DEFAULT_STEERING)
-        weights = row_weights(preferences, steering.strength)
-        if not any(weights):
+        if not any(row_weights(preferences, steering.strength)):
             return None
-        if len(preferences) > MAX_PREFERENCES or len(preferences) >= self._rows:
+        most = min(MAX_PREFERENCES, self._rows - 1)
+        if len(preferences) > most:
             raise RequestError(
-                f"preference: {len(preferences)} of them; this server permits "
-                f"{min(MAX_PREFERENCES, self._rows - 1)}."
+                f"preference: {len(preferences)} of them; this server permits {most}."
             )
         prompts = encode(steering.placement)
-        lengths = [len(prompt) for prompt in (*prompts.preferred, prompts.base)]
+        has_room = len(preferences) + 2 <= self._rows  # for the row that focus takes
+        rows, weights = steered_rows(prompts, preferences, steering, alone if has_room else None)
+        lengths = [len(prompt) for prompt in rows]
         longest = max(lengths)
         if min(lengths) == 1 and sum(lengths) > self._step:
             raise RequestError(
@@ -199,9 +219,10 @@ class Encoder:
         if weights == [1.0] and not marked and repetition_penalty == 1.0:
             return Steered(prompts.preferred[0], None)
         pair = Pair(
-            [*prompts.preferred[1:], prompts.base],
+            rows[1:],
             weights,
             steering.floor,
+            guard_of(steering),
             marked,
             inside=bool(opening) and ends_with(self._tokenizer, prompts.base, opening),
         )

@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
 from amulet.mixture import Mixture, put_rows, take_rows
+from amulet.repeats import Repeats
 from amulet.sampling import NEVER, Sampling, draw, on_device, warp
 from amulet.vllm_backend.version import check_vllm
 from amulet.vllm_backend.wire import Pair, Row
@@ -50,7 +51,8 @@ class _Steered:
         prompt: token ids of its base row.
         output: of its first row: vLLM's own list, which grows.
         generator: of its draws; has drawn for `drawn` tokens.
-        read: how many output tokens were looked at for spans; `inside` one after those.
+        read: how many output tokens were looked at for spans; `inside` one after those, which the
+            last one before them ended at `behind`.
     """
 
     row: Row
@@ -61,20 +63,32 @@ class _Steered:
     drawn: int = 0
     read: int = 0
     inside: bool = False
+    behind: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    repeats: Repeats | None = None
 
     def weights(self) -> Sequence[float]:
         """Return the w_i of this step: none inside a span that a machine reads."""
         pair = self.row.pair
         if pair.spans:
             if len(self.output) < self.read:
-                self.read, self.inside = 0, pair.inside
-            for token in self.output[self.read :]:
+                self.read, self.inside, self.behind = 0, pair.inside, 0
+            for place, token in enumerate(self.output[self.read :], self.read + 1):
                 for opening, closing in pair.spans:
                     if token in (opening, closing):
-                        self.inside = token == opening
+                        self.inside, self.behind = token == opening, place
             self.read = len(self.output)
         return [0.0] * len(pair.weights) if self.inside else pair.weights
+
+    def costs(self, weights: Sequence[float]) -> dict[int, float]:
+        """Return what tokens lose in this step that would repeat what was said behind a span."""
+        guard = self.row.pair.loop_guard
+        if not guard or not any(weights):
+            self.repeats = None
+            return {}
+        if self.repeats is None or len(self.output) < self.repeats.read:
+            self.repeats = Repeats(guard, start=self.behind)
+        return self.repeats.costs(self.output)
 
     def noise(self, device: torch.device, vocab: int) -> torch.Generator:
         """Return the generator, ready for the draw of the next token.
@@ -153,11 +167,13 @@ class PairProcessor(LogitsProcessor):
         steered = self._steered
         if not steered:
             return logits
+        weights = [one.weights() for one in steered]
         mix = Mixture(
             take_rows(logits, [index for one in steered for index in one.indices]),
-            [one.weights() for one in steered],
+            weights,
             [len(one.indices) for one in steered],
         )
+        mix.lower([one.costs(own) for one, own in zip(steered, weights, strict=True)])
         # What vLLM excluded is -inf in all rows, so the floor is taken among what is left.
         mix.cut([one.row.pair.floor for one in steered])
         scores = _penalised(mix.scores, steered)

@@ -22,9 +22,11 @@ class Pair:
     """How one request is steered; its own prompt is the first preferred prompt.
 
     Attributes:
-        prompts: token ids of the further rows: the other preferred prompts, then the base prompt.
+        prompts: token ids of the further rows: the other preferred prompts, with focus that of the
+            preferences alone, then the base prompt.
         weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row.
         floor: plausibility floor in [0, 1]; 0 is off.
+        loop_guard: see `Steering`; 0 is off.
         spans: pairs of token ids; between the two the base row alone decides, as in thinking and
             tool calls, which machines read.
         inside: the prompts end in such a span.
@@ -33,6 +35,7 @@ class Pair:
     prompts: list[list[int]]
     weights: list[float]
     floor: float = 0.0
+    loop_guard: int = 0
     spans: list[list[int]] | None = None
     inside: bool = False
 
@@ -58,6 +61,8 @@ class Pair:
                 and all(math.isfinite(weight) for weight in pair.weights)
                 and any(pair.weights)
                 and 0.0 <= pair.floor <= 1.0
+                and type(pair.loop_guard) is int
+                and pair.loop_guard >= 0
                 and all(len(span) == 2 for span in pair.spans or ())
             )
         except TypeError:

@@ -11,26 +11,18 @@ from weakref import WeakKeyDictionary
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langgraph.store.base import BaseStore, Item
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
 from amulet.errors import RequestError
-from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
-from amulet_integrations._preference import SETTINGS, Source, choose, plain
+from amulet.preference import PreferenceLike, Steering, normal_preferences
+from amulet_integrations._preference import SETTINGS, Push, Source, choose, plain
 
 ROOT = "preferences"
 KEPT = 8  # preferences per entry: each costs a row of every later answer, so old ones make room
 PAGE = 100  # items per read while listing
 
 Settings: TypeAlias = dict[str, Any]
-"""Some of preference, strength, floor and placement, as JSON; what is missing inherits."""
-
-
-class Push(TypedDict, total=False):
-    """How hard, and where; see `Steering`."""
-
-    strength: float | None
-    floor: float | None
-    placement: Placement | None
+"""Some of the preference and what `Steering` has, as JSON; what is missing inherits."""
 
 
 # Merging reads and then writes. These keep the parallel tool calls of one process from losing
@@ -103,7 +95,7 @@ class PreferenceMemory:
         """Add to what is kept, and return the outcome.
 
         The same text again replaces the earlier one; of more than 8 preferences the oldest go.
-        A preference of "" switches off. Strength, floor and placement replace the kept ones.
+        A preference of "" switches off. What `Steering` has replaces what is kept of it.
 
         Raises:
             RequestError: an id, a preference or a range is not valid; nothing is written.
@@ -255,8 +247,8 @@ def _settings(preference: PreferenceLike, push: Push) -> Settings:
         settings = {"preference": as_json(preference), **settings}
     if not settings:
         raise RequestError(
-            'Nothing was given to keep: give a preference ("" is off), strength, floor or '
-            "placement; to delete an entry use forget()."
+            'Nothing was given to keep: give a preference ("" is off), '
+            f"{', '.join(Steering.model_fields)}; to delete an entry use forget()."
         )
     return settings
 

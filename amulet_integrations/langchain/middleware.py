@@ -11,15 +11,15 @@ from langchain_core.messages import ToolMessage
 from langchain_core.runnables import ensure_config
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from langgraph.types import Command
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, TypedDict, Unpack
 
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike
-from amulet_integrations._preference import SETTINGS, Source, choose, warn_of_typos
+from amulet_integrations._preference import SETTINGS, Push, Source, choose, warn_of_typos
 from amulet_integrations.langchain.binding import unbound
 from amulet_integrations.langchain.memory import PreferenceMemory, Settings, as_json, merge_settings
 from amulet_integrations.langchain.messages import stated_settings
-from amulet_integrations.langchain.options import AmuletOptions
+from amulet_integrations.langchain.options import AmuletOptions, checked
 
 LONGEST = 500  # characters that an agent may remember in one go: a wish, not a document
 
@@ -50,6 +50,8 @@ class StatedPreference(TypedDict):
     strength: NotRequired[float | None]
     floor: NotRequired[float | None]
     placement: NotRequired[Placement | None]
+    focus: NotRequired[float | None]
+    loop_guard: NotRequired[int | None]
 
 
 class PreferenceState(AgentState[Any], StatedPreference):
@@ -71,7 +73,8 @@ def state_settings(state: Mapping[str, Any]) -> Settings:
 class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
     """Hands each model call of an agent the preference in force; for `create_agent`.
 
-    Each setting (preference, strength, floor, placement) comes from the nearest level that has it:
+    Each setting (preference, strength, floor, placement, focus, loop_guard) comes from the nearest
+    level that has it:
 
     1. call: the run's `context` (a dict, dataclass or pydantic object with fields of these names);
     2. conversation: `config["configurable"]`; the state's fields of these names, which a
@@ -100,16 +103,10 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
     def __init__(
         self,
         preference: PreferenceLike = None,
-        *,
-        strength: float | None = None,
-        floor: float | None = None,
-        placement: Placement | None = None,
+        **push: Unpack[Push],
     ) -> None:
         super().__init__()
-        given = {"strength": strength, "floor": floor, "placement": placement}
-        self._constructor: Settings = {
-            name: value for name, value in given.items() if value is not None
-        }
+        self._constructor: Settings = checked(**push)
         if preference is not None:
             self._constructor["preference"] = as_json(preference)
 

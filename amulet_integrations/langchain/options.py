@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from typing_extensions import Unpack
 
 from amulet import Amulet
 from amulet.errors import RequestError
@@ -26,6 +27,7 @@ from amulet_integrations._preference import (
     SETTINGS,
     SOURCES,
     Chosen,
+    Push,
     Source,
     choose,
     plain,
@@ -81,8 +83,8 @@ class AmuletOptions(BaseModel):
         amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
         dtype, device, device_map, model_kwargs: for loading a `model`; as for
             `Amulet.from_pretrained`.
-        preference, strength, floor, placement: how answers should be where neither the call nor
-            the conversation nor the user says; see `amulet.Steering`.
+        preference, strength, floor, placement, focus, loop_guard: how answers should be where
+            neither the call nor the conversation nor the user says; see `amulet.Steering`.
         max_tokens: the answer's limit in tokens (also `max_new_tokens`).
         temperature, top_p, top_k, min_p, repetition_penalty, stop, seed: see `amulet.Request`.
         n: answers per prompt, 1 to 128.
@@ -110,6 +112,8 @@ class AmuletOptions(BaseModel):
     strength: float | None = None
     floor: float | None = None
     placement: Placement | None = None
+    focus: float | None = None
+    loop_guard: int | None = None
     pinned: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     max_tokens: int | None = Field(default=None, alias="max_new_tokens")
@@ -194,17 +198,14 @@ class AmuletOptions(BaseModel):
     def with_preference(
         self: Self,
         preference: Any = None,
-        *,
-        strength: float | None = None,
-        floor: float | None = None,
-        placement: Placement | None = None,
+        **push: Unpack[Push],
     ) -> Self:
         """Return the same model with a preference that counts like one given with each call.
 
         `with_preference("")` decodes plainly whatever the conversation says: for the internal
         calls of a pipeline, such as condensing a question. The weights are shared.
         """
-        pinned = checked(preference, strength=strength, floor=floor, placement=placement)
+        pinned = checked(preference, **push)
         return self.model_copy(update={"pinned": {**self.pinned, **pinned}})
 
     # --- a call's settings

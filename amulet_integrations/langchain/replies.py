@@ -15,6 +15,7 @@ from langchain_core.outputs import (
     GenerationChunk,
 )
 
+from amulet.preference import Steering
 from amulet.request import Event, Reply, TokenTrace, Usage
 from amulet_integrations._preference import Chosen
 
@@ -102,9 +103,7 @@ def metadata(reply: Reply, model_name: str, chosen: Chosen) -> dict[str, Any]:
         "model_provider": "amulet",
         "finish_reason": reply.finish_reason,
         "preference_source": chosen.source,
-        "strength": steering.strength if steering else None,
-        "floor": steering.floor if steering else None,
-        "placement": steering.placement if steering else None,
+        **(steering.model_dump() if steering else dict.fromkeys(Steering.model_fields)),
         "base_prompt_tokens": reply.usage.base_prompt_tokens,
     }
 

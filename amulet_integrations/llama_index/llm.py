@@ -42,20 +42,20 @@ dispatcher = get_dispatcher(__name__)
 class AmuletLLM(AmuletSettings):
     """A local model whose answers follow a preference; its internal calls stay plain.
 
-    Every method takes, per call: `preference`, `strength`, `floor`, `placement`; `max_tokens`
-    (also `max_new_tokens`), `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
-    `stop`, `seed`; `tools`, `tool_choice`, `parallel_tool_calls`, `tools_prompt`; `grammar`,
-    `steer_grammar`, `trace`, `top_logprobs`, `logits_processor`, `template_options`,
-    `enable_thinking`. Anything else is refused.
+    Every method takes, per call: `preference`, `strength`, `floor`, `placement`, `focus`,
+    `loop_guard`; `max_tokens` (also `max_new_tokens`), `temperature`, `top_p`, `top_k`, `min_p`,
+    `repetition_penalty`, `stop`, `seed`; `tools`, `tool_choice`, `parallel_tool_calls`,
+    `tools_prompt`; `grammar`, `steer_grammar`, `trace`, `top_logprobs`, `logits_processor`,
+    `template_options`, `enable_thinking`. Anything else is refused.
 
     Args:
         model: a hub id, a folder, or "embedded"; or
         amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
         dtype, device, device_map, model_kwargs: for loading; as for `Amulet.from_pretrained`.
-        preference, strength, floor, placement: how answers should be where neither the call nor
-            the conversation nor the user says; see `amulet.Steering`. In raw text (a model without
-            a chat template, `messages_to_prompt`) a preference stands before the prompt, whatever
-            the placement.
+        preference, strength, floor, placement, focus, loop_guard: how answers should be where
+            neither the call nor the conversation nor the user says; see `amulet.Steering`. In raw
+            text (a model without a chat template, `messages_to_prompt`) a preference stands before
+            the prompt, whatever the placement.
         max_tokens, ..., seed: defaults for the calls; see `amulet.Request`.
         tools_prompt: "fallback" describes tools in the system message, for a chat template that
             knows none, or calls in a form that isn't read; without it such a model is not a

@@ -11,9 +11,11 @@ from llama_index.core.memory import BaseMemoryBlock
 from llama_index.core.storage.chat_store import SimpleChatStore
 from llama_index.core.storage.chat_store.base import BaseChatStore
 from llama_index.core.storage.chat_store.base_db import AsyncDBChatStore
+from typing_extensions import Unpack
 
 from amulet.errors import RequestError
-from amulet.preference import Placement, PreferenceLike
+from amulet.preference import PreferenceLike
+from amulet_integrations._preference import Push
 from amulet_integrations.llama_index.messages import preference_message, stated_in
 from amulet_integrations.llama_index.scope import Settings, checked
 
@@ -44,31 +46,23 @@ class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         self,
         session_id: str,
         preference: PreferenceLike = None,
-        *,
-        strength: float | None = None,
-        floor: float | None = None,
-        placement: Placement | None = None,
+        **push: Unpack[Push],
     ) -> None:
         """Replace what is kept for a conversation; "" keeps "off", None inherits.
 
         Raises:
             RequestError: a preference or a range is not valid; nothing is written.
         """
-        asyncio_run(
-            self.aset(session_id, preference, strength=strength, floor=floor, placement=placement)
-        )
+        asyncio_run(self.aset(session_id, preference, **push))
 
     async def aset(
         self,
         session_id: str,
         preference: PreferenceLike = None,
-        *,
-        strength: float | None = None,
-        floor: float | None = None,
-        placement: Placement | None = None,
+        **push: Unpack[Push],
     ) -> None:
         """`set` for asyncio."""
-        given = checked(preference, strength=strength, floor=floor, placement=placement)
+        given = checked(preference, **push)
         await self._write(session_id, [preference_message(**given)])
 
     def get(self, session_id: str) -> Settings:

@@ -23,11 +23,12 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from typing_extensions import Unpack
 
 from amulet.errors import RequestError
 from amulet.preference import PreferenceLike, normal_preferences
 from amulet.request import Reply, TokenTrace, ToolCall, Usage
-from amulet_integrations._preference import setting_meant
+from amulet_integrations._preference import Push, setting_meant
 from amulet_integrations.llama_index.scope import Settings, as_json, checked
 
 MARK = "amulet_preference"
@@ -53,7 +54,7 @@ _WRITTEN = re.compile(
 )
 
 
-def preference_message(preference: PreferenceLike = None, **push: Any) -> ChatMessage:
+def preference_message(preference: PreferenceLike = None, **push: Unpack[Push]) -> ChatMessage:
     """Return a message that tells `AmuletLLM` how the conversation wants its answers.
 
     Put it into any memory or chat store; the last one of a conversation counts. It never reaches
@@ -62,7 +63,7 @@ def preference_message(preference: PreferenceLike = None, **push: Any) -> ChatMe
 
     Args:
         preference: text, `Preference`, a list of them; "" is off, None inherits.
-        push: strength, floor, placement; see `Steering`.
+        push: strength, floor, placement, focus, loop_guard; see `Steering`.
 
     Raises:
         RequestError: a preference or a range is not valid.

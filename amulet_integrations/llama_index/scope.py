@@ -9,14 +9,15 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 from llama_index.core.workflow import Context
+from typing_extensions import Unpack
 
 from amulet.errors import RequestError
-from amulet.preference import Placement, PreferenceLike, Steering, normal_preferences
+from amulet.preference import PreferenceLike, Steering, normal_preferences
 from amulet_integrations._options import refuse_unknown
-from amulet_integrations._preference import SETTINGS
+from amulet_integrations._preference import SETTINGS, Push
 
 Settings: TypeAlias = dict[str, Any]
-"""Some of preference, strength, floor and placement; what is missing inherits."""
+"""Some of the preference and what `Steering` has; what is missing inherits."""
 
 Level: TypeAlias = Literal["conversation", "user"]
 
@@ -31,10 +32,8 @@ _scopes: ContextVar[Scopes] = ContextVar("amulet_scopes", default=MappingProxyTy
 def preference(
     preference: PreferenceLike = None,
     *,
-    strength: float | None = None,
-    floor: float | None = None,
-    placement: Placement | None = None,
     level: Level = "conversation",
+    **push: Unpack[Push],
 ) -> Iterator[None]:
     """Answer whatever is asked in this block so, by every `AmuletLLM` that is reached from it.
 
@@ -44,9 +43,9 @@ def preference(
 
     Args:
         preference: text, `Preference`, a list of them; "" is off, None inherits.
-        strength, floor, placement: see `Steering`; None inherits.
         level: "conversation", or "user" for the standing wish of a person, which a conversation's
             memory may overrule.
+        push: strength, floor, placement, focus, loop_guard; see `Steering`. None inherits.
 
     Raises:
         RequestError: a preference, a range or the level is not valid.
@@ -54,7 +53,7 @@ def preference(
     >>> with preference("Answer in one short sentence."):
     ...     query_engine.query("What did the author do?")
     """
-    given = checked(preference, strength=strength, floor=floor, placement=placement)
+    given = checked(preference, **push)
     if level not in get_args(Level):
         raise RequestError(f'level={level!r}: expected "conversation" or "user".')
     from amulet_integrations.llama_index.askers import watch
@@ -83,17 +82,14 @@ def entered(given: Scopes) -> Iterator[None]:
 async def set_preference(
     context: Context,
     preference: PreferenceLike = None,
-    *,
-    strength: float | None = None,
-    floor: float | None = None,
-    placement: Placement | None = None,
+    **push: Unpack[Push],
 ) -> None:
     """Keep a preference in a workflow's `Context`; it goes where the context goes (`to_dict`).
 
     Raises:
         RequestError: a preference or a range is not valid; nothing is written.
     """
-    given = checked(preference, strength=strength, floor=floor, placement=placement)
+    given = checked(preference, **push)
     await context.store.set(STATE_KEY, as_json(given))
 
 

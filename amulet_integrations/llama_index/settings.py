@@ -14,13 +14,14 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
 from pydantic import ValidationError
+from typing_extensions import Unpack
 
 from amulet import Amulet
 from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike, describe, normal_preferences
 from amulet.request import Request
 from amulet_integrations import _loading, _options
-from amulet_integrations._preference import SETTINGS, Chosen, choose
+from amulet_integrations._preference import SETTINGS, Chosen, Push, choose
 from amulet_integrations.llama_index import options
 from amulet_integrations.llama_index.askers import watch
 from amulet_integrations.llama_index.messages import (
@@ -53,6 +54,8 @@ class AmuletSettings(FunctionCallingLLM):
     strength: float | None = None
     floor: float | None = None
     placement: Placement | None = None
+    focus: float | None = None
+    loop_guard: int | None = None
     pinned: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     max_tokens: int | None = None
@@ -141,17 +144,14 @@ class AmuletSettings(FunctionCallingLLM):
     def with_preference(
         self: Self,
         preference: PreferenceLike = None,
-        *,
-        strength: float | None = None,
-        floor: float | None = None,
-        placement: Placement | None = None,
+        **push: Unpack[Push],
     ) -> Self:
         """Return the same model with a preference that counts like one given with each call.
 
         `with_preference("")` decodes plainly whatever the conversation says. Internal calls stay
         plain. The weights are shared.
         """
-        given = checked(preference, strength=strength, floor=floor, placement=placement)
+        given = checked(preference, **push)
         return self.model_copy(update={"pinned": {**self.pinned, **given}})
 
     # --- what goes to the engine

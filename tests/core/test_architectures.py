@@ -140,6 +140,8 @@ def check(amulet: Amulet, texts: list[str]) -> None:
             preference=preference,
             strength=2.0,
             floor=0.0,
+            focus=1.0,
+            loop_guard=0,
             max_new_tokens=8,
         )
         for text, preference in zip(texts, (None, "Be brief.", "In verse."), strict=False)
@@ -153,7 +155,10 @@ def check(amulet: Amulet, texts: list[str]) -> None:
                     amulet.model(torch.tensor([[*row, *got]])).logits[0, -1].log_softmax(-1)
                     for row in rows
                 ]
-            mixed = logs[0] if len(rows) == 1 else logs[1] + 3.0 * (logs[0] - logs[1])
+            mixed = logs[0]
+            if len(rows) > 1:
+                p, u, r = logs
+                mixed = p + 2.0 * ((p - r) + (p - u))
             got.append(int(mixed.argmax()))
         assert list(getattr(reply, "token_ids", ())) == got
         assert got

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from amulet import Amulet, DecodeError, Grammar, Request
-from amulet.choice import choose_tokens
+from amulet.choice import _repeated, choose_tokens
 from amulet.generation import Generation
 from amulet.sampling import Sampling
 from tests.models import IM_END, random_model
@@ -341,6 +341,8 @@ def test_the_penalty_counts_no_word_of_the_preference(
         "preference": "".join(map(chr, range(33, 127))),
         "strength": strength,
         "floor": 0.0,
+        "focus": 0.0,
+        "loop_guard": 0,
     }
     rows = [
         list(p) for p in amulet.prepare(Request(messages=QUESTION, **options)).generation.prompts
@@ -356,3 +358,21 @@ def test_the_penalty_counts_no_word_of_the_preference(
     # One row's scores are its logits, as in Transformers; several rows' are log-probabilities.
     got = penalised(amulet.model, base, rows, 16, normal=trace or len(rows) > 1)
     assert list(reply.token_ids) == got
+
+
+def test_the_loop_guard_counts_what_is_steered_alone() -> None:
+    generation = Generation(prompts=[[1], [2]], weights=[1.5], loop_guard=1)
+    assert _repeated(generation) == {}
+    generation.token_ids += [5, 6, 5]
+    assert _repeated(generation) == {6: pytest.approx(0.8)}
+    generation.weights = [0.0]  # a tool call, say: it may repeat what it likes
+    generation.token_ids += [6, 5]
+    assert _repeated(generation) == {}
+    generation.weights = [1.5]
+    assert _repeated(generation) == {}, "what is said behind the call begins anew"
+    generation.token_ids += [5, 6]
+    assert _repeated(generation) == {}
+    generation.token_ids += [5]
+    assert _repeated(generation) == {6: pytest.approx(0.8)}
+    generation.loop_guard = 0
+    assert _repeated(generation) == {}

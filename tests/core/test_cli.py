@@ -76,7 +76,7 @@ def test_clear_forgets_the_conversation(scripted: Scripted) -> None:
 def test_a_preference_can_be_set_changed_and_switched_off(scripted: Scripted) -> None:
     scripted()
     off = "No preference: answers are plain; /preference TEXT sets one."
-    on = "Preference: Be brief. (strength 0.5, floor 0.1, placement user)"
+    on = "Preference: Be brief. (strength 0.35, floor 0.1, placement user, focus 1, loop guard 4)"
     assert chat(
         "/preference", "/preference Be brief.", "one", "/preference off", "/clear", "one"
     ) == [
@@ -90,7 +90,7 @@ def test_a_preference_can_be_set_changed_and_switched_off(scripted: Scripted) ->
     ]
 
 
-def test_strength_floor_and_placement_are_checked_and_kept(scripted: Scripted) -> None:
+def test_settings_are_checked_and_kept(scripted: Scripted) -> None:
     scripted()
     lines = [
         "/strength 3",
@@ -98,15 +98,20 @@ def test_strength_floor_and_placement_are_checked_and_kept(scripted: Scripted) -
         "/placement user",
         "/strength hard",
         "/floor 2",
+        "/focus 0.5",
+        "/loop_guard 0",
+        "/loop_guard 1.5",
         "/help me",
     ]
     printed = chat(*lines, "/placement", arguments=("-p", "Be brief."))
-    kept = "Preference: Be brief. (strength 3, floor 0.2, placement user)"
-    assert printed[2] == printed[-1] == kept
+    kept = "Preference: Be brief. (strength 3, floor 0.2, placement user, focus {}, loop guard {})"
+    assert printed[2] == kept.format(1, 4)
+    assert printed[8] == printed[-1] == kept.format(0.5, 0)
     assert printed[3].startswith("strength='hard': input should be a valid number")
     assert printed[5] == "floor='2': input should be less than or equal to 1."
     assert printed[4] == printed[6] == "More: Amulet's documentation, Troubleshooting, RequestError"
-    assert printed[7] == "/preference TEXT  what you want of the answers; `off` answers plainly"
+    assert printed[9].startswith("loop_guard='1.5': input should be a valid integer")
+    assert "".join(printed[11].split()).startswith("/preferenceTEXTwhatyouwant")
 
 
 def test_an_unknown_command_is_not_asked_of_the_model(scripted: Scripted) -> None:

@@ -79,3 +79,15 @@ def test_raw_logits_stay_as_they_were() -> None:
 def test_take_rows_is_indexing(index: list[int]) -> None:
     rows = random_logits(6)
     assert torch.equal(take_rows(rows, index), rows[torch.tensor(index)])
+
+
+def test_single_tokens_can_be_made_less_likely() -> None:
+    mixture = Mixture(random_logits(3), [[2.0], []], [2, 1])
+    before = mixture.scores.clone()
+    mixture.lower([{}, {}])
+    assert torch.equal(mixture.scores, before)
+    mixture.lower([{3: 1.5, 4: 0.5}, {0: 2.0}])
+    before[0, 3] -= 1.5
+    before[0, 4] -= 0.5
+    before[1, 0] -= 2.0
+    torch.testing.assert_close(mixture.scores, before)

@@ -51,7 +51,10 @@ def test_a_steered_answer_says_what_steered_it(tokenizer: PreTrainedTokenizerFas
     reply = amulet.chat(user("hi"), preference="Be brief.", strength=1.5)
     assert reply.text == "short"
     assert reply.steering == Steering(strength=1.5)
-    assert reply.usage.base_prompt_tokens == len(amulet.encode_chat(user("hi")))
+    base, alone = len(amulet.encode_chat(user("hi"))), len(amulet.encode_chat(user("Be brief.")))
+    assert reply.usage.base_prompt_tokens == base + alone
+    reply = amulet.chat(user("hi"), preference="Be brief.", strength=1.5, focus=0)
+    assert reply.usage.base_prompt_tokens == base
     assert amulet.chat(user("hi"), preference="").text == "long answer"
 
 
@@ -85,7 +88,7 @@ def test_what_was_decoded_of_a_cancelled_answer_is_read(
     amulet = amulet_saying(tokenizer, "hello")
     stream = amulet.stream(user("hi"), preference="Be brief.")
     assert next(stream) == "h"
-    assert amulet.rows == 2
+    assert amulet.rows == 3
     assert amulet.cache_bytes > 0
     stream.cancel()
     assert amulet.rows == 0

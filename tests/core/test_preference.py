@@ -21,6 +21,8 @@ from amulet.preference import (
     Preference,
     Steering,
     normal_preferences,
+    row_weights,
+    shares,
 )
 
 
@@ -99,6 +101,10 @@ def test_what_is_no_preference_is_named(given_form: Any, message: str) -> None:
         (lambda: Steering(floor=1.5), "Steering: floor=1.5: "),
         (lambda: Steering(floor=math.nan), "Steering: floor=nan: "),
         (lambda: Steering(placement="end"), "Steering: placement='end': "),
+        (lambda: Steering(focus=-0.1), "Steering: focus=-0.1: "),
+        (lambda: Steering(focus=math.inf), "Steering: focus=inf: "),
+        (lambda: Steering(loop_guard=-1), "Steering: loop_guard=-1: "),
+        (lambda: Steering(loop_guard=2.5), "Steering: loop_guard=2.5: "),
         (lambda: Steering(gain=2.0), "Steering: gain: unknown option; check its spelling."),
         (lambda: Steering(strength="x", floor=2), "Steering: strength='x': "),
         (lambda: Steering.paper(iterations=-1), "iterations=-1: "),
@@ -131,9 +137,12 @@ def test_a_preference_survives_json(text: str, weight: float) -> None:
     strength=st.floats(-100, 1000),
     floor=st.floats(0, 1),
     placement=st.sampled_from(PLACEMENTS),
+    focus=st.floats(0, 10),
+    loop_guard=st.integers(0, 1000),
 )
-def test_steering_survives_json(strength: float, floor: float, placement: str) -> None:
-    steering = Steering(strength=strength, floor=floor, placement=placement)
+def test_steering_survives_json(**options: Any) -> None:
+    steering = Steering(**options)
+    assert steering.model_dump() == options
     assert Steering.model_validate_json(steering.model_dump_json()) == steering
 
 
@@ -143,6 +152,8 @@ def test_the_json_form() -> None:
         "strength": 3.0,
         "floor": 0.1,
         "placement": "user",
+        "focus": 1.0,
+        "loop_guard": 4,
     }
 
 
@@ -157,10 +168,52 @@ def test_both_are_frozen_and_can_be_keys() -> None:
 
 def test_the_default_and_the_papers_steering() -> None:
     assert Steering() == DEFAULT_STEERING
-    assert Steering(strength=0.5, floor=0.1, placement="user") == DEFAULT_STEERING
+    assert DEFAULT_STEERING.model_dump() == {
+        "strength": 0.35,
+        "floor": 0.1,
+        "placement": "user",
+        "focus": 1.0,
+        "loop_guard": 4,
+    }
     paper = Steering.paper()
     assert (round(paper.strength, 4), paper.floor, paper.placement) == (4.6487, 0.0, "system")
+    assert (paper.focus, paper.loop_guard) == (0.0, 0)
     assert Steering.paper(10, alpha=1.0).strength == game_gain(10, alpha=1.0)
+
+
+WEIGHTS = st.floats(-2, 2).filter(lambda weight: abs(weight) > 1e-3)
+
+
+@given(
+    weights=st.lists(WEIGHTS, min_size=1, max_size=3),
+    strength=st.floats(-1, 5).filter(lambda g: abs(g) > 1e-6),
+    focus=st.sampled_from([0.0, 0.5, 1.0]),
+    logs=st.lists(st.floats(-9, 0), min_size=5, max_size=5),
+)
+def test_the_rows_weights_are_the_formulas(
+    weights: list[float], strength: float, focus: float, logs: list[float]
+) -> None:
+    """`r + Σ s·(p − r) + g·Σ s·(p − r) + g·f·Σ s·(p − u)`, the last over what is wished for."""
+    preferences = [Preference(f"wish {number}", weight) for number, weight in enumerate(weights)]
+    rows, u, r = logs[: len(weights)], logs[3], logs[4]
+    own = shares(preferences)
+    assert sum(map(abs, own)) <= 1 + 1e-9
+    expected = r + sum(s * (1 + strength) * (p - r) for s, p in zip(own, rows, strict=True))
+    if strength > 0:
+        held = sum(s * (p - u) for s, p in zip(own, rows, strict=True) if s > 0)
+        expected += strength * focus * held
+    found = row_weights(preferences, strength, focus)
+    has_u = strength > 0 and focus > 0 and max(own) > 0
+    assert len(found) == len(weights) + has_u
+    given_rows = [*rows, u] if has_u else rows
+    combined = r + sum(w * (p - r) for w, p in zip(found, given_rows, strict=True))
+    assert combined == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_papers_weights_are_one_number() -> None:
+    paper = Steering.paper()
+    [weight] = row_weights([Preference("a")], paper.strength, paper.focus)
+    assert weight == 1.0 + game_gain()
 
 
 def test_steering_is_read_from_the_file_that_tune_writes(tmp_path: Path) -> None:
@@ -171,7 +224,7 @@ def test_steering_is_read_from_the_file_that_tune_writes(tmp_path: Path) -> None
     with pytest.raises(RequestError, match="strength='high'"):
         Steering.read(path)
     path.write_text("[1]")
-    with pytest.raises(RequestError, match="expected a JSON file with strength"):
+    with pytest.raises(RequestError, match="expected a JSON file of strength, floor"):
         Steering.read(path)
     with pytest.raises(RequestError, match=r"missing\.json"):
         Steering.read(tmp_path / "missing.json")

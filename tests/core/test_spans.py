@@ -136,7 +136,7 @@ def test_thinking_is_not_steered(thinker: PreTrainedTokenizerFast, opened: bool)
     for event in stream.events():
         seen.append((event.kind, tuple(stream.generation.weights), stream.generation.floor))
     assert (stream.reply.reasoning, stream.reply.text) == ("calm", "LOUD")
-    assert set(seen) == {("reasoning", (0.0,), 0.0), ("text", (3.0,), 0.1)}
+    assert set(seen) == {("reasoning", (0.0, 0.0), 0.0), ("text", (5.0, -2.0), 0.1)}
     # Without it, the preferred row alone (which thinks otherwise) must not decide inside the span.
     other = amulet_saying(thinker, {"Shout.": f"{start}LOUD!</think>LOUD", "": f"{start}calm"})
     assert other.chat(user("hi"), preference="Shout.").reasoning == "calm"

@@ -464,7 +464,7 @@ def test_calls_are_not_steered_and_the_text_is(tokenizer: PreTrainedTokenizerFas
         seen.append((event.kind, tuple(stream.generation.weights), stream.generation.floor))
     assert stream.reply.text == "OH!"
     assert stream.reply.tool_calls[0].arguments == {"city": "Rome"}
-    assert set(seen) == {("text", (2.0,), 0.2), ("tool_call", (0.0,), 0.0)}
+    assert set(seen) == {("text", (3.0, -1.0), 0.2), ("tool_call", (0.0, 0.0), 0.0)}
 
 
 @pytest.mark.parametrize(

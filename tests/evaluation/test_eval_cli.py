@@ -21,6 +21,7 @@ from amulet.errors import EvaluationError
 from amulet.evaluation import facts
 from amulet.evaluation.cli import register
 from amulet.evaluation.judging import SCORERS, JudgeOptions, missing, score_run
+from amulet.evaluation.methods import parse_method
 from amulet.evaluation.paper import opposite_of, preferences_of
 from amulet.evaluation.run import Meta, PreferenceMeta, Run
 from tests.models import ScriptedModel
@@ -72,7 +73,7 @@ def test_a_run_is_written_and_summed_up(
     assert lines[:6] == [
         ["1", "base"],
         ["2", "pref:placement=user"],
-        ["3", "ours:strength=1,floor=0.1,placement=user"],
+        ["3", "ours:strength=1,floor=0.1,placement=user,focus=1,loop_guard=4"],
         ["method", "1", "2", "3"],
         ["answers", "4", "4", "4"],
         ["tokens", "8.0", "7.5", "7.5"],
@@ -194,7 +195,7 @@ def test_rules_judge_what_they_check(
     result = run(*arguments, *methods, "--judge", "rules")
     assert result.exit_code == 0, result.output
     found = {key.split("/", 2)[2]: v for key, v in Run(out).scores("rules").items()}
-    ours = "ours:strength=0.5,floor=0.1,placement=user"
+    ours = parse_method("ours").name
     assert found == {
         "sir/base": {"adherence": 0.0},  # "A leaf."
         "short/base": {"adherence": 0.0},

@@ -57,11 +57,11 @@ def test_options_score_as_answers_do(kind: Kind) -> None:
     for preferences in (None, ("Be brief.",), ("Be brief.", "Be kind.")):
         own = _options(amulet, TEA, _Asked(preferences, "user"), "", {})
         wish = None if preferences is None else list(preferences)
-        request = Request(messages=messages, preference=wish, placement="user")
+        request = Request(messages=messages, preference=wish, placement="user", focus=0.0)
         for option, scores in zip(("A drink", "A stone", "A song", "A hat"), own, strict=True):
             expected = answer_log_probabilities(amulet, request, list(option.encode()))
             assert scores.token_ids.tolist() == expected.token_ids.tolist()
-            assert scores.weights == expected.weights
+            assert scores.preferences == expected.preferences
             torch.testing.assert_close(scores.rows, expected.rows, atol=1e-4, rtol=0)
 
 
@@ -77,7 +77,7 @@ def test_steering_moves_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_options", spy)
     told: list[tuple[int, int]] = []
-    steering = Steering(strength=3.0, floor=0.9, placement="user")
+    steering = Steering(strength=3.0, floor=0.9, placement="user", focus=0.0)
     given = facts()[:4]
     right = right_answers(amulet, "Be brief.", steering, given, lambda *c: told.append(c))
     assert asked == [_Asked(("Be brief.",), "user")] * 4
@@ -88,10 +88,10 @@ def test_steering_moves_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 METHODS = (
     "base",
     "pref",
-    "ours:strength=3,placement=user",
+    "ours:strength=3,placement=user,focus=0",
     "ours:strength=3,placement=user,adapt=jsd",
     "ours:strength=3,placement=user,adapt=decay",
-    "ours:strength=3,adapt=separate",
+    "ours:strength=3,focus=0,adapt=separate",
     "ours:strength=3,adapt=opposite",
 )
 MORE = (TEA, Fact(question="What flies?", options=("a bird", "a stone", "a house", "a shoe")))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from amulet import Amulet
+from amulet import Amulet, Steering
 from amulet.errors import EvaluationError
 from amulet.evaluation.decode import evaluate
 from amulet.evaluation.jobs import Job, Settings, request_of
@@ -28,6 +28,7 @@ from tests.oracles.literal_game import literal_game
 def test_the_papers_methods() -> None:
     found = {kind: parse_method(kind) for kind in KINDS}
     numbers = {kind: (m.strength, m.floor, m.placement, m.adapt) for kind, m in found.items()}
+    default = Steering()
     assert numbers == {
         "base": (None, None, None, None),
         "pref": (0.0, None, "system", None),
@@ -35,8 +36,11 @@ def test_the_papers_methods() -> None:
         "linear_alignment": (2.0, 0.0, "system", None),
         "amulet": (game_gain(), 0.0, "system", None),
         "amulet_literal": (game_gain(), 0.0, "system", None),
-        "ours": (0.5, 0.1, "user", None),
+        "ours": (default.strength, default.floor, default.placement, None),
     }
+    assert found["ours"].steering == default
+    assert found["amulet"].steering == Steering.paper()
+    assert {(m.focus, m.loop_guard) for kind, m in found.items() if kind != "ours"} == {(0.0, 0)}
     assert [kind for kind, method in found.items() if method.is_steered] == [
         "linear_alignment",
         "amulet",
@@ -46,7 +50,10 @@ def test_the_papers_methods() -> None:
 
 
 def test_ours_spells_every_number_out() -> None:
-    assert parse_method("ours").name == "ours:strength=0.5,floor=0.1,placement=user"
+    name = "ours:strength=0.5,floor=0.1,placement=user,focus=1,loop_guard=4"
+    method = parse_method("ours:strength=.5,focus=1.0,loop_guard=4,floor=.1,placement=user")
+    assert method.name == name
+    assert parse_method(name) == method
     method = parse_method(" ours:floor=.05, strength=4.0 ,placement=user,adapt=decay")
     assert method.name == "ours:strength=4,floor=0.05,placement=user,adapt=decay"
     assert parse_method(method.name) == method
@@ -56,7 +63,7 @@ def test_one_setting_spelled_twice_is_one_method() -> None:
     methods = parse_methods(["pref", "ours:strength=2", "ours:strength=2.0", "pref"])
     assert [method.name for method in methods] == [
         "pref",
-        "ours:strength=2,floor=0.1,placement=user",
+        "ours:strength=2,floor=0.1,placement=user,focus=1,loop_guard=4",
     ]
 
 
@@ -64,7 +71,10 @@ def test_ours_brings_the_prompt_alone_in_its_own_place() -> None:
     given = parse_methods(
         ["base", "ours:placement=user", "pref", "ours:placement=system", "ours:placement=both"]
     )
-    ours = "ours:strength={0.strength:g},floor={0.floor:g},placement={0.placement}".format
+    ours = (
+        "ours:strength={0.strength:g},floor={0.floor:g},placement={0.placement},"
+        "focus={0.focus:g},loop_guard={0.loop_guard}"
+    ).format
     assert [method.name for method in with_prompt_only(given)] == [
         "base",
         "pref:placement=user",
@@ -94,6 +104,10 @@ def test_ours_brings_the_prompt_alone_in_its_own_place() -> None:
         ("ours:strength=1,strength=2", "strength is given twice"),
         ("ours:strength=hard", "strength='hard': input should be a valid number"),
         ("ours:floor=2", "floor='2': input should be less than or equal to 1"),
+        ("ours:focus=11", "focus='11': input should be less than or equal to 10"),
+        ("ours:loop_guard=-1", "loop_guard='-1': input should be greater than or equal to 0"),
+        ("ours:adapt=jsd,focus=1", "adapt=jsd knows neither focus nor loop_guard"),
+        ("ours:adapt=decay,loop_guard=4", "adapt=decay knows neither"),
         ("ours:adapt=magic", "adapt='magic': input should be 'jsd'"),
     ],
 )
@@ -128,7 +142,7 @@ def test_preferences_asked_for_at_once() -> None:
 
 def test_separate_gives_each_part_a_row(tiny: Amulet, question_file: Path) -> None:
     (questions,) = load_question_sets([question_file])
-    method = parse_method("ours:strength=2,adapt=separate")
+    method = parse_method("ours:strength=2,focus=0,adapt=separate")
     job = Job("small", questions.questions[0], (both(),), method)
     request = request_of(job, Settings())
     assert [preference.text for preference in request.preference] == [
@@ -207,6 +221,8 @@ def test_pairs_decode_what_the_library_decodes(
             "strength": game_gain(),
             "floor": 0.0,
             "placement": "system",
+            "focus": 0.0,
+            "loop_guard": 0,
             "max_new_tokens": 24,
         }
         for text in ("Hi", "What is tea, and who drinks it?")

@@ -24,7 +24,8 @@ from amulet.evaluation.questions import load_question_sets
 from amulet.evaluation.run import Answer, Meta, Run
 from tests.evaluation.conftest import QUESTIONS
 
-METHODS = ("base", "pref", "linear_alignment", "ours:strength=1,floor=0.05,placement=user")
+OURS = "ours:strength=1,floor=0.05,placement=user,focus=1,loop_guard=4"
+METHODS = ("base", "pref", "linear_alignment", OURS)
 PREFERENCES = ("concise", "formal")
 SETTINGS = Settings(max_new_tokens=12)
 ROOT = Path(__file__).parents[2]
@@ -102,22 +103,21 @@ def test_a_run_says_what_was_run(whole: tuple[Path, Path]) -> None:
             for name in PREFERENCES
         ],
         "methods": [
-            {"name": "base", "strength": None, "floor": None, "placement": None, "adapt": None},
-            {"name": "pref", "strength": 0.0, "floor": None, "placement": "system", "adapt": None},
             {
-                "name": "linear_alignment",
-                "strength": 2.0,
-                "floor": 0.0,
-                "placement": "system",
+                "name": name,
+                "strength": strength,
+                "floor": floor,
+                "placement": placement,
+                "focus": focus,
+                "loop_guard": guard,
                 "adapt": None,
-            },
-            {
-                "name": "ours:strength=1,floor=0.05,placement=user",
-                "strength": 1.0,
-                "floor": 0.05,
-                "placement": "user",
-                "adapt": None,
-            },
+            }
+            for name, strength, floor, placement, focus, guard in (
+                ("base", None, None, None, 0.0, 0),
+                ("pref", 0.0, None, "system", 0.0, 0),
+                ("linear_alignment", 2.0, 0.0, "system", 0.0, 0),
+                (OURS, 1.0, 0.05, "user", 1.0, 4),
+            )
         ],
     }
     assert {"python", "torch", "transformers"} <= set(versions)
@@ -133,9 +133,10 @@ def test_every_answer_is_there_with_its_settings(whole: tuple[Path, Path]) -> No
         for preference in PREFERENCES
         for method in METHODS
     }
-    steered = answers["small/1/formal/ours:strength=1,floor=0.05,placement=user"]
+    steered = answers[f"small/1/formal/{OURS}"]
     assert (steered.set, steered.index, steered.question) == ("small", 1, QUESTIONS[1])
     assert (steered.strength, steered.floor, steered.placement) == (1.0, 0.05, "user")
+    assert (steered.focus, steered.loop_guard) == (1.0, 4)
     assert steered.preference_text == "Your answer should be formal as much as possible."
     assert steered.changed is not None
     assert 0 <= steered.changed <= 1
@@ -154,7 +155,7 @@ def test_answers_are_what_the_model_answers(whole: tuple[Path, Path], tiny: Amul
     wish = "Your answer should be concise as much as possible."
     options = {"preference": wish, "placement": "system", "max_new_tokens": 12}
     prompted = tiny.chat(messages, strength=0, **options)
-    steered = tiny.chat(messages, strength=2, floor=0, **options)
+    steered = tiny.chat(messages, strength=2, floor=0, focus=0, loop_guard=0, **options)
     for method, reply in (("base", plain), ("pref", prompted), ("linear_alignment", steered)):
         answer = answers[f"small/2/concise/{method}"]
         assert (answer.answer, answer.token_ids) == (reply.text, reply.token_ids)
@@ -342,6 +343,8 @@ def test_an_answers_fields_are_the_formats() -> None:
         "strength",
         "floor",
         "placement",
+        "focus",
+        "loop_guard",
         "adapt",
         "seed",
         "answer",

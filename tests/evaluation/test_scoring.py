@@ -42,10 +42,11 @@ def test_scores_equal_the_trace(
     amulet: Amulet, placement: str, floor: float, preference: Any
 ) -> None:
     options = {"preference": preference, "floor": floor, "placement": placement}
-    request, ids, seen = traced(amulet, strength=1.5, **options)
+    request, ids, seen = traced(amulet, strength=1.5, loop_guard=0, **options)
     scores = answer_log_probabilities(amulet, request, ids)
+    steered = scores.steered(1.5, floor, focus=1.0)
     torch.testing.assert_close(scores.base, seen["base"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(scores.steered(1.5, floor), seen["steered"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(steered, seen["steered"], atol=1e-4, rtol=0)
     if preference is ONE:  # with several the trace has their mean
         torch.testing.assert_close(scores.preferred[0], seen["preferred"], atol=1e-4, rtol=0)
 
@@ -53,10 +54,32 @@ def test_scores_equal_the_trace(
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3"])
 def test_other_models_score_as_they_decode(kind: Kind) -> None:
     amulet = Amulet(random_model(kind), byte_tokenizer())
-    request, ids, seen = traced(amulet, preference=ONE, strength=1.5, floor=0.0)
+    options = {"floor": 0.0, "focus": 0.0, "loop_guard": 0}
+    request, ids, seen = traced(amulet, preference=ONE, strength=1.5, **options)
     [scores] = score_answers(amulet, [(request, ids)], lambda scores: scores)
     torch.testing.assert_close(scores.base, seen["base"], atol=1e-4, rtol=0)
     torch.testing.assert_close(scores.steered(1.5), seen["steered"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+def test_the_loop_guard_scores_as_it_decodes(amulet: Amulet, focus: float) -> None:
+    options = {"strength": 1.0, "focus": focus, "loop_guard": 1, "floor": 0.0}
+    request, ids, seen = traced(amulet, preference=ONE, **options)
+    scores = answer_log_probabilities(amulet, request, [*ids, *ids])
+    guarded = scores.steered(1.0, focus=focus, loop_guard=1)
+    torch.testing.assert_close(guarded[: len(ids)], seen["steered"], atol=1e-4, rtol=0)
+    free = scores.steered(1.0, focus=focus)
+    assert (guarded[len(ids) + 1 :] < free[len(ids) + 1 :]).all()  # all that is said again
+    without = scores.steered(0.0, loop_guard=1)  # the prompt alone has none
+    torch.testing.assert_close(without, scores.steered(0.0))
+
+
+def test_focus_must_have_been_asked_for(amulet: Amulet) -> None:
+    request = Request(messages=MESSAGES, preference=ONE, focus=0.0)
+    scores = answer_log_probabilities(amulet, request, [84])
+    assert scores.steered(2.0).isfinite().all()
+    with pytest.raises(EvaluationError, match="focus"):
+        scores.steered(2.0, focus=1.0)
 
 
 def test_the_floor_leaves_nothing_to_what_is_below_it(amulet: Amulet) -> None:
@@ -78,7 +101,7 @@ def test_several_preferences_have_a_row_each(amulet: Amulet) -> None:
     request = Request(messages=MESSAGES, preference=SEVERAL)
     scores = answer_log_probabilities(amulet, request, [84, 101, 97])
     assert scores.preferred.shape == (2, 3)
-    assert scores.weights == pytest.approx((1 / 1.5, -0.5 / 1.5))
+    assert scores.preferences == tuple(SEVERAL)
     for i, one in enumerate(SEVERAL):
         alone = Request(messages=MESSAGES, preference=one.text)
         expected = answer_log_probabilities(amulet, alone, [84, 101, 97])
@@ -98,7 +121,7 @@ def test_many_score_as_each_alone(
     ]
 
     def numbers(scores: Scores) -> torch.Tensor:
-        steered = [scores.steered(1.5)] if scores.weights else []
+        steered = [scores.steered(1.5)] if scores.preferences else []
         return torch.cat([scores.base, *scores.preferred, *steered])
 
     items = list(zip(requests, answers, strict=True))

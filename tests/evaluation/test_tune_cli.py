@@ -61,6 +61,7 @@ def test_rules_choose_a_setting_and_write_it(
     result = run(
         *("--out", out, "--questions", question_file, "--preferences", "one-sentence"),
         *("--strength", 1, "--strength", 2, "--floor", 0.1, "--placement", "user"),
+        *("--focus", 0, "--focus", 2, "--loop-guard", 3),
         *("--limit", 2, "--max-new-tokens", 60, "--max-log-probability-fall", 100),
         *("--dtype", "float32"),
     )
@@ -68,15 +69,15 @@ def test_rules_choose_a_setting_and_write_it(
     assert loaded == [{"device": None, "dtype": "float32"}]
     steering = Steering.model_validate_json(out.read_text(encoding="utf-8"))
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["strength", "floor", "placement", "answers", "score", "fall", "distinct"]
-    assert [line[:4] for line in lines[1:4]] == [
-        ["0", "0", "user", "2"],
-        ["1", "0.1", "user", "2"],
-        ["2", "0.1", "user", "2"],
+    settings = ["strength", "floor", "placement", "focus", "loop_guard"]
+    assert lines[0] == [*settings, "answers", "score", "fall", "distinct"]
+    assert lines[1][:6] == ["0", "0", "user", "1", "4", "2"]
+    assert sorted(line[:5] for line in lines[2:6]) == [
+        [strength, "0.1", "user", focus, "3"] for strength in "12" for focus in "02"
     ]
     # The scripted model heeds the prompt alone, so nothing beats it and nothing is pushed.
     assert steering == Steering(strength=0.0, floor=0.0)
-    assert lines[1][4:] == ["1.000", "0.000", "0.000", "chosen"]
+    assert lines[1][6:] == ["1.000", "0.000", "0.000", "chosen"]
     assert lines[-1] == ["Written:", str(out)]
 
 

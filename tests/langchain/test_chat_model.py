@@ -252,7 +252,7 @@ def test_usage_tells_the_base_row_apart_and_streams_give_the_same() -> None:
         "input_tokens": 31,
         "output_tokens": 3,
         "total_tokens": 34,
-        "input_token_details": {"base_row": 20},
+        "input_token_details": {"base_row": 40},  # that of focus among them
     }
     streamed = joined(list(chat.stream("x", preference="A")))
     assert streamed.usage_metadata == steered.usage_metadata
@@ -272,7 +272,9 @@ def test_response_metadata() -> None:
         "strength": 1.0,
         "floor": 0.3,
         "placement": "system",
-        "base_prompt_tokens": 20,
+        "focus": 1.0,
+        "loop_guard": 4,
+        "base_prompt_tokens": 40,
     }
 
 

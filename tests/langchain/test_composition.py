@@ -346,7 +346,7 @@ def test_equal_preferences_share_a_cached_answer_and_others_do_not() -> None:
 
     tokenizer = byte_tokenizer()
     scripted: Any = ScriptedModel(tokenizer, {"system\nA": "A!", "system\nB": "B!", "": "plain"})
-    engine = Amulet(scripted, tokenizer, steering=Steering(placement="system"))
+    engine = Amulet(scripted, tokenizer, steering=Steering(placement="system", focus=0))
     model = ChatAmulet(amulet=engine, cache=InMemoryCache())
     for wish in "ABAB":
         assert model.invoke("x", preference=Wishes(wish)).content == f"{wish}!"

@@ -33,6 +33,7 @@ from pydantic import BaseModel
 import amulet_integrations.llama_index as package
 from amulet import Preference
 from amulet.errors import RequestError
+from amulet.preference import DEFAULT_STEERING
 from amulet_integrations.llama_index import AmuletLLM, preference, preference_message
 from tests.llama_index.doubles import PLAIN, STEERED, WISH, calling, scripted
 from tests.models import byte_tokenizer
@@ -178,7 +179,7 @@ def test_usage_finish_reason_and_source() -> None:
         "prompt_tokens": 32,
         "completion_tokens": 7,
         "total_tokens": 39,
-        "base_prompt_tokens": 21,
+        "base_prompt_tokens": 49,  # those of focus among them
     }
     assert response.additional_kwargs == usage
     assert response.raw == {
@@ -188,7 +189,7 @@ def test_usage_finish_reason_and_source() -> None:
         "finish_reason": "stop",
         "stop_string": None,
         "usage": usage,
-        "steering": {"strength": 0.5, "floor": 0.1, "placement": "user"},
+        "steering": DEFAULT_STEERING.model_dump(),
     }
     plain = scripted().chat([USER], max_tokens=2)
     assert plain.raw["finish_reason"] == "length"

@@ -59,7 +59,7 @@ def test_all_are_decoded_together() -> None:
     tokenizer = byte_tokenizer()
     model: Any = ScriptedModel(tokenizer, "Tea.")
     Amulet(model, tokenizer, drafts=False).compare(QUESTION, "Be brief.")
-    assert max(rows for rows, _ in model.calls) == 5  # plain, and two rows for each of the others
+    assert max(rows for rows, _ in model.calls) == 6  # plain, two rows, and a third for focus
 
 
 def test_a_comparison_is_three_titled_columns(scripted: Amulet) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from amulet import Amulet
+from amulet.preference import DEFAULT_STEERING
 from amulet.serve.app import create_app
 from amulet.serve.limits import Limits
 from benchmarks import load
@@ -73,7 +74,8 @@ def test_how_far_an_answer_is_from_the_one_alone() -> None:
     assert case.distance([8]) == float("inf")  # not considered
     assert case.distance([1]) == float("inf")  # ended early
     assert case.tie == 0.5
-    assert replace(case, body={"preference": "x"}).tie == 1.0
+    push = DEFAULT_STEERING.strength * (1 + DEFAULT_STEERING.focus)
+    assert replace(case, body={"preference": "x"}).tie == pytest.approx(0.5 * (1 + 2 * push))
 
 
 def test_an_even_tie_is_not_the_same() -> None:

@@ -447,7 +447,7 @@ async def test_metrics_count(tokenizer: PreTrainedTokenizerFast) -> None:
         'amulet_answers_total{finish_reason="stop",steered="no"} 1.0',
         'amulet_answers_total{finish_reason="stop",steered="yes"} 1.0',
         'amulet_tokens_total{kind="completion"} 12.0',
-        'amulet_tokens_total{kind="base_prompt"} 21.0',
+        'amulet_tokens_total{kind="base_prompt"} 41.0',
         "amulet_requests_in_flight 0.0",
         "amulet_requests_waiting 0.0",
         "amulet_first_token_seconds_count 2.0",

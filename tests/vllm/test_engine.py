@@ -51,6 +51,8 @@ def test_pairs_of_different_lengths(both: tuple[LLM, Amulet]) -> None:
             strength=rng.choice((0.5, 2.0, 4.6487, -0.5)),
             floor=rng.choice((0.0, 0.1)),
             placement=rng.choice(("system", "user", "both")),
+            focus=rng.choice((0.0, 1.0)),
+            loop_guard=rng.choice((0, 1, 4)),
             max_new_tokens=rng.randrange(1, 40),
         )
         for _ in range(14)
@@ -132,7 +134,13 @@ def test_pairs_that_make_room_come_back_whole(
     )
     # Four pairs that grow to some 1,500 tokens, where there is room for 960.
     requests = [
-        chat(words(random.Random(i), 14), preference=WISHES[i], strength=3.0, max_new_tokens=90)
+        chat(
+            words(random.Random(i), 14),
+            preference=WISHES[i],
+            strength=3.0,
+            max_new_tokens=90,
+            focus=float(i == 0),
+        )
         for i in range(4)
     ]
     requests.append(chat("A drawn one", preference=WISHES[1], temperature=1.0, seed=9,
@@ -183,6 +191,8 @@ def test_pairs_that_enter_late_and_leave_early(both: tuple[LLM, Amulet]) -> None
 
 def test_an_answer_ends_where_the_longest_row_is_full(both: tuple[LLM, Amulet]) -> None:
     engine, amulet = both
-    long = chat("word " * 60, preference="Be brief. " * 7, strength=3.0, max_new_tokens=500)
+    long = chat(
+        "word " * 60, preference="Be brief. " * 7, strength=3.0, max_new_tokens=500, focus=0.0
+    )
     wanted = expected(amulet, [long])
     assert answers(engine, [long]) == wanted

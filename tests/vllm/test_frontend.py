@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from amulet import Amulet, Request
 from amulet.errors import ModelError, PromptTooLongError, RequestError
 from amulet.serve.backend import vllm_arguments
 from amulet.vllm_backend import cli
 from amulet.vllm_backend.frontend import Encoder, as_meant
 from amulet.vllm_backend.version import check_version
 from amulet.vllm_backend.wire import PAIR, Pair
-from tests.models import CHATML, IM_END, byte_tokenizer
+from tests.models import CHATML, IM_END, ScriptedModel, byte_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi."}]
 
@@ -36,16 +37,47 @@ def test_a_preference_cannot_leave_its_place() -> None:
 
 
 def test_strengths_share_the_push() -> None:
-    steered = make_encoder().chat(CHAT, {"preference": ["a", "b"], "strength": 3.0})
+    settings = {"preference": ["a", "b"], "strength": 3.0, "focus": 0.0}
+    steered = make_encoder().chat(CHAT, settings)
     assert steered is not None
     assert steered.pair is not None
     assert steered.pair.weights == [2.0, 2.0]
     assert len(steered.pair.prompts) == 2
 
 
+@pytest.mark.parametrize("preference", ["Be brief.", ["a", {"text": "b", "weight": -0.5}]])
+@pytest.mark.parametrize("settings", [{}, {"focus": 2.0, "loop_guard": 0}, {"strength": 0.0}])
+def test_rows_are_those_of_amulets_own_engine(preference: Any, settings: dict[str, Any]) -> None:
+    messages = [{"role": "system", "content": "You are a poet."}, *CHAT]
+    given = {"preference": preference, **settings}
+    amulet = Amulet(ScriptedModel(byte_tokenizer(), "a"), byte_tokenizer())
+    generation = amulet.prepare(Request(messages=messages, **given)).generation
+    steered = make_encoder().chat(messages, given)
+    assert steered is not None
+    pair = steered.pair or Pair([], [])
+    assert [steered.prompt, *pair.prompts] == list(generation.prompts)
+    assert pair.weights == list(generation.weights)
+    if pair.weights:
+        assert (pair.floor, pair.loop_guard) == (generation.floor, generation.loop_guard)
+
+
+def test_without_room_for_its_row_there_is_no_focus() -> None:
+    for rows, weights in ((2, 1), (3, 2)):
+        steered = make_encoder(rows=rows).chat(CHAT, {"preference": "a"})
+        assert steered is not None
+        assert steered.pair is not None
+        assert len(steered.pair.weights) == weights
+    text = make_encoder().text("A bird", {"preference": "a", "focus": 1.0})
+    assert text is not None
+    assert text.pair is not None
+    assert len(text.pair.weights) == 1, "raw text has none"
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
+        ({"preference": "a", "focus": -1}, "focus"),
+        ({"preference": "a", "loop_guard": 1.5}, "loop_guard"),
         ({"preference": "a", "strength": 1e9}, "strength"),
         ({"preference": "a", "floor": 2}, "floor"),
         ({"preference": ["a"] * 5}, "preference: 5"),

@@ -90,6 +90,30 @@ def test_inside_a_span_the_base_row_decides() -> None:
         assert torch.equal(result[0], result[1])
 
 
+def test_the_loop_guard_begins_anew_behind_a_span() -> None:
+    row = replace(ROW, pair=Pair([], [3.0], loop_guard=1, spans=[[5, 6]]))
+    output: list[int] = []
+    processor = make(row, replace(row, number=1), output=output)
+    given = logits(2)
+    steered = combined(given[0], given[1])
+    costs = {
+        (1, 2, 1): {2: 0.8},
+        (1, 2, 1, 2): {1: 0.8 * 1.75},  # "2 1" has been said
+        (1, 2, 1, 2, 5, 1): None,
+        (1, 2, 1, 2, 5, 1, 6): {},
+        (1, 2, 1, 2, 5, 1, 6, 2, 1, 2): {1: 0.8},
+    }
+    for tokens, lowered in costs.items():
+        output[:] = tokens
+        wanted = given[1].clone() if lowered is None else steered.clone()
+        for token, nats in (lowered or {}).items():
+            wanted[token] -= nats
+        result = processor.apply(given.clone())
+        torch.testing.assert_close(result[0], wanted)
+        again = make(row, replace(row, number=1), output=list(tokens))  # as after a preemption
+        torch.testing.assert_close(again.apply(given.clone())[0], wanted)
+
+
 def test_what_vllm_excluded_stays_excluded() -> None:
     row = replace(ROW, pair=Pair([], [3.0], floor=0.1))
     processor = make(row, replace(row, number=1))

@@ -1,0 +1,57 @@
+"""The loop guard: which tokens would go on repeating what an answer has said, and what it costs.
+
+The rule is DRY's ("don't repeat yourself"): a token that would make a repeated run longer loses
+likelihood, the more the longer the run. Only the answer's own tokens count, so that what is copied
+from the prompt, such as a passage, may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FIRST = 0.8  # nats that the first token over the limit loses
+GROWTH = 1.75  # times as many for each further one
+MOST = 100.0  # nats: certainly another token, as far as there is one
+LEVELS = 10  # tokens over the limit, from which it is `MOST`
+
+
+class Repeats:
+    """What an answer repeats.
+
+    Args:
+        free: how many tokens may be repeated freely, at least 1.
+        start: index of the first id that counts; those before it are not for the reader.
+    """
+
+    def __init__(self, free: int, start: int = 0) -> None:
+        self._free = free
+        self._start = start
+        # Run of `free` ids -> each id that followed it, with what stood before.
+        self._seen: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+        self.read = start  # ids of the answer so far
+
+    def costs(self, answer: Sequence[int]) -> dict[int, float]:
+        """Return, for each token that would make a repeated run too long, the nats it loses.
+
+        Args:
+            answer: the answer's ids, of which only the end is new since the last call.
+        """
+        free, start, end = self._free, self._start, len(answer)
+        for place in range(max(self.read, start + free), end):
+            first = max(start, place - free - LEVELS)
+            followed = self._seen.setdefault(tuple(answer[place - free : place]), set())
+            followed.add(tuple(answer[first : place + 1]))
+        self.read = end
+        longest: dict[int, int] = {}
+        if end - start >= free:
+            for *before, token in self._seen.get(tuple(answer[end - free : end]), ()):
+                length = free
+                while length < len(before) and before[-1 - length] == answer[end - 1 - length]:
+                    length += 1
+                longest[token] = max(length, longest.get(token, 0))
+        return {token: cost_of(length - free) for token, length in longest.items()}
+
+
+def cost_of(over: int) -> float:
+    """Return the nats that a token loses, `over` tokens after those that may be repeated."""
+    return min(FIRST * GROWTH ** min(over, LEVELS), MOST)
