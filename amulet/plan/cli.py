@@ -40,6 +40,12 @@ Shared = Annotated[
         help="Of the prompt, before the preference; with placement `user` nearly all.",
     ),
 ]
+Alone = Annotated[
+    int,
+    typer.Option(
+        metavar="TOKENS", help="Of the row that focus takes: preferences alone; 0 is no focus."
+    ),
+]
 DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Utilization = Annotated[
     float, typer.Option(help="Share of the memory for weights and cache, 0 to 1.")
@@ -62,6 +68,7 @@ def plan_command(
     preferences: Preferences = 1,
     preference_tokens: PreferenceTokens = 16,
     shared: Shared = 0,
+    alone: Alone = 48,
     dtype: DType = "auto",
     utilization: Utilization = 0.9,
     as_json: AsJson = False,
@@ -78,7 +85,7 @@ def plan_command(
         if memory is not None and not memory > 0:
             raise RequestError(f"memory={memory:g}: expected GB above 0.")
         device = find_gpu(gpu) if gpu is not None else Gpu("", (memory or 0) * 2**30)
-        work = Work(prompt, answer, preferences, preference_tokens, shared)
+        work = Work(prompt, answer, preferences, preference_tokens, shared, alone)
         plan = make_plan(
             find_shape(model_config), device, users, work, dtype=dtype, utilization=utilization
         )
@@ -136,7 +143,7 @@ def advice(plan: Plan, model: str) -> list[str]:
         lines.append("Not even one user fits on 8 such GPUs: take larger ones, or a smaller model.")
         return lines
     if plan.amulet.fits and plan.amulet.copies == 1:
-        rows = plan.amulet.users * (1 + plan.work.preferences)
+        rows = plan.amulet.users * len(plan.work.rows)
         lines.append("One process with Amulet's own engine does:")
         lines.append(f"  amulet serve --model {model} --dtype {plan.dtype} --max-rows {rows}")
         return lines

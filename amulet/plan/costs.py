@@ -1,4 +1,4 @@
-"""The arithmetic of pairs: rows, cache and the time of a step. Nothing is measured here."""
+"""The arithmetic of steered requests: rows, cache, time of a step. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class Work:
         answer: tokens of the answer.
         preferences: how many; 0 is a plain request.
         preference_tokens: what one of them adds to its prompt.
-        shared: leading tokens that all prompts have in common: with the placement "system" those
-            before the preference, with "user" nearly all.
+        shared: leading tokens that all prompts but the next have in common: with the placement
+            "system" those before the preference, with "user" nearly all.
+        alone: tokens of the prompt that focus takes: the preferences, without what was asked. 0 is
+            without focus.
 
     Raises:
         RequestError: a number is out of its range.
@@ -32,10 +34,11 @@ class Work:
     preferences: int = 1
     preference_tokens: int = 16
     shared: int = 0
+    alone: int = 48  # a wish of 16 tokens in a chat template's turns
 
     def __post_init__(self) -> None:
-        least = {"prompt": 1, "answer": 1, "preferences": 0, "preference_tokens": 0, "shared": 0}
-        for name, value in least.items():
+        for name in ("prompt", "answer", "preferences", "preference_tokens", "shared", "alone"):
+            value = 1 if name in ("prompt", "answer") else 0
             if getattr(self, name) < value:
                 raise RequestError(f"{name}={getattr(self, name)}: expected {value} or more.")
         if self.shared > self.prompt:
@@ -45,9 +48,10 @@ class Work:
 
     @property
     def rows(self) -> list[int]:
-        """Tokens of each row at the answer's end: one per preference, and the base row."""
+        """Tokens of each row at the answer's end: one per preference, focus's, and the base row."""
         base = self.prompt + self.answer
-        return [base + self.preference_tokens] * self.preferences + [base]
+        alone = [self.alone + self.answer] if self.preferences and self.alone else []
+        return [*[base + self.preference_tokens] * self.preferences, *alone, base]
 
     @property
     def plain(self) -> Work:
@@ -63,8 +67,9 @@ class Work:
 def law(weights: float, row: float, users: int, preferences: int = 1) -> float:
     """Return how many times a plain step's time a steered one takes: (W + (1+k)bK) / (W + bK).
 
-    A step of decoding reads the weights once for everybody, and everybody's keys and values; where
-    memory is what limits it, as on a GPU, its time is what it reads.
+    That is without focus, whose row is short where the prompt is long. A step of decoding reads the
+    weights once for everybody, and everybody's keys and values; where memory is what limits it, as
+    on a GPU, its time is what it reads.
 
     Args:
         weights: W, bytes of weights read in a step.
@@ -81,8 +86,8 @@ def vllm_blocks(work: Work, block: int = BLOCK) -> int:
     Whole blocks of the shared beginning are stored once. The answer's are not: its tokens are the
     same in all rows, what came before them is not.
     """
-    shared = 0 if work.preferences == 0 else work.shared // block
-    return shared + sum(-(-tokens // block) - shared for tokens in work.rows)
+    each = sum(-(-tokens // block) for tokens in work.rows)
+    return each - work.preferences * (work.shared // block)
 
 
 def vllm_block_bytes(shape: Shape, dtype: str, parts: int = 1, block: int = BLOCK) -> int:

@@ -10,7 +10,6 @@ from amulet.plan.costs import (
     Work,
     amulet_bytes,
     amulet_users,
-    law,
     step_bytes,
     vllm_block_bytes,
     vllm_blocks,
@@ -121,7 +120,6 @@ def make_plan(
         )
     vllm = _vllm(shape, dtype, gpu, users, work, utilization)
     together = vllm.users or users
-    row = (work.prompt + work.answer / 2) * shape.token(dtype)
     return Plan(
         shape=shape,
         dtype=dtype,
@@ -136,12 +134,8 @@ def make_plan(
         vllm=vllm,
         vllm_plain=_vllm(shape, dtype, gpu, users, work.plain, utilization),
         amulet=_amulet(shape, dtype, gpu, users, work, utilization),
-        steered_over_plain=law(
-            shape.read * BYTES[dtype] / max(vllm.parts, 1),
-            row / max(vllm.parts, 1),
-            together,
-            work.preferences,
-        ),
+        steered_over_plain=step_bytes(shape, dtype, work, together)
+        / step_bytes(shape, dtype, work.plain, together),
     )
 
 

@@ -45,6 +45,7 @@ def pair_table() -> str:
         ("steered, `system`: nothing shared", Work(prompt, answer)),
         ("steered, `user`: 1,780 tokens shared", Work(prompt, answer, shared=1780)),
         ("three preferences, `user`", Work(prompt, answer, 3, shared=1780)),
+        ("one, `user`, without focus", Work(prompt, answer, shared=1780, alone=0)),
     )
     lines = [
         "| " + " | ".join(["", *(f"{name}, vLLM | {name}, Amulet" for name in MODELS[:2])]) + " |",

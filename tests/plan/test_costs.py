@@ -45,7 +45,8 @@ def test_bytes_are_those_of_the_engine(
     streams = [amulet.start(request) for request in requests]
     prompts = [stream.generation.prompts for stream in streams]
     base = len(prompts[0][-1])
-    work = Work(base, answer, preferences, len(prompts[0][0]) - base)
+    alone = len(prompts[0][-2]) if preferences else 0
+    work = Work(base, answer, preferences, len(prompts[0][0]) - base, alone=alone)
     assert {tuple(len(ids) + answer for ids in rows) for rows in prompts} == {tuple(work.rows)}
     most = 0
     for _ in streams[-1].events():
@@ -64,6 +65,8 @@ def blocks_one_by_one(work: Work, block: int) -> int:
         [*lead, *(("wish", i, j) for j in range(work.preference_tokens)), *tail, *answer]
         for i in range(work.preferences)
     ]
+    if work.preferences and work.alone:
+        rows.append([*(("alone", i) for i in range(work.alone)), *answer])
     rows.append([*lead, *tail, *answer])
     full: set[Any] = set()
     partial = 0
@@ -89,15 +92,16 @@ def test_blocks_are_those_that_prefix_caching_keeps(
     block: int, prompt: int, answer: int, preferences: int, wish: int, data: st.DataObject
 ) -> None:
     shared = data.draw(st.integers(0, prompt))
-    work = Work(prompt, answer, preferences, wish, shared)
+    alone = data.draw(st.integers(0, 60))
+    work = Work(prompt, answer, preferences, wish, shared, alone)
     assert vllm_blocks(work, block) == blocks_one_by_one(work, block)
 
 
 def test_users_that_fit() -> None:
-    shape, work = find_shape("llama-3.1-8b"), Work(1800, 200, shared=1776)
+    shape, work = find_shape("llama-3.1-8b"), Work(1800, 200, shared=1776, alone=50)
     each = vllm_blocks(work)
     block = vllm_block_bytes(shape, "bfloat16")
-    assert each == 111 + (125 - 111) + (126 - 111)
+    assert each == 111 + (125 - 111) + (126 - 111) + 16
     assert block == 16 * 128 * 2**10
     assert vllm_users(shape, "bfloat16", work, (3 * each + 1) * block) == 3
     assert vllm_users(shape, "bfloat16", work, (3 * each + 1) * block - 1) == 2
@@ -132,6 +136,8 @@ def test_what_is_out_of_range(options: dict[str, int], words: str) -> None:
 
 
 def test_rows() -> None:
-    assert Work(10, 5, 2, 3).rows == [18, 18, 15]
+    assert Work(10, 5, 2, 3, alone=7).rows == [18, 18, 12, 15]
+    assert Work(10, 5, 2, 3, alone=0).rows == [18, 18, 15]
     assert Work(10, 5, 2, 3).plain.rows == [15]
-    assert Work(10, 4, 1, 3).mean == (13 + 2) + (10 + 2)
+    assert Work(10, 5, 0).rows == [15]
+    assert Work(10, 4, 1, 3, alone=7).mean == (13 + 2) + (7 + 2) + (10 + 2)

@@ -63,7 +63,7 @@ def test_splitting_wins_where_whole_models_leave_no_room() -> None:
 
 def test_the_cost_is_the_law() -> None:
     shape = find_shape("llama-3.1-8b")
-    plan = make_plan(shape, find_gpu("H100"), 10, Work(1800, 400))
+    plan = make_plan(shape, find_gpu("H100"), 10, Work(1800, 400, preference_tokens=0, alone=0))
     weights, rows = shape.read * 2, 10 * 2000 * shape.token("bfloat16")
     assert plan.steered_over_plain == pytest.approx((weights + 2 * rows) / (weights + rows))
     assert make_plan(shape, find_gpu("H100"), 10, PAIR.plain).steered_over_plain == 1
@@ -96,7 +96,7 @@ def test_the_command_prints_a_table_and_what_to_start() -> None:
     assert "8.03 B parameters, 15.0 GiB of weights, 128 KiB of cache per token and row" in (
         " ".join(shown.split())
     )
-    assert "amulet serve --model MODEL --dtype bfloat16 --max-rows 40" in shown
+    assert "amulet serve --model MODEL --dtype bfloat16 --max-rows 60" in shown
     assert "ms per token, at best" in shown
     split = run("-m", "llama-3.1-70b", "--gpu", "H100", "--users", "2000")
     assert "--backend vllm --model MODEL --dtype bfloat16 --tensor-parallel-size" in split

@@ -88,11 +88,15 @@ def shared(rows: Sequence[Sequence[int]]) -> int:
 
 def work_of(rows: list[list[int]]) -> Work:
     """Return what `amulet plan` is told of a request: its longest preference stands for all."""
-    base, preferences = len(rows[-1]), len(rows) - 1
-    if not preferences:
+    base = len(rows[-1])
+    if len(rows) == 1:
         return Work(base, ANSWER, 0)
+    *preferred, alone, _ = rows
+    rows, preferences = [*preferred, rows[-1]], len(preferred)
+    assert shared([alone, rows[-1]]) < BLOCK
     assert {shared(two) // BLOCK for two in combinations(rows, 2)} == {shared(rows) // BLOCK}
-    return Work(base, ANSWER, preferences, max(map(len, rows)) - base, shared(rows))
+    longest = max(map(len, rows)) - base
+    return Work(base, ANSWER, preferences, longest, shared(rows), len(alone))
 
 
 @pytest.mark.parametrize("length", [90, 171, 300, 331])
@@ -118,5 +122,5 @@ def test_the_longest_preference_bounds_the_blocks_of_all(
     wishes = ("Very brief.", "More than that: leave out whatever the question does not ask for.")
     rows, most = ask(engine, monkeypatch, wishes, placement, 240)
     work = work_of(rows)
-    shortest = replace(work, preference_tokens=min(map(len, rows[:-1])) - len(rows[-1]))
+    shortest = replace(work, preference_tokens=min(map(len, rows[:-2])) - len(rows[-1]))
     assert vllm_blocks(shortest, BLOCK) < most < vllm_blocks(work, BLOCK)
