@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from amulet.collector import paused_collector
-from amulet.comparison import Comparison
-from amulet.curve import StrengthCurve
 from amulet.errors import (
     AmuletError,
     DecodeError,
@@ -22,21 +19,17 @@ from amulet.errors import (
 )
 from amulet.gain import game_gain
 from amulet.grammar import Grammar
+from amulet.models.collector import paused_collector
+from amulet.output.comparison import Comparison
+from amulet.output.curve import StrengthCurve
 from amulet.preference import Preference, Steering
-from amulet.request import (
-    Event,
-    InvalidToolCall,
-    Reply,
-    Request,
-    TokenTrace,
-    ToolCall,
-    Usage,
-)
+from amulet.reply import Event, InvalidToolCall, Reply, TokenTrace, ToolCall, Usage
+from amulet.request import Request
 
 if TYPE_CHECKING:
-    from amulet.aio import AsyncReplyStream
     from amulet.model import Amulet
-    from amulet.stream import ReplyStream
+    from amulet.output.async_stream import AsyncReplyStream
+    from amulet.output.stream import ReplyStream
 
 __version__ = "0.1.0"
 

@@ -17,18 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from amulet import __version__
-from amulet.comparison import wished
 from amulet.console import Device, DType, Model, load, readable_errors, where_to_read
 from amulet.errors import AmuletError, one_line
 from amulet.evaluation.cli import register as register_eval
 from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune
+from amulet.output.comparison import wished
 from amulet.plan.cli import register as register_plan
 from amulet.playground.cli import register as register_playground
 from amulet.preference import DEFAULT_STEERING, Steering
 from amulet.rendering.pieces import harmless
 from amulet.rendering.terminal import answer_text, legend_text
-from amulet.request import Reply, Request
+from amulet.reply import Reply
+from amulet.request import Request
 from amulet.serve.cli import register as register_serve
 
 if TYPE_CHECKING:

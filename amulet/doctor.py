@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from amulet import __version__
 from amulet.cache_folder import cache_folder
-from amulet.embedded import HUB_NAME, INSTALL, PACKAGE
+from amulet.models.embedded import HUB_NAME, INSTALL, PACKAGE
 
 DISTRIBUTION = "amulet-integrations"
 STARTED_WITH = ("torch", "transformers", "accelerate", "safetensors")
@@ -96,7 +96,7 @@ def _device() -> Finding:
     try:
         import torch
 
-        from amulet.loading import default_device
+        from amulet.models.loading import default_device
     except (ImportError, OSError) as error:  # a broken install of torch raises either
         fix = "pip install --force-reinstall torch"
         return Finding("device", "bad", f"torch can't be imported: {error}", fix)
@@ -116,7 +116,7 @@ def _device() -> Finding:
 
 def _native() -> Finding:
     try:
-        from amulet import native
+        from amulet.backends.transformers.cpu import native
     except (ImportError, OSError):  # torch's fault, which `_device` reports
         return Finding("C code", "note", "not looked for: torch can't be imported")
     if native.library() is not None:

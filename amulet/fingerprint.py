@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from amulet.backends.transformers.weights import weights_digest, weights_state
 from amulet.model import Amulet
-from amulet.weights import weights_digest, weights_state
 
 _known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()  # by model: state and digest
 

@@ -13,19 +13,20 @@ from typing import Any, ClassVar, Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet.aio import AsyncReplyStream, read_all
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.comparison import Comparison, comparison_requests
-from amulet.curve import STRENGTHS, Point, StrengthCurve, curve_requests
-from amulet.driver import Driver
+from amulet.backends.transformers.weights import decoder_of
+from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, ModelError, RequestError
+from amulet.output.async_stream import AsyncReplyStream, read_all
+from amulet.output.comparison import Comparison, comparison_requests
+from amulet.output.curve import STRENGTHS, Point, StrengthCurve, curve_requests
+from amulet.output.stream import ReplyStream
 from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
-from amulet.request import Reply, Request
-from amulet.stream import ReplyStream
-from amulet.template import check_unicode
-from amulet.tokenizer import own_tokenizer
-from amulet.weights import decoder_of
+from amulet.prompting.chat_template import check_unicode
+from amulet.prompting.tokenizer import own_tokenizer
+from amulet.reply import Reply
+from amulet.request import Request
 
 # Special tokens that occur in prompts; others are padding, or stand for images and sounds.
 USED_TOKENS = ("bos_token", "eos_token", "unk_token")
@@ -140,7 +141,7 @@ class Amulet:
         Raises:
             ModelError: nothing loadable is there; says what was looked for.
         """
-        from amulet.loading import load_pretrained
+        from amulet.models.loading import load_pretrained
 
         return cls(
             *load_pretrained(name_or_path, **options),
@@ -168,7 +169,7 @@ class Amulet:
             steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
             options: as for `from_pretrained`.
         """
-        from amulet.embedded import load_embedded
+        from amulet.models.embedded import load_embedded
 
         return cls(
             *load_embedded(**options),

@@ -9,18 +9,18 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from amulet.answer import Answer
+from amulet.decoding.generation import Generation
+from amulet.decoding.sampling import Sampling
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
-from amulet.generation import Generation
 from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
-from amulet.messages import Message, calls_as_text, normal_messages
+from amulet.output.answer import Answer
+from amulet.output.sections import Calls, Scanner, Spans, find_thinking
 from amulet.preference import Preference, Steering, guard_of, row_weights
-from amulet.prompts import Prompts, encode_alone, encode_chat, encode_text
+from amulet.prompting.chat_template import ChatTemplate
+from amulet.prompting.messages import Message, calls_as_text, normal_messages
+from amulet.prompting.prompts import Prompts, encode_alone, encode_chat, encode_text
 from amulet.request import Request
-from amulet.sampling import Sampling
-from amulet.spans import Calls, Scanner, Spans, find_thinking
-from amulet.template import ChatTemplate
-from amulet.tools import (
+from amulet.tool_calls import (
     FALLBACK,
     find_dialect,
     forced_grammar,
@@ -28,9 +28,9 @@ from amulet.tools import (
     no_tools_error,
     tool_schemas,
 )
-from amulet.tools.base import Dialect, Function, Piece, Schema, arguments_schema
-from amulet.tools.fallback import with_instructions
-from amulet.tools.response import ResponseTemplate
+from amulet.tool_calls.base import Dialect, Function, Piece, Schema, arguments_schema
+from amulet.tool_calls.fallback import with_instructions
+from amulet.tool_calls.response import ResponseTemplate
 
 CONTEXT = 8
 """Ids of the prompt that tell whether a space begins an answer that goes on from it."""

@@ -5,8 +5,7 @@ Every range is checked here, once; the modules below trust it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,13 +23,9 @@ from amulet.preference import (
     describe,
     normal_preferences,
 )
-from amulet.rendering.html import reply_html
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
-EventKind = Literal["text", "reasoning", "tool_call"]
+    pass
 
 
 class Request(BaseModel):
@@ -165,155 +160,3 @@ class Request(BaseModel):
         given = {name: getattr(self, name) for name in Steering.model_fields}
         given = {name: value for name, value in given.items() if value is not None}
         return Steering(**{**default.model_dump(), **given}) if given else default
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Token counts. The base row's share is told apart: it is what steering cost.
-
-    Attributes:
-        prompt_tokens: tokens of the preferred prompt (the prompt that the user sees answered).
-        completion_tokens: tokens decoded, the end-of-turn token included.
-        base_prompt_tokens: prompt tokens of the further rows; 0 for a plain request.
-        cached_tokens: how many of `prompt_tokens` were not computed, because an earlier or running
-            request began alike. It depends on what else was asked, so it doesn't count in `==`.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    base_prompt_tokens: int = 0
-    cached_tokens: int = field(default=0, compare=False)
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and completion, without the further rows."""
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True)
-class TokenTrace:
-    """Why one token was chosen. Log-probabilities are natural, before temperature and top-k/p.
-
-    Attributes:
-        token_id, text: the token that was emitted.
-        preferred: its log-probability with the preference in the prompt (with several: the mean
-            of their rows by weight).
-        base: its log-probability without.
-        steered: its log-probability under the steered distribution, floor applied.
-        unsteered_id, unsteered_text: what the plain model would have chosen here.
-        top: likely alternatives under the steered distribution, `(token_id, text, logprob)`.
-    """
-
-    token_id: int
-    text: str
-    preferred: float
-    base: float
-    steered: float
-    unsteered_id: int
-    unsteered_text: str
-    top: tuple[tuple[int, str, float], ...] = ()
-
-
-def mean_base(trace: Sequence[TokenTrace]) -> float:
-    """Return the mean log-probability of the tokens under the plain model, nats; 0 for none."""
-    return sum(token.base for token in trace) / max(1, len(trace))
-
-
-def changed_share(trace: Sequence[TokenTrace]) -> float:
-    """Return the share of tokens for which the plain model would have said another; 0 for none."""
-    return sum(token.unsteered_id != token.token_id for token in trace) / max(1, len(trace))
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that the model makes.
-
-    Attributes:
-        name: the tool's name, as the model wrote it.
-        arguments: its arguments; they are not checked against the tool's schema.
-        id: an id of this call, unique, for the tool message that answers it.
-        written: the JSON of the arguments as it was streamed; "" for a call made by hand.
-    """
-
-    name: str
-    arguments: dict[str, Any]
-    id: str
-    written: str = field(default="", compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class InvalidToolCall:
-    """A call that can't be read or was cut off: what the model wrote, and what is wrong with it."""
-
-    raw: str
-    error: str
-    id: str
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Event:
-    """A piece of an answer, in the order it was written.
-
-    Attributes:
-        kind: "text" for the reader, "reasoning" (a thinking span), or "tool_call".
-        text: the piece. Those of one kind concatenate to the reply's `text` or `reasoning`; those
-            of one call to the JSON of its arguments. With a trace the last event may be empty. A
-            call's events come once it has ended, so that no cut call looks like a whole one.
-        tokens: with `trace=True`, the tokens whose text begins here; all events' make the trace.
-        index: for a call, the how manyth of the answer it is, from 0.
-        id, name: for a call's first event, its id and the tool's name (None: not readable).
-        error: for an invalid call's only event, what is wrong; `text` is what the model wrote.
-    """
-
-    kind: EventKind
-    text: str
-    tokens: tuple[TokenTrace, ...] = ()
-    index: int = 0
-    id: str | None = None
-    name: str | None = None
-    error: str | None = None
-
-    def with_tokens(self, tokens: tuple[TokenTrace, ...]) -> Event:
-        """Return this event with its tokens."""
-        return replace(self, tokens=tokens)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A finished answer.
-
-    Attributes:
-        text: what the user reads: no special tokens, no prompt, no stop string.
-        token_ids: every decoded id, the end-of-turn id included.
-        finish_reason: "stop" (end of turn or stop string), "tool_calls" (the model calls tools),
-            "length" or "cancelled".
-        usage: token counts.
-        steering: the settings in force, see `Steering`; None when decoded plainly.
-        stop_string: the stop string that ended the answer, if one did.
-        trace: a `TokenTrace` per token, if asked for.
-        reasoning: the thinking spans, without their markers.
-        tool_calls, invalid_tool_calls: the calls that the model makes, and what it failed to say.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    usage: Usage
-    steering: Steering | None = None
-    stop_string: str | None = None
-    trace: tuple[TokenTrace, ...] | None = field(default=None, repr=False)
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
-
-    def __str__(self) -> str:
-        return self.text
-
-    def _repr_html_(self) -> str:  # what a notebook shows
-        return reply_html(self)
-
-    def __rich__(self) -> RenderableType:  # what rich prints
-        from amulet.rendering.terminal import reply_terminal  # rich is slow to import
-
-        return reply_terminal(self)

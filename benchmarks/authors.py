@@ -21,7 +21,7 @@ import torch
 
 from amulet import Preference, Steering
 from amulet.evaluation.literal import play
-from amulet.prompts import Prompts, encode_chat
+from amulet.prompting.prompts import Prompts, encode_chat
 from benchmarks import contenders, measure
 from benchmarks.measure import Spread, name_of
 from benchmarks.passages import rag_chat

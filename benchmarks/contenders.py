@@ -25,8 +25,8 @@ from transformers import (
 from transformers.utils import logging
 
 from amulet import Amulet
-from amulet.embedded import embedded_folder, load_embedded
-from amulet.packing import pack_linears
+from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.models.embedded import embedded_folder, load_embedded
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-0.5b": {

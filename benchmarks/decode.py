@@ -18,7 +18,7 @@ import torch
 
 from amulet import Preference
 from amulet.preference import DEFAULT_STEERING, Placement
-from amulet.prompts import encode_chat
+from amulet.prompting.prompts import encode_chat
 from benchmarks import contenders, measure
 from benchmarks.measure import Claim, Times, at_least, at_most, name_of
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from amulet.embedded import GGUF, MODULE
+from amulet.models.embedded import GGUF, MODULE
 from benchmarks import contenders, decode, measure
 from benchmarks.measure import Claim, Times
 

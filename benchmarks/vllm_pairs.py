@@ -26,7 +26,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-from amulet.embedded import embedded_folder
+from amulet.models.embedded import embedded_folder
 from benchmarks import contenders, measure
 from benchmarks.measure import Claim, Spread, name_of
 

@@ -25,7 +25,7 @@ with suppress(ImportError):  # the environment of vLLM's tests goes without Hypo
 
 def pytest_report_header() -> list[str]:
     """Say whether the C code is tested here: many tests are left out where it can't be."""
-    from amulet import native
+    from amulet.backends.transformers.cpu import native
 
     found = native.reason()
     return [f"C code: {'not tested here, ' + found if found else 'compiled, and tested'}"]
@@ -40,7 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32 on the CPU as Transformers has it, and its tokenizer."""
-    from amulet.embedded import load_embedded
+    from amulet.models.embedded import load_embedded
 
     model, tokenizer = load_embedded(dtype=torch.float32, pack=False)
     return model, tokenizer
@@ -49,6 +49,6 @@ def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 @pytest.fixture(scope="session")
 def packed_smollm() -> PreTrainedModel:
     """The same model with its weights packed, as `Amulet.embedded()` loads it on the CPU."""
-    from amulet.embedded import load_embedded
+    from amulet.models.embedded import load_embedded
 
     return load_embedded(dtype=torch.float32)[0]

@@ -7,7 +7,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.engine import Engine
+from amulet.decoding.engine import Engine
 
 
 def engine_over(

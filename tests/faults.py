@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amulet.engine import Engine
-from amulet.generation import Generation
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
 
 CPU_SAYS = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from amulet import native, products
+from amulet.backends.transformers.cpu import native, products
 
 
 def _compiles() -> bool:

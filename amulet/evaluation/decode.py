@@ -28,8 +28,9 @@ from amulet.evaluation.methods import BEAMS, Method
 from amulet.evaluation.paper import opposite_of
 from amulet.evaluation.questions import QuestionSet
 from amulet.evaluation.run import Answer, Meta, MethodMeta, PreferenceMeta, Run, SetMeta
-from amulet.request import Request, changed_share, mean_base
-from amulet.tokenizer import own_tokenizer
+from amulet.prompting.tokenizer import own_tokenizer
+from amulet.reply import changed_share, mean_base
+from amulet.request import Request
 
 if TYPE_CHECKING:
     import os

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from amulet.cache import cache_argument
+from amulet.backends.transformers.support import cache_argument
+from amulet.decoding.loop_guard import Repeats
+from amulet.decoding.mixture import Mixture
 from amulet.errors import EvaluationError
 from amulet.evaluation.jobs import with_every_row
-from amulet.mixture import Mixture
 from amulet.preference import Preference, row_weights
-from amulet.repeats import Repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

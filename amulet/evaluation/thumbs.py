@@ -32,9 +32,9 @@ from amulet.errors import EvaluationError
 from amulet.evaluation.run import read_lines
 from amulet.gain import game_gain
 from amulet.preference import Placement, Preference, Steering, describe
+from amulet.prompting.chat_template import break_all, encode, token_pattern
+from amulet.prompting.tokenizer import own_tokenizer
 from amulet.request import Request
-from amulet.template import break_all, encode, token_pattern
-from amulet.tokenizer import own_tokenizer
 
 if TYPE_CHECKING:
     from amulet import Amulet

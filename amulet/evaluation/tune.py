@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from amulet.errors import EvaluationError
 from amulet.evaluation.guards import distinct_3
 from amulet.preference import Placement, Steering
-from amulet.request import Reply, Request
+from amulet.reply import Reply
+from amulet.request import Request
 
 if TYPE_CHECKING:
     from amulet import Amulet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amulet.cache import GPU_COLUMN_STEP
+from amulet.backends.transformers.cache import GPU_COLUMN_STEP
 from amulet.errors import RequestError
 from amulet.plan.shapes import BYTES, Shape
 

@@ -166,7 +166,7 @@ def shape_of(config: Any, name: str) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from amulet.cache import SUPPORTED_KINDS, layer_kinds
+    from amulet.backends.transformers.masks import SUPPORTED_KINDS, layer_kinds
 
     text = config.get_text_config()
     unknown = set(layer_kinds(text)) - SUPPORTED_KINDS

@@ -8,9 +8,10 @@ from typing import Any
 
 from amulet.errors import DecodeError, RequestError
 from amulet.preference import Steering
-from amulet.request import Event, InvalidToolCall, Reply, Request, TokenTrace, ToolCall, Usage
-from amulet.template import check_unicode
-from amulet.tools import tool_schemas
+from amulet.prompting.chat_template import check_unicode
+from amulet.reply import Event, InvalidToolCall, Reply, TokenTrace, ToolCall, Usage
+from amulet.request import Request
+from amulet.tool_calls import tool_schemas
 
 _SAME = (
     *Steering.model_fields,

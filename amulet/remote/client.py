@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
-from amulet.aio import AsyncReplyStream
 from amulet.errors import AmuletError, MissingPackageError, ModelError, RequestError
 from amulet.model import Amulet
+from amulet.output.async_stream import AsyncReplyStream
+from amulet.output.stream import ReplyStream
 from amulet.preference import Steering
 from amulet.remote.model import RemoteModel, RemoteTokenizer
-from amulet.request import Reply, Request
-from amulet.stream import ReplyStream
-from amulet.tools import find_dialect
+from amulet.reply import Reply
+from amulet.request import Request
+from amulet.tool_calls import find_dialect
 
 try:
     import openai

@@ -1,16 +1,17 @@
-"""The streams of a remote answer: those of `amulet.stream` and `amulet.aio`, read from a server."""
+"""The streams of a remote answer: those of `amulet.output`, read from a server."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
-from amulet.aio import AsyncReplyStream
 from amulet.errors import RequestError
+from amulet.output.async_stream import AsyncReplyStream
+from amulet.output.stream import ReplyStream
 from amulet.remote.bodies import Collector
 from amulet.remote.errors import told
-from amulet.request import Event, Reply, Request, TokenTrace, Usage
-from amulet.stream import ReplyStream
+from amulet.reply import Event, Reply, TokenTrace, Usage
+from amulet.request import Request
 
 UNFINISHED = "The answer is not finished: read the stream to its end first."
 

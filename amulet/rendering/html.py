@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from amulet.rendering.pieces import BOUNDS, Piece, harmless, pieces_of
 
 if TYPE_CHECKING:
-    from amulet.request import Reply
+    from amulet.reply import Reply
 
 RAISED = ("#dbe9f6", "#b7d4ea", "#85bcdc", "#5ba3cf")
 """Colours of the levels 1 to 4: the deeper, the more steering raised a token."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from amulet.request import Reply, TokenTrace
+    from amulet.reply import Reply, TokenTrace
 
 BOUNDS = (0.5, 1.5, 3.0, 5.0)
 """Nats from which on a token has the next deeper colour: e^.5 is 1.6 times likelier, e^5 148."""

@@ -13,7 +13,7 @@ from amulet.rendering.html import LOWERED, RAISED, figures
 from amulet.rendering.pieces import BOUNDS, Piece, harmless, pieces_of
 
 if TYPE_CHECKING:
-    from amulet.request import Reply
+    from amulet.reply import Reply
 
 
 def reply_terminal(reply: Reply) -> RenderableType:

@@ -14,7 +14,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from amulet.request import Event, TokenTrace
+from amulet.reply import Event, TokenTrace
 
 _LOST = "\N{REPLACEMENT CHARACTER}"  # bytes that are no character; how many of these, differs
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from amulet.request import Event, InvalidToolCall, Reply, TokenTrace, Usage
+from amulet.reply import Event, InvalidToolCall, Reply, TokenTrace, Usage
 from amulet.serve.logprobs import Content, TokenBytes, Written, readable
 
 UNLIKELY = -9999.0  # what OpenAI's API says for a token that can't come; JSON has no -inf

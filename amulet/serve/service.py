@@ -16,16 +16,17 @@ from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from amulet.aio import AsyncReplyStream
 from amulet.errors import PromptTooLongError, RequestError
 from amulet.fingerprint import fingerprint
 from amulet.model import Amulet
-from amulet.request import Event, Reply, Request, Usage
+from amulet.output.async_stream import AsyncReplyStream
+from amulet.output.stream import ReplyStream
+from amulet.reply import Event, Reply, Usage
+from amulet.request import Request
 from amulet.serve.errors import ApiError
 from amulet.serve.limits import Limits, Traffic, rows_of
 from amulet.serve.logprobs import TokenBytes
 from amulet.serve.metrics import Metrics
-from amulet.stream import ReplyStream
 
 logger = logging.getLogger("amulet.serve")
 T = TypeVar("T")

@@ -47,7 +47,7 @@ def serve(arguments: Sequence[str]) -> None:
     parser.set_defaults(enable_prompt_tokens_details=True, enable_request_id_headers=True)
     args = parser.parse_args(list(arguments))
     if args.model is None and args.model_tag is None:
-        from amulet.embedded import HUB_NAME, embedded_folder
+        from amulet.models.embedded import HUB_NAME, embedded_folder
 
         args.model = str(embedded_folder())
         args.served_model_name = args.served_model_name or [HUB_NAME.split("/")[-1]]

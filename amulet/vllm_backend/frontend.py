@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from amulet.errors import ModelError, RequestError
+from amulet.output.sections import find_thinking
 from amulet.preference import DEFAULT_STEERING, Steering, guard_of, row_weights
 from amulet.prepare import ends_with, room_for_answer, steered_rows
-from amulet.prompts import Prompts, encode_alone, encode_chat, encode_text
+from amulet.prompting.chat_template import ChatTemplate
+from amulet.prompting.prompts import Prompts, encode_alone, encode_chat, encode_text
 from amulet.request import Request
-from amulet.spans import find_thinking
-from amulet.template import ChatTemplate
-from amulet.tools import find_dialect
+from amulet.tool_calls import find_dialect
 from amulet.vllm_backend.wire import PAIR, Pair
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 vLLM calls it once a step for the whole batch, `[rows, vocab]` in float32, after what excludes
 tokens (`min_tokens`, `logit_bias`, `bad_words`) and before temperature. The arithmetic is
-`amulet.mixture`'s, as in Amulet's own engine, and so are draws where the request has a seed. Where
-a token is drawn it is drawn here, once, and every row of the request is left with no other choice.
+`amulet.decoding.mixture`'s, as in Amulet's own engine, and so are draws where the request has a
+seed. A token is drawn here, once, and every row of the request is left with no other choice.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
-from amulet.mixture import Mixture, put_rows, take_rows
-from amulet.repeats import Repeats
-from amulet.sampling import NEVER, Sampling, draw, on_device, warp
+from amulet.backends.transfer import on_device
+from amulet.decoding.loop_guard import Repeats
+from amulet.decoding.mixture import Mixture, put_rows, take_rows
+from amulet.decoding.sampling import NEVER, Sampling, draw, warp
 from amulet.vllm_backend.version import check_vllm
 from amulet.vllm_backend.wire import Pair, Row
 

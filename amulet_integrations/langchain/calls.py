@@ -14,8 +14,9 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
 from amulet import Amulet
-from amulet.request import Reply, Request
-from amulet.stream import ReplyStream
+from amulet.output.stream import ReplyStream
+from amulet.reply import Reply
+from amulet.request import Request
 from amulet_integrations.langchain.binding import AmuletBinding, Composable
 from amulet_integrations.langchain.options import AmuletOptions
 from amulet_integrations.langchain.runs import in_its_run

@@ -19,7 +19,8 @@ from pydantic import Field
 
 from amulet.errors import RequestError
 from amulet.grammar import Grammar
-from amulet.request import Reply, Request
+from amulet.reply import Reply
+from amulet.request import Request
 from amulet_integrations import _options
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies

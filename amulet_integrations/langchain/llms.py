@@ -12,7 +12,8 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field
 
 from amulet.errors import RequestError
-from amulet.request import Reply, Request
+from amulet.reply import Reply
+from amulet.request import Request
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
 from amulet_integrations.langchain.calls import AmuletCalls

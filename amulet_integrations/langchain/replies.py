@@ -16,7 +16,7 @@ from langchain_core.outputs import (
 )
 
 from amulet.preference import Steering
-from amulet.request import Event, Reply, TokenTrace, Usage
+from amulet.reply import Event, Reply, TokenTrace, Usage
 from amulet_integrations._preference import Chosen
 
 CALL_BLOCKS = 1000  # more than an answer has sections

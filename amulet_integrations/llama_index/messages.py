@@ -27,7 +27,7 @@ from typing_extensions import Unpack
 
 from amulet.errors import RequestError
 from amulet.preference import PreferenceLike, normal_preferences
-from amulet.request import Reply, TokenTrace, ToolCall, Usage
+from amulet.reply import Reply, TokenTrace, ToolCall, Usage
 from amulet_integrations._preference import Push, setting_meant
 from amulet_integrations.llama_index.scope import Settings, as_json, checked
 

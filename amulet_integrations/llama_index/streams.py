@@ -10,7 +10,8 @@ from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from pydantic_core import from_json
 
 from amulet import Amulet
-from amulet.request import Event, Reply, Request, ToolCall, Usage
+from amulet.reply import Event, Reply, ToolCall, Usage
+from amulet.request import Request
 from amulet_integrations.llama_index.messages import (
     assistant,
     logprobs,

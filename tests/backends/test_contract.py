@@ -13,8 +13,8 @@ import torch
 
 from amulet.backends.base import Backend
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.engine import Engine
-from amulet.generation import Generation
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
 from tests.backends.scripted import ScriptedBackend, scores
 from tests.models import random_model
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet, DecodeError, Event, Request, RequestError
-from amulet.aio import AsyncReplyStream
+from amulet.output.async_stream import AsyncReplyStream
 from tests.models import ScriptedModel
 
 LONG = "abcdefghijklmnopqrstuvwxyz" * 4

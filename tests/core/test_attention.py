@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet import attention, native
-from amulet.attention import FEW, WIDEST, grouped_attention
+from amulet.backends.transformers import attention
+from amulet.backends.transformers.attention import FEW, WIDEST, grouped_attention
+from amulet.backends.transformers.cpu import native
 from tests import bounds
 from tests.bounds import check
 from tests.marks import needs_code

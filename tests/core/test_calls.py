@@ -14,9 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet, Event, Reply
-from amulet.spans import Calls, Spans
-from amulet.tools import gemma, glm, hermes, llama, mistral, pythonic, qwen_coder
-from amulet.tools.base import CUT, Dialect, Function, Piece
+from amulet.output.sections import Calls, Spans
+from amulet.tool_calls import gemma, glm, hermes, llama, mistral, pythonic, qwen_coder
+from amulet.tool_calls.base import CUT, Dialect, Function, Piece
 from tests.core.test_tools import CALL, KNOWS_TOOLS, PING, TOOLS, amulet_saying, user
 
 PARAMETERS: dict[str, Any] = {

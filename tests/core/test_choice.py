@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from amulet import Amulet, DecodeError, Grammar, Request
-from amulet.choice import _repeated, choose_tokens
-from amulet.generation import Generation
-from amulet.sampling import Sampling
+from amulet.decoding.choice import _repeated, choose_tokens
+from amulet.decoding.generation import Generation
+from amulet.decoding.sampling import Sampling
 from tests.models import IM_END, random_model
 
 NEVER = float("-inf")

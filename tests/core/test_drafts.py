@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.drafts import NARROW, NGRAM, WIDE, Draft
+from amulet.decoding.prompt_lookup import NARROW, NGRAM, WIDE, Draft
 
 
 def test_it_proposes_what_followed_the_same_ngram_last() -> None:

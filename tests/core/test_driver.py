@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.driver import Driver
+from amulet.decoding.generation import Generation
+from amulet.decoding.worker import Driver
 from amulet.errors import DecodeError, RequestError
-from amulet.generation import Generation
 from tests.engines import engine_over
 from tests.models import ScriptedModel
 
@@ -508,7 +508,7 @@ reader.join()
 assert replies[0].text == "hello there"
 """,
         """
-from amulet.driver import _end_threads
+from amulet.decoding.worker import _end_threads
 
 threading.Timer(0.2, go.set).start()
 _end_threads()  # as at the interpreter's exit

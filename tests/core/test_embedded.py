@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet import Amulet, embedded
+from amulet import Amulet
 from amulet.errors import MissingPackageError, ModelError
+from amulet.models import embedded
 
 NAME = "smollm2-135m-instruct-0.1.2-1"
 
@@ -65,7 +66,8 @@ def test_racing_threads_convert_once(cache: Path, converted: list[Path]) -> None
 
 RACER = """
 import time
-from amulet import Amulet, embedded
+from amulet import Amulet
+from amulet.models import embedded
 
 def convert(gguf, folder):
     print("converts")

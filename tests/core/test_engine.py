@@ -10,11 +10,11 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from amulet.backends.transformers.backend import WORTH_SHARING
-from amulet.cache import COLUMN_STEP, RowCache
-from amulet.engine import Engine, common_prefix
+from amulet.backends.transformers.cache import COLUMN_STEP, RowCache
+from amulet.decoding.engine import Engine, common_prefix
+from amulet.decoding.generation import Generation
+from amulet.decoding.sampling import Sampling
 from amulet.errors import ModelError, OutOfMemoryError
-from amulet.generation import Generation
-from amulet.sampling import Sampling
 from tests.engines import engine_over
 from tests.models import ScriptedModel, random_model
 

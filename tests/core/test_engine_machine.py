@@ -23,10 +23,10 @@ from hypothesis.stateful import (
 )
 from transformers import PreTrainedModel
 
-from amulet.cache import RowCache
+from amulet.backends.transformers.cache import RowCache
+from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.decoding.generation import Generation
 from amulet.errors import OutOfMemoryError
-from amulet.generation import Generation
-from amulet.packing import pack_linears
 from tests.engines import engine_over
 from tests.faults import FAULTS, SHORTAGES, Allocations, admit, step
 from tests.models import random_model

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from amulet import native, products
-from amulet.attention import FEW
+from amulet.backends.transformers import attention
+from amulet.backends.transformers.attention import FEW
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.layers import PART, NativeLayer, are_native, use_native_layers
-from amulet.packing import pack_linears
+from amulet.backends.transformers.cpu import native, products
+from amulet.backends.transformers.cpu.layers import (
+    PART,
+    NativeLayer,
+    are_native,
+    use_native_layers,
+)
+from amulet.backends.transformers.cpu.packing import pack_linears
 from tests.bounds import of_logits
 from tests.engines import engine_over
 from tests.marks import needs_code
@@ -139,7 +145,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def let_long_passes_be_whole(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever processor this is: with AMX they would be oneDNN's and PyTorch's."""
-    monkeypatch.setattr("amulet.attention._prefills_well", lambda dtype: True)
+    monkeypatch.setattr("amulet.backends.transformers.attention._prefills_well", lambda dtype: True)
     for module in model.modules():
         if hasattr(module, "native"):
             monkeypatch.setattr(module.native, "_most_in_parts", 10**9)
@@ -177,7 +183,7 @@ def test_a_long_pass_gives_what_the_model_s_own_layers_give(
     ways = ["_by_operations", "_whole"] * 2 if kind == "gemma3" else ["_whole"] * 4
     assert calls[-4:] == ways
     torch.manual_seed(0)
-    monkeypatch.setattr("amulet.attention._prefills_well", lambda dtype: False)
+    monkeypatch.setattr(attention, "_prefills_well", lambda dtype: False)
     with own_forward(model):
         expected = logits_of(model, [start] * rows, width)
     if weights[0] == torch.float32:

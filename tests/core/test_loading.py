@@ -24,7 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from amulet import Amulet
 from amulet.errors import MissingPackageError, ModelError
-from amulet.loading import default_device, load_pretrained
+from amulet.models.loading import default_device, load_pretrained
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_misspelt_option_is_an_error(folder: Path) -> None:
 
 def test_an_adapter_needs_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
-    monkeypatch.setattr("amulet.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("amulet.models.loading.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError) as caught:
         load_pretrained(folder)
     assert str(caught.value) == f"{folder} is a PEFT adapter: run `pip install peft`."
@@ -212,7 +212,7 @@ def test_an_adapter_needs_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_an_adapter_without_a_tokenizer_takes_its_base_models(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from amulet.loading import _tokenizer_source
+    from amulet.models.loading import _tokenizer_source
 
     adapter = tmp_path_factory.mktemp("adapter")
     (adapter / "adapter_config.json").write_text(

@@ -13,16 +13,17 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from amulet import Amulet, native, rowwise
-from amulet.cache import COLUMN_STEP, RowCache
-from amulet.compiled import CompiledStep
-from amulet.engine import Engine
+from amulet import Amulet
+from amulet.backends.transformers.cache import COLUMN_STEP, RowCache
+from amulet.backends.transformers.compiled import CompiledStep
+from amulet.backends.transformers.cpu import native, rowwise
+from amulet.backends.transformers.cpu.layers import are_native
+from amulet.backends.transformers.cpu.packed_layers import Int8Linear, PackedLinear
+from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
 from amulet.errors import ModelError, OutOfMemoryError, RequestError, is_out_of_memory
-from amulet.generation import Generation
-from amulet.layers import are_native
-from amulet.loading import load_pretrained
-from amulet.packed_layers import Int8Linear, PackedLinear
-from amulet.packing import pack_linears
+from amulet.models.loading import load_pretrained
 from amulet.serve.errors import from_amulet
 from tests.engines import engine_over
 from tests.faults import FAULTS, SHORTAGES, Allocations, admit, step
@@ -324,7 +325,7 @@ def test_an_interrupt_or_a_shortage_at_the_first_token_leaves_no_row(
 
     for fault in (FAULTS[kind](), KeyboardInterrupt()):
         with monkeypatch.context() as patch:
-            patch.setattr("amulet.engine.choose_tokens", Mock(side_effect=fault))
+            patch.setattr("amulet.decoding.engine.choose_tokens", Mock(side_effect=fault))
             with pytest.raises((OutOfMemoryError, KeyboardInterrupt)):
                 engine.admit(Generation(prompts=[conversation(tokenizer)]))
         assert (engine.running, engine._owners, engine.backend.nbytes) == ([], [], 0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.mixture import Mixture, take_rows
+from amulet.decoding.mixture import Mixture, take_rows
 
 VOCAB = 12
 NEVER = float("-inf")

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from amulet import doctor, native, products
-from amulet.attention import grouped_attention, steps_are_native
-from amulet.packed_layers import PackedLinear
-from amulet.packing import pack_linears
+from amulet import doctor
+from amulet.backends.transformers.attention import grouped_attention, steps_are_native
+from amulet.backends.transformers.cpu import native, products
+from amulet.backends.transformers.cpu.packed_layers import PackedLinear
+from amulet.backends.transformers.cpu.packing import pack_linears
 from tests.engines import engine_over
 from tests.marks import needs_code
 from tests.models import random_model
@@ -342,8 +343,8 @@ def test_a_team_asked_by_many_threads_at_once() -> None:
 FORKING = """
 import os, torch
 from torch import nn
-from amulet import native
-from amulet.packed_layers import PackedLinear
+from amulet.backends.transformers.cpu import native
+from amulet.backends.transformers.cpu.packed_layers import PackedLinear
 
 os.sched_getaffinity = lambda _: range(4)
 torch.set_num_threads(3)

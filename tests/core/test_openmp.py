@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from amulet import openmp
+from amulet.backends.transformers.cpu import openmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has GNU's OpenMP on Linux only")

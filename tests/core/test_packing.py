@@ -13,10 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amulet import native, packed_layers, packing, products
+from amulet.backends.transformers.cpu import native, packed_layers, packing, products
+from amulet.backends.transformers.cpu.packed_layers import (
+    Int4Linear,
+    Int8Linear,
+    PackedLayer,
+    PackedLinear,
+)
+from amulet.backends.transformers.cpu.packing import pack_linears
 from amulet.errors import ModelError
-from amulet.packed_layers import Int4Linear, Int8Linear, PackedLayer, PackedLinear
-from amulet.packing import pack_linears
 from tests.bounds import of_logits
 from tests.models import random_model
 

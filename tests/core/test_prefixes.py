@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amulet.backends.transformers.backend import CHUNK, SavedRow
-from amulet.engine import Engine
-from amulet.generation import Generation
-from amulet.prefixes import LEAST, KeptRow, Prefixes, shared_length
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
+from amulet.decoding.prefix_cache import LEAST, KeptRow, Prefixes, shared_length
 from tests.engines import engine_over
 from tests.models import Kind, random_model
 from tests.oracles.reference import generate

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from amulet import products
-from amulet.packed_layers import PackedLinear
+from amulet.backends.transformers.cpu import products
+from amulet.backends.transformers.cpu.packed_layers import PackedLinear
 from tests.marks import needs_bfloat16_code, needs_code
 from tests.search import examples
 

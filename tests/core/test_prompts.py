@@ -18,9 +18,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet.errors import RequestError, TemplateError
-from amulet.messages import normal_messages
 from amulet.preference import PLACEMENTS, Placement, Preference
-from amulet.prompts import Prompts, encode_chat, encode_text
+from amulet.prompting.messages import normal_messages
+from amulet.prompting.prompts import Prompts, encode_chat, encode_text
 from tests.templates import FAMILIES, family_tokenizer
 
 BRIEF = Preference(text="Be brief.")
@@ -624,7 +624,7 @@ def test_empty_raw_text() -> None:
 
 @pytest.fixture(scope="module")
 def smol() -> PreTrainedTokenizerBase:
-    from amulet.embedded import embedded_folder
+    from amulet.models.embedded import embedded_folder
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(embedded_folder())
     return tokenizer

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.repeats import FIRST, GROWTH, MOST, Repeats, cost_of
+from amulet.decoding.loop_guard import FIRST, GROWTH, MOST, Repeats, cost_of
 
 
 def literal(answer: list[int], free: int) -> dict[int, float]:

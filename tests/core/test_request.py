@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from amulet.errors import AmuletError, RequestError
 from amulet.preference import Preference, Steering
-from amulet.request import Reply, Request, Usage
+from amulet.reply import Reply, Usage
+from amulet.request import Request
 
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
 

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from amulet import rowwise
+from amulet.backends.transformers.cpu import rowwise
 from tests.bounds import FLOAT32
 from tests.marks import needs_code
 

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from amulet.sampling import Sampling, choose, draw, penalise, warp
+from amulet.decoding.sampling import Sampling, choose, draw, penalise, warp
 
 SCORES = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3
 IDS = torch.zeros(6, 1, dtype=torch.long)

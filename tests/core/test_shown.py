@@ -8,7 +8,7 @@ import pytest
 
 from amulet import Amulet, RequestError, TemplateError
 from amulet.preference import PLACEMENTS, Placement, Preference
-from amulet.prompts import encode_chat
+from amulet.prompting.prompts import encode_chat
 from tests.core.test_prompts import BRIEF, DIALOGUE, HI, TOOL, controls, rows, turn
 from tests.models import ScriptedModel
 from tests.templates import FAMILIES, family_tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amulet.compiled import CompiledStep
-from amulet.siblings import SiblingLinear, join_siblings
+from amulet.backends.transformers.compiled import CompiledStep
+from amulet.backends.transformers.cuda.siblings import SiblingLinear, join_siblings
 from tests.models import Kind, random_model
 
 IDS = torch.arange(9)[None]

@@ -9,7 +9,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from amulet import Amulet, Grammar
-from amulet.spans import Spans, find_thinking
+from amulet.output.sections import Spans, find_thinking
 from tests.models import CHATML, ScriptedModel
 
 THINK = ("<think>", "</think>")

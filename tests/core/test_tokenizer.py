@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from amulet import Amulet, Grammar
-from amulet.tokenizer import own_tokenizer
+from amulet.prompting.tokenizer import own_tokenizer
 from tests.models import ScriptedModel, byte_tokenizer
 from tests.templates import FAMILIES, family_tokenizer
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from amulet import Amulet, Grammar, RequestError, TemplateError
-from amulet.spans import Calls, Spans
-from amulet.tools import (
+from amulet.output.sections import Calls, Spans
+from amulet.tool_calls import (
     DIALECTS,
     find_dialect,
     forced_grammar,
@@ -30,7 +30,7 @@ from amulet.tools import (
     qwen_coder,
     tool_schemas,
 )
-from amulet.tools.base import Dialect, Function, Piece
+from amulet.tool_calls.base import Dialect, Function, Piece
 from tests.models import CHATML, IM_END, ScriptedModel
 from tests.templates import family_tokenizer
 

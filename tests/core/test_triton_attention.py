@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="comes with PyTorch for GPUs alone")
 if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from amulet.triton_attention import attend
+from amulet.backends.transformers.cuda.triton_attention import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes with numpy, which has no bfloat16.

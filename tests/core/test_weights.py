@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from amulet import Amulet, ModelError
+from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.backends.transformers.weights import weights_state
 from amulet.fingerprint import fingerprint
-from amulet.packing import pack_linears
-from amulet.weights import weights_state
 from tests.models import IM_END, VOCAB_SIZE, random_model
 
 CHAT = [{"role": "user", "content": "A question that is long enough to be kept afterwards."}]

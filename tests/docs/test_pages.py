@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import amulet.cli
 from amulet import Amulet, Request
-from amulet.loading import load_pretrained
+from amulet.models.loading import load_pretrained
 from amulet.prepare import Preparer
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks
 from tests.models import random_model

@@ -14,7 +14,7 @@ from langchain_core.load import dumps, loads
 from langchain_core.messages import HumanMessage
 
 from amulet import Amulet, Preference, Steering
-from amulet.packing import pack_linears
+from amulet.backends.transformers.cpu.packing import pack_linears
 from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.models import ScriptedModel, byte_tokenizer, random_model
 

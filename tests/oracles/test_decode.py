@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet.engine import Engine
-from amulet.generation import Generation
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
+from amulet.decoding.sampling import Sampling
 from amulet.preference import Preference
-from amulet.prompts import encode_chat
-from amulet.sampling import Sampling
+from amulet.prompting.prompts import encode_chat
 from tests.engines import engine_over
 from tests.models import IM_END, KINDS, Kind, random_model
 from tests.oracles.reference import generate

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from amulet import native
-from amulet.attention import causal_behind_cached, grouped, grouped_attention
-from amulet.drafts import Draft
-from amulet.engine import Engine
-from amulet.generation import Generation
-from amulet.layers import are_native
-from amulet.packing import pack_linears
-from amulet.sampling import Sampling
+from amulet.backends.transformers.attention import (
+    causal_behind_cached,
+    grouped,
+    grouped_attention,
+)
+from amulet.backends.transformers.cpu import native
+from amulet.backends.transformers.cpu.layers import are_native
+from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
+from amulet.decoding.prompt_lookup import Draft
+from amulet.decoding.sampling import Sampling
 from tests.engines import engine_over
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate

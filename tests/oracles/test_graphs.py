@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from amulet import graphs
-from amulet.cache import GPU_COLUMN_STEP, BufferKind, RowCache
-from amulet.engine import Engine
+from amulet.backends.transformers.cache import GPU_COLUMN_STEP, BufferKind, RowCache
+from amulet.backends.transformers.cuda import graphs
+from amulet.backends.transformers.cuda.graphs import Graph, StepGraphs, _can_record, _given
+from amulet.decoding.engine import Engine
 from amulet.errors import OutOfMemoryError
-from amulet.graphs import Graph, StepGraphs, _can_record, _given
 from tests.engines import engine_over
 from tests.models import KINDS, Kind, random_model
 from tests.oracles.reference import generate

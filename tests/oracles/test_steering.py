@@ -170,7 +170,7 @@ def test_drafts_change_no_token(
     tokenizer: PreTrainedTokenizerFast, guard: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer copies from its prompt, so that drafts are right, and repeats itself meanwhile."""
-    from amulet.engine import Engine
+    from amulet.decoding.engine import Engine
     from tests.models import ScriptedModel
 
     text = "the cat and the cat and the cat and the cat and the dog"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet, Request, RequestError
-from amulet.cache import COLUMN_STEP
+from amulet.backends.transformers.cache import COLUMN_STEP
 from amulet.plan.costs import (
     Work,
     amulet_bytes,

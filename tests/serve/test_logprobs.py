@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet import Amulet
-from amulet.request import Event, TokenTrace
+from amulet.output.detokenizer import StopStrings, TextStream
+from amulet.reply import Event, TokenTrace
 from amulet.serve.logprobs import Content, TokenBytes, Written
-from amulet.text import StopStrings, TextStream
 from tests.core.test_text import LLAMA, UNIGRAM
 from tests.models import byte_tokenizer
 from tests.serve.conftest import saying, user

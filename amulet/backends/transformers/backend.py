@@ -15,15 +15,20 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from amulet import native
-from amulet.attention import causal_behind_cached, grouped, steps_are_native
-from amulet.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache, check_supported, forward_parameters
-from amulet.compiled import LEAST_ROWS, CompiledStep, forward_pass
-from amulet.graphs import StepGraphs
-from amulet.layers import are_native, renew_packed
-from amulet.openmp import release
-from amulet.packed_layers import native_rows
-from amulet.weights import execution_device, weights_state
+from amulet.backends.transformers.attention import (
+    causal_behind_cached,
+    grouped,
+    steps_are_native,
+)
+from amulet.backends.transformers.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache
+from amulet.backends.transformers.compiled import LEAST_ROWS, CompiledStep, forward_pass
+from amulet.backends.transformers.cpu import native
+from amulet.backends.transformers.cpu.layers import are_native, renew_packed
+from amulet.backends.transformers.cpu.openmp import release
+from amulet.backends.transformers.cpu.packed_layers import native_rows
+from amulet.backends.transformers.cuda.graphs import StepGraphs
+from amulet.backends.transformers.support import check_supported, forward_parameters
+from amulet.backends.transformers.weights import execution_device, weights_state
 
 CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
 GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from amulet.errors import EvaluationError, is_out_of_memory
 from amulet.evaluation.judging import JudgeOptions, Tell, missing
 from amulet.evaluation.run import Answer, Run
-from amulet.loading import default_device
-from amulet.template import break_all, encode, token_pattern
+from amulet.models.loading import default_device
+from amulet.prompting.chat_template import break_all, encode, token_pattern
 
 if TYPE_CHECKING:
     import torch

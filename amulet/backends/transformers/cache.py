@@ -1,0 +1,430 @@
+"""Rows of the KV cache: column = position, so rows join, leave and share a prefix without padding.
+
+Token number t of a row lies in column t of the row's keys and values, whatever the other rows do.
+A row's length is the engine's knowledge alone: what lies behind it is stale, is masked, and is
+overwritten when the row gets there. This is the only file that names Transformers' cache API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+
+from amulet.backends.transformers.masks import Masks, by_kind, column_mask, reach
+
+COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
+GPU_COLUMN_STEP = 512  # with each growth CUDA graphs are made anew
+
+
+class ColumnCache(Cache):
+    """What Transformers asks of a cache whose columns are positions, whoever holds the buffers."""
+
+    _keys: Sequence[torch.Tensor | None]
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        raise NotImplementedError
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        """Position of the pass's first token."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns attended over, and the first of them."""
+        return self.columns, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum: `RowCache.reserve` grows the buffers."""
+        return -1
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        """It is no static cache; `StepCache` is compiled by `CompiledStep`, not by Transformers."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Sliding layers keep all columns here; their mask hides what is outside the window."""
+        return [False] * max(len(self._keys), 1)
+
+
+class BufferKind(NamedTuple):
+    """What a layer's keys, or its values, are, for however many rows and columns."""
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self, rows: int, columns: int) -> torch.Tensor:
+        """Return a buffer `[rows, heads, columns, dim]`.
+
+        Of zeros: a masked column may still be multiplied by a weight of 0.
+        """
+        shape = rows, self.heads, columns, self.dim
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+def _kind(buffer: torch.Tensor) -> BufferKind:
+    return BufferKind(buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
+
+
+_NO_POSITIONS = torch.zeros(1, 1, dtype=torch.long)  # made here: `clear` must need no memory
+
+
+class RowCache(ColumnCache):
+    """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer.
+
+    Args:
+        column_step: capacity grows in steps of this many tokens.
+
+    Attributes:
+        layout: another object whenever the buffers are others.
+    """
+
+    def __init__(self, column_step: int = COLUMN_STEP) -> None:
+        super().__init__(layers=[])
+        self.layout = object()
+        self._column_step = column_step
+        self._keys: list[torch.Tensor | None] = []
+        self._values: list[torch.Tensor | None] = []
+        self._capacity = (0, 0)
+        self._first, self._starts, self._width = 0, [0], 0
+        self._positions = _NO_POSITIONS
+        self._known: tuple[list[BufferKind | None], ...] = [], []  # keys and values as they were
+
+    # The engine's side
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for `rows` rows of `columns` tokens, keeping what is there.
+
+        All or nothing: after an error or an interrupt there is the room that there was.
+        """
+        have_rows, have_columns = self._capacity
+        if rows <= have_rows and columns <= have_columns:
+            return
+        if have_rows and rows > have_rows:  # each growth copies everything, so there are to be few
+            rows = max(rows, 2 * have_rows)
+        step = self._column_step
+        columns = -(-max(columns, have_columns) // step) * step
+        rows = max(rows, have_rows)
+        self.layout = object()
+
+        def grown(buffer: torch.Tensor) -> torch.Tensor:
+            made = _kind(buffer).zeros(rows, columns)
+            made[:have_rows, :, :have_columns] = buffer[:have_rows, :, :have_columns]
+            return made
+
+        try:
+            if self._keys:
+                self._replace(grown)  # layer by layer: never two whole caches at once
+            else:
+                self._make_as_before(rows, columns)
+        except BaseException:  # all layers have the old size again
+            self._replace(lambda buffer: buffer[:have_rows, :, :have_columns])
+            raise
+        self._capacity = rows, columns
+
+    def begin(self, first: int, starts: Sequence[int], width: int) -> None:
+        """Say where the next forward pass writes.
+
+        Args:
+            first: the first row of the pass; it covers `len(starts)` consecutive rows.
+            starts: for each row the column of its first new token.
+            width: how many tokens each row gets.
+        """
+        self._first, self._starts, self._width = first, list(starts), width
+        self._positions = torch.tensor(self._starts)[:, None] + torch.arange(width)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one row to another."""
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None:
+                buffer[target, :, :length] = buffer[source, :, :length]
+
+    def row(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
+        """Return copies of a row's first `length` tokens, `[kv_heads, length, dim]` per layer."""
+        buffers = (buffer for buffer in (*self._keys, *self._values) if buffer is not None)
+        return tuple(buffer[row, :, :length].clone() for buffer in buffers)
+
+    def row_bytes(self, length: int) -> int:
+        """Bytes of what `row` returns for so many tokens."""
+        cells = max(self._capacity[0] * self._capacity[1], 1)
+        return self.nbytes * length // cells
+
+    def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
+        """Put the first `length` tokens of what `row` returned into a row."""
+        half = len(buffers) // 2
+        for own, given in ((self._keys, buffers[:half]), (self._values, buffers[half:])):
+            for layer, states in enumerate(given):
+                buffer = self._buffer(own, layer, _kind(states[None]))
+                buffer[row, :, :length] = states[:, :length]
+
+    def blank(self) -> None:
+        """Forget all tokens, but hold on to the memory."""
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None:
+                buffer.zero_()
+
+    def free(self) -> None:
+        """Free all memory, but remember of what shapes and types the buffers were."""
+        if self._keys:
+            known = tuple(
+                [b if b is None else _kind(b) for b in buffers]
+                for buffers in (self._keys, self._values)
+            )
+            self.clear()
+            self._known = known
+
+    def clear(self) -> None:
+        """Free all memory, and know nothing of the model."""
+        self.__init__(self._column_step)  # type: ignore[misc]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions of the tokens of the pass, `[rows, width]`, on the CPU."""
+        return self._positions
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        return max(self._starts) + self._width
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """For how many rows, and how many columns, there is room."""
+        return self._capacity
+
+    def buffers(self, first: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return keys and values of some rows, `[rows, kv_heads, columns, dim]` per layer.
+
+        There may be none before the first pass.
+        """
+        part = slice(first, first + rows)
+        return (
+            [keys[part] for keys in self._keys if keys is not None],
+            [values[part] for values in self._values if values is not None],
+        )
+
+    def masks(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        causal_behind_cached: bool = False,
+    ) -> Masks:
+        """Return the attention mask of the pass in the form that the model's forward expects.
+
+        A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
+        full and sliding attention; None where plain causal attention is already right.
+        """
+        text = config.get_text_config()
+        additive = dtype if config._attn_implementation == "eager" else None
+        level = len(set(self._starts)) == 1  # all rows at the same position
+        causal = level and (self._width == 1 or self._starts[0] == 0 or causal_behind_cached)
+
+        def mask(kind: str) -> torch.Tensor | None:
+            within = self.columns <= (reach(kind, text) or self.columns)
+            if causal and within and additive is None:
+                return None
+            return column_mask(kind, text, self._positions.to(device), self.columns, additive)
+
+        return by_kind(text, mask)
+
+    def _replace(self, other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = other(buffer)
+
+    def _make_as_before(self, rows: int, columns: int) -> None:
+        """Make the buffers that were freed, before a pass does so between tensors of its own.
+
+        What it then frees would leave holes between them in the heap.
+        """
+        self._keys, self._values = (
+            [kind if kind is None else kind.zeros(rows, columns) for kind in kinds]
+            for kinds in self._known
+        )
+
+    def _buffer(
+        self, buffers: list[torch.Tensor | None], layer: int, kind: BufferKind
+    ) -> torch.Tensor:
+        """Return a layer's keys or values, made if there are none yet."""
+        buffer = buffers[layer] if layer < len(buffers) else None
+        if buffer is None:
+            buffer = kind.zeros(*self._capacity)
+            buffers += [None] * (layer + 1 - len(buffers))
+            buffers[layer] = buffer
+        return buffer
+
+    # The model's side
+
+    @property
+    def first(self) -> int:
+        """The first row of the pass."""
+        return self._first
+
+    def buffers_of(
+        self, layer: int, keys: tuple[int, int], values: tuple[int, int], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values, `[rows, kv_heads, columns, dim]`, with room for a pass.
+
+        Args:
+            layer: the layer's index.
+            keys, values: `(kv_heads, dim)` of each.
+            like: of their dtype and device.
+
+        Raises:
+            IndexError: the pass was begun without room for it, or the layer has other heads.
+        """
+        rows, found = self._first + len(self._starts), []
+        for buffers, shape in ((self._keys, keys), (self._values, values)):
+            buffer = self._buffer(buffers, layer, BufferKind(*shape, like.dtype, like.device))
+            # By the buffer's own shape: what writes into it may be C code.
+            have_rows, heads, have_columns, dim = buffer.shape
+            if rows > have_rows or self.columns > have_columns or (heads, dim) != shape:
+                raise IndexError(
+                    f"no room for {rows} rows of {self.columns} tokens of {shape} numbers in "
+                    f"buffers of {list(buffer.shape)}"
+                )
+            found.append(buffer)
+        return found[0], found[1]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
+        shapes = [(states.shape[1], states.shape[3]) for states in (key_states, value_states)]
+        found = self.buffers_of(layer_idx, shapes[0], shapes[1], key_states)
+        rows = slice(self._first, self._first + len(self._starts))
+        keys, values = (buffer[rows, :, : self.columns] for buffer in found)
+        self._write(keys, key_states)
+        self._write(values, value_states)
+        return keys, values
+
+    def _write(self, room: torch.Tensor, states: torch.Tensor) -> None:
+        if len(set(self._starts)) == 1:
+            start = self._starts[0]
+            room[:, :, start : start + self._width] = states
+            return
+        if self._positions.device != states.device:
+            self._positions = self._positions.to(states.device)
+        index = torch.arange(len(self._starts), device=states.device)[:, None]
+        room[index, :, self._positions] = states.transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass; only asked where all rows start alike."""
+        return self._starts[0]
+
+
+class LayerCache(ColumnCache):
+    """One layer's buffers in one pass, whatever number the layer has.
+
+    Args:
+        keys, values: `[rows, kv_heads, columns or more, head_dim]`.
+        rows: `[rows, 1]`, their numbers.
+        targets: columns of the new tokens, `[rows, width]`.
+        columns: how many of them the pass attends over.
+    """
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        columns: int,
+    ) -> None:
+        super().__init__(layers=[])
+        self._keys = [keys]
+        self._buffers = keys, values
+        self._places = rows, targets
+        self._columns = columns
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        return self._columns
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
+        keys, values = self._buffers
+        rows, targets = self._places
+        keys[rows, :, targets] = key_states.transpose(1, 2)
+        values[rows, :, targets] = value_states.transpose(1, 2)
+        return keys[:, :, : self._columns], values[:, :, : self._columns]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass, in the longest row."""
+        return self._columns - self._places[1].shape[1]
+
+
+class StepCache(ColumnCache):
+    """Buffers of a `RowCache` in one pass, as the compiler and a CUDA graph see them.
+
+    Args:
+        keys, values: `[rows, kv_heads, columns or more, head_dim]` per layer.
+        targets: columns of the new tokens, `[rows, width]`.
+        columns: how many of them the pass attends over.
+    """
+
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        targets: torch.Tensor,
+        columns: int,
+    ) -> None:
+        super().__init__(layers=[])
+        rows = torch.arange(len(targets), device=targets.device)[:, None]
+        self._keys = keys
+        self.by_layer = [
+            LayerCache(*buffers, rows, targets, columns)
+            for buffers in zip(keys, values, strict=True)
+        ]
+
+    @property
+    def columns(self) -> int:
+        """How many columns the pass attends over."""
+        return self.by_layer[0].columns
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
+        return self.by_layer[layer_idx].update(key_states, value_states, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass, in the longest row."""
+        return self.by_layer[0].get_seq_length()

@@ -1,0 +1,426 @@
+"""Decoder layers of Llama's shape on the CPU: in one call, by `native/layer.c`.
+
+Transformers' layer makes some fifty calls of some microseconds each, which is half of a small
+model's step; and a long pass takes less time and memory in parts. What the C code isn't for, or not
+the fastest at, goes through the same operations one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amulet.backends.transformers.attention import (
+    FEW,
+    grouped,
+    grouped_attention,
+    mask_for_c,
+    prefills,
+    steps_are_native,
+)
+from amulet.backends.transformers.cache import RowCache
+from amulet.backends.transformers.cpu import native, rowwise
+from amulet.backends.transformers.cpu.packed_layers import PackedLayer, PackedLinear
+from amulet.backends.transformers.cpu.products import FLOAT32
+from amulet.backends.transformers.support import cache_argument
+from amulet.backends.transformers.weights import weights_state
+from amulet.errors import ModelError, is_out_of_memory
+
+logger = logging.getLogger("amulet")
+
+# Whose forward is known to be what is computed here; a trial sees to it that it still is.
+KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
+ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # is it GELU?
+PART = 128  # tokens that `native/layer.c` takes at once of a long pass, on up to four cores
+OUTSIDE = -1  # what `native/layer.c` returns where a pass doesn't lie within its buffers
+ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
+
+
+def use_native_layers(model: nn.Module) -> int:
+    """Let the C code compute a packed model's decoder layers; return how many.
+
+    Those of `KNOWN` classes, if all their products and their attention are the C code's. Only
+    passes over a `RowCache` are changed. Norms and biases are taken as they are now.
+    """
+    found: list[Any] = [m for m in model.modules() if type(m).__name__ in KNOWN]
+    if not found or not isinstance(model, PreTrainedModel) or not steps_are_native(model):
+        return 0
+    if are_native(model):
+        return 0
+    try:
+        if not all(map(_fits, found)):
+            return 0
+        layers = [NativeLayer(module) for module in found]
+        agrees = layers[0].agrees(found[0], model.config)
+    except Exception as error:  # Transformers has changed its layers; its own code still serves
+        if is_out_of_memory(error):
+            raise
+        logger.info("Layers aren't C code: %s: %.200s", type(error).__name__, error)
+        return 0
+    if not agrees:
+        logger.info("Layers aren't C code: %s computes otherwise.", type(found[0]).__name__)
+        return 0
+    for module, layer in zip(found, layers, strict=True):
+        own_class: Any = type(module)
+        module.native = layer
+        module.__class__ = _native_class(own_class)
+    return len(layers)
+
+
+def renew_packed(model: nn.Module) -> None:
+    """Take over what has changed of a packed model's weights: norms, biases and embedding.
+
+    Call it when `weights_state` has changed, and not during a pass.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, PackedLayer) and head.embedding_state is not None:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if (state := weights_state(embedding)) != head.embedding_state:
+            dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+            dense.weight = embedding.weight
+            packed = type(head)(dense)
+            packed.bias, packed.embedding_state = head.bias, state
+            model.set_output_embeddings(packed)  # type: ignore[operator]
+    for module in model.modules():
+        own_class: Any = getattr(type(module), "own_class", None)
+        if own_class is None:
+            continue
+        module.__class__ = own_class
+        try:
+            fits = _fits(module)
+        except Exception:  # a layer was replaced by one of another kind
+            fits = False
+        if fits:
+            module.native = NativeLayer(module)  # type: ignore[assignment]
+            module.__class__ = _native_class(own_class)
+        else:
+            del module.native
+
+
+def are_native(model: nn.Module) -> bool:
+    """Whether `use_native_layers` has changed the model's layers."""
+    return any(hasattr(type(module), "own_class") for module in model.modules())
+
+
+@cache
+def _native_class(own: Any) -> Any:
+    """Return a class of layers that are computed by their `native` where that serves."""
+
+    class Native(own):  # type: ignore[misc]
+        own_class = own
+
+        def forward(
+            self,
+            hidden_states: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            position_embeddings: Any = None,
+            **options: Any,
+        ) -> Any:
+            if not torch.compiler.is_compiling():
+                native: NativeLayer = self.native
+                made = native(hidden_states, attention_mask, position_embeddings, options)
+                if made is not None:
+                    return made
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **options,
+            )
+
+        def __reduce__(self) -> Any:
+            """Refuse to be copied or saved, as the packed layers in it do."""
+            raise ModelError(
+                "A packed model can't be copied or saved whole: load it with pack=False for that."
+            )
+
+    Native.__name__, Native.__qualname__, Native.__module__ = (
+        own.__name__,
+        own.__qualname__,
+        own.__module__,
+    )
+    return Native
+
+
+def _fits(module: Any) -> bool:
+    attention, mlp = module.self_attn, module.mlp
+    layers = [m for m in (*attention.children(), *mlp.children()) if isinstance(m, PackedLayer)]
+    inner = {name for name, _ in attention.named_children()}
+    blocks = [layer.blocks for layer in layers if layer.blocks is not None]
+    dtype = module.input_layernorm.weight.dtype
+    vectors = [*_norms(module).values(), *(layer.bias for layer in layers)]
+    return (
+        "forward" not in module.__dict__  # nobody else has replaced it
+        and type(module).__module__.startswith("transformers.models.")
+        and inner - {"q_norm", "k_norm"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        and len(blocks) == 7
+        and all((weight.kind == FLOAT32) == (dtype == torch.float32) for weight in blocks)
+        and all(layer.out_features % rowwise.LANES == 0 for layer in layers)
+        and all(vector is None or vector.dtype == dtype for vector in vectors)
+        and attention.head_dim % (2 * rowwise.LANES) == 0
+        and type(mlp.act_fn).__name__ in ACTIVATIONS
+    )
+
+
+# Of what goes into attention and MLP, of heads, and of what comes out of both; some have fewer.
+NORMS = "before", "between", "query_norm", "key_norm", "attended", "fed"
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("kind", "out_features", "in_features")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_long)
+            for name in ("half", "plus_one", "gelu", "heads", "key_heads", "dim")
+        ),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_long)
+            for name in ("rows", "width", "columns", "part", "room_rows", "room_columns")
+        ),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
+        ("angles", ctypes.c_long),
+        ("mask", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("mask_row", "mask_token")),
+        *((name, ctypes.c_void_p) for name in ("places", "keys", "values")),
+        *((name, ctypes.c_long) for name in ("key_row", "key_head", "key_column")),
+        *((name, ctypes.c_long) for name in ("value_row", "value_head", "value_column")),
+    ]
+
+
+class NativeLayer:
+    """What computes one decoder layer; it holds nothing that holds it.
+
+    Args:
+        module: a packed layer of a `KNOWN` class.
+    """
+
+    def __init__(self, module: Any) -> None:
+        attention, mlp, norm = module.self_attn, module.mlp, module.input_layernorm
+        self._attention = attention
+        self._linears: list[PackedLayer] = [
+            *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+        ]
+        self._most = min(layer.native_rows for layer in self._linears)
+        # C code goes through a long pass in parts; rounded weights are rather made dense for it.
+        dense = all(isinstance(layer, PackedLinear) for layer in self._linears)
+        self._most_in_parts = sys.maxsize if dense and self._most >= PART else self._most
+        self._norms = _norms(module)
+        self._plus_one = type(module).__name__.startswith("Gemma")
+        self._gelu = ACTIVATIONS[type(mlp.act_fn).__name__]
+        self._epsilon: float = norm.eps if self._plus_one else norm.variance_epsilon
+        self._dtype, self._dim = norm.weight.dtype, attention.head_dim
+        self._cache = cache_argument(module)
+        inner = [part for part in module.modules() if part is not module]
+        self._hooks = [
+            hooks for part in inner for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+        self._in_c = _Layer(
+            self._dtype == torch.bfloat16,
+            self._plus_one,
+            self._gelu,
+            self._linears[0].out_features // self._dim,
+            self._linears[1].out_features // self._dim,
+            self._dim,
+            self._epsilon,
+            attention.scaling,
+            *map(native.address, self._norms.values()),
+            *map(_linear, self._linears),
+        )
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        options: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Return what the layer does, `[rows, width, hidden size]`; None where this can't."""
+        cache = options.get(self._cache)
+        if (
+            not isinstance(cache, RowCache)
+            or cache.positions.shape != hidden.shape[:2]
+            or hidden.dtype != self._dtype
+            or hidden.shape[2] != self._linears[0].in_features
+            or hidden.device.type != "cpu"
+            or not (mask is None or mask.dtype == torch.bool)
+            or any(not self._turns(angles, hidden) for angles in position_embeddings)
+            or any(self._hooks)  # somebody wants to see or change what is inside of the layer
+        ):
+            return None
+        rows, width = hidden.shape[:2]
+        part, most = 0, self._most
+        if width > FEW:
+            part = max(PART, 32 * torch.get_num_threads())  # several tasks of a product for each
+            most = self._most_in_parts if prefills(width, self._dim, self._dtype, mask) else 0
+        cosine, sine = position_embeddings
+        given = hidden.contiguous(), mask, cosine.contiguous(), sine.contiguous(), cache
+        if rows * width > most:
+            return self._by_operations(*given)
+        return self._whole(*given, part)
+
+    def _turns(self, angles: torch.Tensor, hidden: torch.Tensor) -> bool:
+        """Whether cosines or sines `[rows or 1, width, dim]` are those of a pass's tokens."""
+        rows, width = hidden.shape[:2]
+        shapes = ((rows, width, self._dim), (1, width, self._dim))
+        return angles.dtype == self._dtype and angles.shape in shapes
+
+    def _whole(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        cache: RowCache,
+        part: int = 0,
+    ) -> torch.Tensor:
+        rows, width = hidden.shape[:2]
+        shape = self._in_c.key_heads, self._dim
+        keys, values = cache.buffers_of(self._attention.layer_idx, shape, shape, hidden)
+        columns, key_strides, value_strides = cache.columns, keys.stride(), values.stride()
+        mask, mask_strides = mask_for_c(mask, rows, width, columns)
+        size = hidden.itemsize
+        now = _Pass(
+            *(rows, width, columns, part),
+            *(keys.shape[0] - cache.first, min(keys.shape[2], values.shape[2])),
+            *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
+            *(native.address(mask), *mask_strides),
+            cache.positions.data_ptr(),
+            keys.data_ptr() + cache.first * key_strides[0] * size,
+            values.data_ptr() + cache.first * value_strides[0] * size,
+            *(*key_strides[:3], *value_strides[:3]),
+        )
+        if not keys.dtype == values.dtype == hidden.dtype:
+            raise IndexError(f"keys of {keys.dtype}, values of {values.dtype}: not {hidden.dtype}")
+        out = torch.empty_like(hidden)
+        failed = native.library().amulet_layer(
+            ctypes.byref(self._in_c), ctypes.byref(now), hidden.data_ptr(), out.data_ptr()
+        )
+        if failed == OUTSIDE:
+            raise IndexError(f"{rows} rows of {columns} tokens lie outside of {list(keys.shape)}")
+        if failed:
+            raise native.out_of_memory()
+        return out
+
+    def _by_operations(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        cache: RowCache,
+    ) -> torch.Tensor:
+        query, key, value, output, gate, up, down = (layer.product for layer in self._linears)
+        heads = (*hidden.shape[:2], -1, self._dim)
+        normed = self._norm("before", hidden)
+        queries, keys, values = (by(normed).view(heads) for by in (query, key, value))
+        queries, keys = self._norm("query_norm", queries), self._norm("key_norm", keys)
+        del normed  # a long pass's memory is what is alive at once
+        rowwise.rotate_(queries, cosine, sine)
+        rowwise.rotate_(keys, cosine, sine)
+        all_keys, all_values = cache.update(
+            keys.transpose(1, 2), values.transpose(1, 2), self._attention.layer_idx
+        )
+        del keys, values
+        attended, _ = grouped_attention(
+            self._attention,
+            queries.transpose(1, 2),
+            all_keys,
+            all_values,
+            mask,
+            scaling=self._attention.scaling,
+        )
+        hidden = self._norm("attended", output(attended.flatten(2))).add_(hidden)
+        del queries, attended
+        normed = self._norm("between", hidden)
+        gated = gate(normed)
+        rowwise.gate_(gated, up(normed), self._gelu)
+        return self._norm("fed", down(gated)).add_(hidden)
+
+    def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states after one of `NORMS`; the same where the layer has none."""
+        weight = self._norms[name]
+        if weight is None:
+            return hidden
+        return rowwise.norm(hidden, weight, self._epsilon, self._plus_one)
+
+    def agrees(self, module: Any, config: PretrainedConfig) -> bool:
+        """Whether the module gives few tokens what both ways here give them, in a trial."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = self._linears[0].in_features, self._dim, self._dim
+        hidden, cosine, sine = (
+            torch.randn(2, 1, size, generator=generator).to(self._dtype) for size in sizes
+        )
+        hidden = hidden / 64  # the norms undo it; what the layer adds is then most of its output
+        places = torch.tensor([[1], [3]])
+        mask = torch.arange(4) <= places[:, None, :, None]
+        with torch.no_grad(), grouped():
+            own = module(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=(cosine, sine),
+                position_ids=places,
+                use_cache=True,
+                **{self._cache: _cache_for(places)},
+            )
+            others = [
+                way(hidden, mask, cosine, sine, _cache_for(places))
+                for way in (self._whole, self._by_operations)
+            ]
+        if not isinstance(own, torch.Tensor) or own.shape != hidden.shape:
+            return False
+        bound = ALIKE[self._dtype] * (own - hidden).abs().max()
+        return all(bool(((other - own).abs() <= bound).all()) for other in others)
+
+
+def _cache_for(places: torch.Tensor) -> RowCache:
+    cache = RowCache()
+    cache.reserve(len(places), int(places.max()) + 1)
+    cache.begin(0, places[:, 0].tolist(), 1)
+    return cache
+
+
+def _norms(module: Any) -> dict[str, torch.Tensor | None]:
+    """Return the weights of `NORMS`, None where the layer has none."""
+    attention, after_attention = module.self_attn, module.post_attention_layernorm
+    between = getattr(module, "pre_feedforward_layernorm", None)
+    found = (
+        module.input_layernorm,
+        between or after_attention,
+        getattr(attention, "q_norm", None),
+        getattr(attention, "k_norm", None),
+        after_attention if between else None,
+        getattr(module, "post_feedforward_layernorm", None),
+    )
+    return {
+        name: None if norm is None else norm.weight.detach()
+        for name, norm in zip(NORMS, found, strict=True)
+    }
+
+
+def _linear(layer: PackedLayer) -> _Linear:
+    assert layer.blocks is not None
+    kind, address, scale = layer.blocks
+    sizes = layer.out_features, layer.in_features
+    return _Linear(kind, *sizes, address, native.address(scale), native.address(layer.bias))

@@ -1,0 +1,135 @@
+/* A decoder layer, whole: what `amulet/backends/transformers/cpu/layers.py` else does operation by operation, in one call. A
+   call from Python takes some microseconds, and the steps of a small model would make a thousand of
+   them. */
+
+#include "attention.h"
+#include "products.h"
+#include "rowwise.h"
+
+/* All parts of these three have 8 bytes, as `layers.py` writes them. */
+struct linear {
+    long kind, out, in;
+    const void *weight, *scale, *bias;
+};
+
+struct layer {
+    long half, plus_one, gelu, heads, key_heads, dim;
+    double epsilon, scaling;
+    /* The weights of the norms, null where there are none: of what goes into attention and MLP, of
+       heads, and of what comes out of both. */
+    const void *before, *between, *query_norm, *key_norm, *attended, *fed;
+    struct linear query, key, value, out, gate, up, down;
+};
+
+struct pass {
+    long rows, width, columns;
+    long part; /* how many tokens are taken at once; 0: all, attending by `amulet_attend` */
+    long room_rows, room_columns; /* of the cache from `keys` and `values` on */
+    const void *cosine, *sine; /* [angles][dim] */
+    long angles;               /* one for each token, or those of one row */
+    const uint8_t *mask;
+    long mask_row, mask_token;
+    const int64_t *places; /* the columns of the new tokens, [rows][width] */
+    char *keys, *values;   /* of the cache */
+    long key_row, key_head, key_column, value_row, value_head, value_column;
+};
+
+static int multiply(const struct linear *by, const void *x, void *out, long tokens)
+{
+    return amulet_product((int)by->kind, x, by->weight, by->scale, by->bias, out, tokens, by->out,
+                          by->in);
+}
+
+static void norm(const struct layer *of, const void *x, const void *weight, void *out, long rows,
+                 long size)
+{
+    if (weight)
+        amulet_norm((int)of->half, (int)of->plus_one, x, weight, out, rows, size, of->epsilon);
+}
+
+static void rotate(const struct layer *of, const struct pass *in, void *states, long heads,
+                   long begin, long tokens)
+{
+    amulet_rotate((int)of->half, states, in->cosine, in->sine, begin, tokens, heads, of->dim,
+                  in->angles);
+}
+
+enum { OUTSIDE = -1 };
+
+/* Whether the cache has all rows and columns that the pass reads and writes. */
+static int is_inside(const struct pass *in)
+{
+    int inside = in->rows > 0 && in->width > 0 && in->angles > 0 && in->width <= in->columns
+                 && in->rows <= in->room_rows && in->columns <= in->room_columns;
+    for (long i = 0; inside && i < in->rows * in->width; i++)
+        inside = in->places[i] >= 0 && in->places[i] < in->columns;
+    return inside;
+}
+
+/* Return 0, 1 where memory is short, or OUTSIDE, with nothing written. `hidden` and `out` are [rows][width][hidden size]. In parts
+   of a long pass everything but attention is done for one after the other: what lies between two
+   products then stays in the processor's cache, and takes little memory. */
+int amulet_layer(const struct layer *of, const struct pass *in, const char *hidden, char *out)
+{
+    const struct linear *q = &of->query, *k = &of->key, *v = &of->value, *up = &of->up;
+    if (!is_inside(in))
+        return OUTSIDE;
+    int half = (int)of->half;
+    long tokens = in->rows * in->width, size = half ? 2 : 4, wide = q->in;
+    long parts = in->part ? (tokens + in->part - 1) / in->part : 1;
+    long most = (tokens + parts - 1) / parts; /* parts of equal size */
+    /* Of a part: normed, attended or down; the gate; the keys and values, or up. */
+    long normed = wide > q->out ? wide : q->out;
+    long others = k->out + v->out > up->out ? k->out + v->out : up->out;
+    char *queries = malloc((tokens * q->out + most * (normed + up->out + others)) * size);
+    if (!queries)
+        return 1;
+    char *first = queries + tokens * q->out * size, *second = first + most * normed * size;
+    char *third = second + most * up->out * size;
+    int short_of = 0;
+
+    for (long begin = 0, now; begin < tokens; begin += now) {
+        now = tokens - begin < most ? tokens - begin : most;
+        char *query = queries + begin * q->out * size, *value = third + now * k->out * size;
+        norm(of, hidden + begin * wide * size, of->before, first, now, wide);
+        short_of |= multiply(q, first, query, now) || multiply(k, first, third, now)
+                    || multiply(v, first, value, now);
+        norm(of, query, of->query_norm, query, now * of->heads, of->dim);
+        norm(of, third, of->key_norm, third, now * of->key_heads, of->dim);
+        rotate(of, in, query, of->heads, begin, now);
+        rotate(of, in, third, of->key_heads, begin, now);
+        struct written keys = {third, in->keys, in->places, begin, of->key_heads, in->width,
+                               of->dim * size, in->key_row * size, in->key_head * size,
+                               in->key_column * size};
+        struct written values = {value, in->values, in->places, begin, of->key_heads, in->width,
+                                 of->dim * size, in->value_row * size, in->value_head * size,
+                                 in->value_column * size};
+        amulet_write(&keys, now);
+        amulet_write(&values, now);
+    }
+    struct attention at = {
+        in->rows, of->key_heads, of->heads / of->key_heads, in->width, in->columns, of->dim,
+        in->width * q->out, of->dim, q->out,
+        in->key_row, in->key_head, in->key_column, in->value_row, in->value_head, in->value_column,
+        in->mask_row, in->mask_token};
+    char *attended = in->part ? queries : first;
+    short_of |= in->part ? amulet_prefill(&at, half, queries, in->keys, in->values, of->scaling,
+                                          attended)
+                         : amulet_attend(&at, half, queries, in->keys, in->values, in->mask,
+                                         of->scaling, attended);
+    for (long begin = 0, now; begin < tokens; begin += now) {
+        now = tokens - begin < most ? tokens - begin : most;
+        char *whole = out + begin * wide * size;
+        short_of |= multiply(&of->out, attended + begin * q->out * size, whole, now);
+        norm(of, whole, of->attended, whole, now, wide);
+        amulet_add(half, whole, hidden + begin * wide * size, now * wide);
+        norm(of, whole, of->between, first, now, wide);
+        short_of |= multiply(&of->gate, first, second, now) || multiply(up, first, third, now);
+        amulet_gate(half, (int)of->gelu, second, third, now * up->out);
+        short_of |= multiply(&of->down, second, first, now);
+        norm(of, first, of->fed, first, now, wide);
+        amulet_add(half, whole, first, now * wide);
+    }
+    free(queries);
+    return short_of;
+}

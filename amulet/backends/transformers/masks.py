@@ -1,0 +1,68 @@
+"""Attention masks of rows whose columns are positions, per kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from transformers import PretrainedConfig
+
+Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor | None] | None
+
+
+def by_kind(config: PretrainedConfig, mask: Callable[[str], torch.Tensor | None]) -> Masks:
+    """Return the masks of a text model's kinds of layers, in the form that its forward expects."""
+    made = {kind: mask(kind) for kind in layer_kinds(config)}
+    if getattr(config, "layer_types", None):
+        return made
+    return next(iter(made.values()))
+
+
+def column_mask(
+    kind: str,
+    config: PretrainedConfig,
+    positions: torch.Tensor,
+    columns: int,
+    additive: torch.dtype | None,
+) -> torch.Tensor:
+    """Return which columns each token attends to, `[rows, 1, width, columns]`.
+
+    Args:
+        kind: of the layers; see `layer_kinds`.
+        config: of the text model.
+        positions: of the tokens, `[rows, width]`.
+        columns: how many there are.
+        additive: of what dtype, 0 where it attends and the least number elsewhere; None is bool.
+    """
+    query = positions[:, None, :, None]
+    column = torch.arange(columns, device=positions.device)
+    seen = column <= query
+    limit = reach(kind, config)
+    if limit is not None and kind == "sliding_attention":
+        seen &= column > query - limit
+    elif limit is not None:
+        seen &= column // limit == query // limit
+    if additive is None:
+        return seen
+    zero = torch.zeros((), dtype=additive, device=positions.device)
+    return torch.where(seen, zero, torch.finfo(additive).min)
+
+
+def reach(kind: str, config: PretrainedConfig) -> int | None:
+    """Return how many columns such a layer sees at most, None for all."""
+    if kind == "sliding_attention":
+        window: int | None = getattr(config, "sliding_window", None)
+        return window
+    return int(config.attention_chunk_size) if kind == "chunked_attention" else None
+
+
+SUPPORTED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def layer_kinds(config: PretrainedConfig) -> list[str]:
+    """Return the kinds of attention that a text model's layers have, each once."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return sorted(set(kinds))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]

@@ -1,0 +1,93 @@
+"""Which models can be decoded in rows, and what their forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from amulet.backends.transformers.masks import SUPPORTED_KINDS, layer_kinds
+from amulet.errors import ModelError
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ModelError where this cache can't serve the model, and say what to do."""
+    config = model.config
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model; Amulet decodes decoder-only (causal) models."
+        )
+    unknown = set(layer_kinds(config.get_text_config())) - SUPPORTED_KINDS
+    if unknown:
+        raise ModelError(
+            f"{name} has layers of the kind {', '.join(sorted(unknown))}, whose state can't be "
+            f"kept per row; supported are {', '.join(sorted(SUPPORTED_KINDS))}."
+        )
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ModelError(
+            f"The model's attention is {attention!r}, which takes no mask per row; load it with "
+            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')."
+        )
+    if cache_argument(model) not in forward_parameters(model):
+        raise ModelError(f"{name}'s forward takes no KV cache; Amulet needs one.")
+    if reason := _not_by_row(model):
+        raise ModelError(f"{name} can't be decoded in rows of unlike length: {reason}.")
+
+
+def _not_by_row(model: PreTrainedModel) -> str | None:
+    """Return why rows that are at different positions can't share a pass, if they can't."""
+    text: Any = model.config.get_text_config()
+    if "position_ids" not in forward_parameters(model):
+        return "its forward takes no position_ids"
+    if getattr(text, "alibi", False):
+        return "ALiBi counts positions in a mask of its own"
+    if "local" in getattr(text, "attention_layers", ()):
+        return "its local layers count their window from the longest row's end"
+    if hasattr(text, "keep_window_size"):
+        return "its attention makes masks of its own"
+    window = getattr(text, "max_position_embeddings", None) or 0
+    for module in model.modules():
+        parts = getattr(module, "mrope_section", None)
+        frequencies = getattr(module, "inv_freq", None)
+        if parts and frequencies is not None and sum(parts) != frequencies.numel():
+            return f"its config's mrope_section is {parts}, for {frequencies.numel()} frequencies"
+        if "longrope" in str(getattr(module, "rope_type", "")):
+            most = _least_original_length(getattr(text, "rope_parameters", None) or {})
+            if most is not None and most < window:
+                return (
+                    f"its rotary embedding (longrope) is another one beyond {most} positions, for "
+                    "the whole batch. To decode up to there set "
+                    f"model.config.max_position_embeddings = {most} and give the model to Amulet"
+                )
+    return None
+
+
+def _least_original_length(rope: dict[str, Any]) -> int | None:
+    """Return from which length on the least of a text model's rotary embeddings changes."""
+    name = "original_max_position_embeddings"
+    kinds = (rope, *(part for part in rope.values() if isinstance(part, dict)))
+    return min((part[name] for part in kinds if part.get(name)), default=None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name under which a model or layer takes its cache (renamed in 5.24)."""
+    return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache"
+
+
+def forward_parameters(model: nn.Module) -> set[str]:
+    """Return what a model's or layer's forward takes, also by what a subclass's hands on."""
+    names: set[str] = set()
+    inherited = (vars(kind).get("forward") for kind in type(model).__mro__)
+    for forward in (model.forward, *inherited):
+        if forward is not None:
+            parameters = inspect.signature(forward).parameters
+            names.update(parameters)
+            if all(
+                parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()
+            ):
+                break
+    return names

@@ -1,0 +1,1 @@
+"""From token ids to token ids: the engine, and how each token is chosen. It knows no text."""

@@ -1,0 +1,398 @@
+"""The decode loop: `admit`, `step`, `retire`. Ids in, ids out; it knows no text, chat or HTTP.
+
+All rows of all generations take part in one forward pass per step; the scores of a generation's
+rows are combined into one distribution, one token is chosen from it and appended to all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from traceback import clear_frames
+from typing import Any
+
+import torch
+
+from amulet.backends.base import Backend
+from amulet.decoding.choice import append_token, choose_tokens
+from amulet.decoding.generation import Generation
+from amulet.decoding.prefix_cache import LEAST, KeptRow, Prefixes, shared_length
+from amulet.decoding.prompt_lookup import NARROW, Draft
+from amulet.errors import OutOfMemoryError, is_out_of_memory, one_line
+
+logger = logging.getLogger("amulet")
+
+DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
+TOGETHER = 256  # tokens per row up to which rows share a pass of a prefill, however many
+WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
+AHEAD = 512  # tokens of an answer that there may soon be, as far as memory goes
+
+
+class Engine:
+    """Decodes any number of generations together. Not thread-safe: see `Driver`.
+
+    Args:
+        backend: what computes logits.
+        prefix_bytes: how much of ended rows may be kept for later prompts that begin alike; 0 keeps
+            nothing.
+        drafts: guess what an answer will copy from its prompt, and check it in one pass.
+    """
+
+    def __init__(self, backend: Backend, prefix_bytes: int = 0, drafts: bool = False) -> None:
+        self.backend = backend
+        self.drafts = drafts and backend.any_length
+        self.running: list[Generation] = []
+        # Held while tokens are handed over, so that who holds it, too, sees whole answers.
+        self.handing_over: AbstractContextManager[Any] = nullcontext()
+        self.prefixes = Prefixes(prefix_bytes)
+        self._state = backend.state()  # that the kept rows were computed with
+        self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
+        self._filling = False  # a prefill is under way in rows behind those of `_owners`
+        self._waited_for = 0  # tokens prefilled since the last step
+
+    @torch.inference_mode()
+    def admit(self, generation: Generation) -> None:
+        """Prefill a generation's prompts, decode its first token, and let it join the batch.
+
+        What its rows share with each other, with a running row or with a kept one is copied. While
+        others run, the prefill pauses for a step of theirs every `Backend.chunk` tokens.
+
+        Raises:
+            OutOfMemoryError: there is no room; the running generations are unharmed.
+        """
+        first, rows = len(self._owners), len(generation.prompts)
+        longest = max(map(len, generation.prompts))
+        joined, self._filling = False, True
+        try:
+            with self._naming_shortage(first + rows, longest):
+                self._renew(generation, longest)
+                self.backend.reserve(first + rows, longest + 1)
+                logits = self._prefill(generation, first)
+                if logits is not None:
+                    self._join(generation, first, logits)
+                    joined = True
+        finally:
+            self._filling = False
+            if not joined:  # it failed, or was cancelled meanwhile
+                self._clear_if_idle(failed=True)
+        self.sweep()
+
+    def _renew(self, generation: Generation, longest: int) -> None:
+        """Forget what is of no use to the next answer, whose longest prompt has so many ids."""
+        ahead = min(generation.max_new_tokens, AHEAD)
+        self.backend.renew(longest + ahead, idle=not self.running)
+        self._notice_weights()
+        generation.computed_with = self._state
+
+    def _join(self, generation: Generation, first: int, logits: torch.Tensor) -> None:
+        """Let a prefilled generation join the batch; decode its first token, or leave no trace."""
+        rows = len(generation.prompts)
+        self._prepare(generation, logits)
+        place = len(self._owners)  # rows before `first` may have left during the prefill
+        for i in range(rows if place < first else 0):
+            self.backend.copy_row(first + i, place + i, len(generation.prompts[i]))
+        self._owners += [(generation, i) for i in range(rows)]
+        self.running.append(generation)
+        try:
+            self._decide([generation], logits, list(range(rows)))
+        except BaseException:
+            del self._owners[place:]
+            self.running.remove(generation)
+            raise
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Decode one token of every running generation; those that end leave the batch."""
+        self._waited_for = 0
+        if not self.running:
+            return
+        ids = [[generation.token_ids[-1]] for generation, _ in self._owners]
+        starts = [
+            len(generation.prompts[i]) + len(generation.token_ids) - 1
+            for generation, i in self._owners
+        ]
+        drafts = self._draft(len(ids))
+        width = 1 + max(map(len, drafts.values()))
+        if width > 1:
+            for row, (generation, _) in enumerate(self._owners):
+                ids[row] += drafts[generation]
+                ids[row] += [0] * (width - len(ids[row]))
+        with self._naming_shortage(len(ids), max(starts)):
+            self.backend.reserve(len(ids), max(starts) + width)
+            with self.backend.working(len(ids) * width):
+                logits = self.backend.step(ids, starts)  # [rows, width, vocab]
+                self._accept(drafts, logits)
+        self.sweep()
+
+    def _draft(self, rows: int) -> dict[Generation, list[int]]:
+        """Guess what each running generation will go on with; see `Draft`."""
+        drafts: dict[Generation, list[int]] = {generation: [] for generation in self.running}
+        # Nobody's answer may grow beyond its limit, not even by tokens that are thrown away.
+        limit = min(g.max_new_tokens - len(g.token_ids) for g in self.running) - 1
+        limit = min(limit, DRAFT_TOKENS // rows - 1) if self.drafts else 0
+        if limit >= NARROW:
+            for generation in self.running:
+                if generation.draft is None:
+                    generation.draft = Draft(generation.prompts[-1])
+                drafts[generation] = generation.draft.propose(generation.token_ids, limit)
+        return drafts
+
+    def _accept(self, drafts: dict[Generation, list[int]], logits: torch.Tensor) -> None:
+        """Decode a token of each generation, and one more for each that its draft foretold.
+
+        Args:
+            drafts: what was guessed of each.
+            logits: `[rows, width, vocab]`, after each row's last token and its guessed ones.
+        """
+        going = list(self.running)
+        rows = {owner: row for row, owner in enumerate(self._owners)}
+        for place in range(logits.shape[1]):
+            order = [rows[g, i] for g in going for i in range(len(g.prompts))]
+            self._decide(going, logits[:, place], order)
+            ended = [g for g in going if g.done or drafts[g][place : place + 1] != g.token_ids[-1:]]
+            for generation in ended:
+                if generation.draft is not None and drafts[generation]:
+                    length = len(generation.token_ids)
+                    generation.draft.learn(len(drafts[generation]), place, length)
+            going = [generation for generation in going if generation not in ended]
+            if not going:
+                return
+
+    def retire(self, generation: Generation, reason: str = "cancelled") -> None:
+        """End a generation now; its rows leave the batch."""
+        if not generation.done:
+            generation.finish_reason = reason
+        self.sweep()
+
+    @torch.inference_mode()
+    def sweep(self) -> None:
+        """Drop the rows of finished generations; the last rows move into their places."""
+        # Asked once: other threads cancel at any time.
+        ended = {generation for generation in self.running if generation.done}
+        if not ended:
+            return
+        self._keep_ended()
+        owners = list(self._owners)
+        for row in range(len(owners) - 1, -1, -1):
+            if owners[row][0] in ended:
+                generation, i = owners.pop()
+                if row < len(owners):
+                    length = len(generation.prompts[i]) + len(generation.token_ids) - 1
+                    self.backend.copy_row(len(owners), row, length)
+                    owners[row] = (generation, i)
+        running = [generation for generation in self.running if generation not in ended]
+        # Last and at once: an interrupt of a caller who cancels leaves all as it was before.
+        self._owners, self.running = owners, running
+        self._clear_if_idle()
+
+    def _notice_weights(self) -> None:
+        """If the model's weights have changed, forget all that was computed with the old ones."""
+        state = self.backend.state()
+        if state is not self._state:
+            self.prefixes.clear()
+            self._state = state
+
+    def _clear_if_idle(self, failed: bool = False) -> None:
+        if self.running or self._filling:
+            return
+        if failed:
+            self.backend.clear()
+        else:
+            self.backend.rest()
+
+    def _keep_ended(self) -> None:
+        """Keep ended rows for prompts that begin with the same ids; nothing, where that fails."""
+        try:
+            if any(map(self._may_keep, self.running)):
+                self._notice_weights()
+            for row in range(len(self._owners)):
+                self._keep(row)
+        except Exception as error:  # nobody's answer ends with it
+            logger.info("Nothing is kept of ended answers: %.200s", one_line(error))
+            self.prefixes.clear()  # the answers that run need the memory more
+
+    def _keep(self, row: int) -> None:
+        generation, i = self._owners[row]
+        if self._may_keep(generation) and generation.computed_with is self._state:
+            ids = (*generation.prompts[i], *generation.token_ids[:-1])
+            if self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
+                self.prefixes.keep(KeptRow(ids, self.backend.save_row(row, len(ids))))
+
+    def _may_keep(self, generation: Generation) -> bool:
+        return bool(self.prefixes.limit) and generation.finish_reason in ("stop", "length")
+
+    def fail_all(self, error: BaseException) -> None:
+        """End every running generation with an error and free the cache."""
+        for generation in self.running:
+            generation.fail(error)
+        self.running, self._owners = [], []
+        self._filling = False
+        self.backend.clear()
+
+    def _prepare(self, generation: Generation, logits: torch.Tensor) -> None:
+        if not generation.sampling.is_greedy:
+            generation.generator = torch.Generator(device=logits.device)
+            if generation.seed is None:
+                generation.generator.seed()
+            else:
+                generation.generator.manual_seed(generation.seed)
+        if generation.sampling.repetition_penalty != 1.0:
+            seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            plain = generation.prompts[-1] if generation.plain is None else generation.plain
+            seen[torch.tensor(plain, device=logits.device)] = True
+            generation.seen = seen
+
+    def _prefill(self, generation: Generation, first: int) -> torch.Tensor | None:
+        """Fill the rows from `first` on; return the logits after each prompt, `[rows, vocab]`.
+
+        None if the generation was cancelled meanwhile.
+        """
+        prompts = generation.prompts
+        filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
+        generation.cached_tokens = filled[0]
+        # What each row has in common with the base row, which leads.
+        common = [common_prefix(prompt, prompts[-1]) for prompt in prompts[:-1]]
+        base = len(common)
+        for i, length in enumerate(common):
+            length = min(length, filled[i])
+            if filled[-1] < length and self._may_copy(filled[i], length):
+                self.backend.copy_row(first + i, first + base, length)
+                filled[-1] = length
+        # A pass of its own for the shared beginning must be worth it: what follows then starts
+        # behind something, which takes a mask on a GPU and more work without one.
+        shared = max(common, default=0)
+        spared = sum(
+            max(length - max(own, filled[-1]), 0)
+            for length, own in zip(common, filled, strict=False)
+        )
+        if spared < max(self.backend.worth_sharing, max(map(len, prompts)) - shared):
+            shared = 0
+        while filled[-1] < shared:
+            width = self._width(shared - filled[-1])
+            if not self._give_way(generation, width):
+                return None
+            chunk = prompts[-1][filled[-1] : filled[-1] + width]
+            self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
+            filled[-1] += width
+        for i, length in enumerate(common):
+            length = min(length, filled[-1])
+            if filled[i] < length and self._may_copy(filled[-1], length):
+                self.backend.copy_row(first + base, first + i, length)
+                filled[i] = length
+        logits: dict[int, torch.Tensor] = {}
+        while len(logits) < len(prompts):
+            left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
+            width = self._width(max(left))
+            taken = [min(width, n) for n in left]
+            rows = range(len(prompts))
+            together = max(TOGETHER, self.backend.chunk // len(prompts))
+            worth = WORTH_PADDING if self.backend.any_length else 1.0  # padding would stay there
+            if width > together or sum(taken) < worth * width * len(prompts):
+                rows = range(left.index(max(left)), left.index(max(left)) + 1)  # the longest alone
+            # Padding on the right is harmless: its columns lie behind the row's end.
+            ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
+            ids = [chunk + [0] * (width - len(chunk)) for chunk in ids]
+            keep = sorted({max(taken[i] - 1, 0) for i in rows})
+            if not self._give_way(generation, width * len(rows)):
+                return None
+            self.backend.reserve(first + len(prompts), max(filled) + width)
+            out = self.backend.forward(ids, [filled[i] for i in rows], first + rows[0], keep)
+            for i in rows:
+                if 0 < left[i] <= width:
+                    logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
+                filled[i] += taken[i]
+        return torch.stack([logits[i] for i in range(len(prompts))])
+
+    def _may_copy(self, filled: int, length: int) -> bool:
+        """Tell whether so much of a row can be copied: a recurrent model's only whole."""
+        return self.backend.any_length or filled == length
+
+    def _reuse(self, prompt: list[int], row: int) -> int:
+        """Copy into a row what a running or kept row has of its prompt; return how many ids.
+
+        At least the prompt's last id is left: its logits are needed.
+        """
+        if not self.prefixes.limit:
+            return 0
+        any_length = self.backend.any_length
+        source, length = self.prefixes.find(prompt, whole=not any_length)
+        length = min(length, len(prompt) - 1)
+        running, longest = None, 0
+        for other, (generation, i) in enumerate(self._owners if any_length else ()):
+            if generation.computed_with is not self._state:
+                continue
+            shared = min(shared_length(generation.prompts[i], prompt), len(prompt) - 1)
+            if shared > longest:
+                running, longest = other, shared
+        if running is not None and longest > max(length, LEAST):
+            self.backend.copy_row(running, row, longest)
+            return longest
+        if source is not None and length:
+            self.backend.load_row(row, source.saved, length)
+        return length
+
+    def _give_way(self, filling: Generation, tokens: int) -> bool:
+        """Before a pass of so many tokens, let the running generations have a step if it is time.
+
+        They wait for the prefill of one `Backend.chunk`, of one or of several prompts.
+
+        Returns:
+            False if the generation that is being filled was cancelled meanwhile.
+        """
+        if self._waited_for + tokens > self.backend.chunk:
+            try:
+                self.step()
+            except Exception as error:
+                self.fail_all(error)
+                raise
+        self._waited_for += tokens
+        return not filling.done
+
+    def _decide(
+        self, generations: Sequence[Generation], logits: torch.Tensor, order: Sequence[int]
+    ) -> None:
+        """Choose one token per generation, as `choose_tokens` does, and append it."""
+        token_ids, mix = choose_tokens(generations, logits, order)
+        traces = [
+            mix.trace(i, token_id, generation.top_logprobs) if generation.trace else None
+            for i, (generation, token_id) in enumerate(zip(generations, token_ids, strict=True))
+        ]
+        with self.handing_over:
+            for generation, token_id, trace in zip(generations, token_ids, traces, strict=True):
+                if generation.done:  # failed, or cancelled meanwhile
+                    continue
+                if trace is not None:
+                    generation.scores.append(trace)
+                append_token(generation, token_id)
+
+    @contextmanager
+    def _naming_shortage(self, rows: int, tokens: int) -> Iterator[None]:
+        """Raise OutOfMemoryError with the batch's size where the block runs out of memory."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            held = self.backend.nbytes / 2**20
+            # Whoever keeps the error would keep all that the failed pass had computed.
+            clear_frames(error.__traceback__)
+            self.prefixes.clear()
+            raise OutOfMemoryError(
+                f"Out of memory on {self.backend.device} with {rows} rows of up to {tokens} tokens "
+                f"({held:.0f} MiB of KV cache); use fewer requests at once, a shorter prompt, or a "
+                "smaller dtype."
+            ) from error
+
+    def _width(self, left: int) -> int:
+        """Return how many of a prefill's tokens that are left a row gets in the next pass.
+
+        Passes of equal width: what the activations of one leave in the heap fits those of the next.
+        """
+        passes = -(-left // self.backend.chunk)
+        return -(-left // passes)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many leading ids two prompts share, leaving each at least one of its own."""
+    return min(shared_length(one, other), len(one) - 1, len(other) - 1)

@@ -1,0 +1,82 @@
+"""`Generation`: one answer being decoded, what is asked of it and what it has so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from amulet.decoding.loop_guard import Repeats
+from amulet.decoding.mixture import TokenScores
+from amulet.decoding.prompt_lookup import Draft
+from amulet.decoding.sampling import Sampling
+
+
+@dataclass(eq=False)
+class Generation:
+    """One answer being decoded.
+
+    It owns rows of the batch: a plain one has one row, a steered one a preferred row per
+    preference and one base row.
+
+    Args:
+        prompts: ids of each of its rows: the preferred prompts, then the base prompt; one alone
+            is decoded as it is.
+        plain: ids of the prompt without preferences, where no row has them: what repetition penalty
+            and processors take for the prompt. None for the first of `prompts`; the penalty: last.
+        weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row. May be changed between
+            steps: all zero decodes the base row, that is plainly.
+        floor: plausibility floor in [0, 1]: tokens below this share of the likeliest preferred
+            token's probability are excluded; 0 is off.
+        loop_guard: how many of its own tokens the answer may repeat freely; 0 is off.
+        max_new_tokens: limit in tokens.
+        sampling: how tokens are chosen.
+        seed: for sampling; None draws one.
+        end_ids: ids that end the answer.
+        on_token: called with each id but the ending one as it is decoded; True ends the answer.
+        allowed: called before each choice; a bool mask `[vocab]` of permitted ids, or None.
+        processors: Transformers logits processors, applied to the combined scores.
+        trace: collect `TokenScores`; with `top_logprobs` alternatives each.
+    """
+
+    prompts: Sequence[list[int]]
+    weights: Sequence[float] = ()
+    floor: float = 0.0
+    loop_guard: int = 0
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    end_ids: frozenset[int] = frozenset()
+    on_token: Callable[[int], bool] | None = None
+    allowed: Callable[[], torch.Tensor | None] | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    trace: bool = False
+    top_logprobs: int = 0
+    plain: list[int] | None = None
+
+    token_ids: list[int] = field(default_factory=list, init=False)
+    scores: list[TokenScores] = field(default_factory=list, init=False)
+    finish_reason: str | None = field(default=None, init=False)
+    error: BaseException | None = field(default=None, init=False)
+    cached_tokens: int = field(default=0, init=False)  # of `prompts[0]`: copied, not computed
+    generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    seen: torch.Tensor | None = field(default=None, init=False, repr=False)
+    draft: Draft | None = field(default=None, init=False, repr=False)
+    repeats: Repeats | None = field(default=None, init=False, repr=False)
+    context: Context = field(default_factory=copy_context, init=False, repr=False)  # of its caller
+    # `weights_state` when its prompts were computed; the engine compares by identity.
+    computed_with: Any = field(default=None, init=False, repr=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether it takes part in no further step."""
+        return self.finish_reason is not None or self.error is not None
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, unless it has ended already."""
+        if not self.done:
+            self.error = error

@@ -1,0 +1,1 @@
+"""Getting a model: from a hub or folder, or out of a package."""

@@ -1,0 +1,287 @@
+"""Loads a causal language model and its tokenizer, and says plainly what is wrong when it can't.
+
+Only safetensors weights are read: pickle files run code when they are opened. Torch and
+Transformers are imported inside the functions, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from amulet.errors import MissingPackageError, ModelError, OutOfMemoryError, is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+DTYPES = ("float32", "bfloat16", "float16")
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+# Where the tokenizer lies is where the model lies, so it takes these of the model's options.
+TOKENIZER_OPTIONS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "subfolder")
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    pack: bool | Literal["int8", "int4"] = True,
+    **options: Any,
+) -> Loaded:
+    """Return `(model, tokenizer)`, the model in eval mode.
+
+    Args:
+        name_or_path: a hub name such as "Qwen/Qwen3-0.6B", or the folder of a saved model or
+            PEFT adapter.
+        device: where the whole model goes. None, without `device_map` and
+            `quantization_config`, takes cuda, else mps, else cpu.
+        dtype: "auto" (as saved), "float32", "bfloat16", "float16" or a floating `torch.dtype`.
+        device_map: Accelerate's placement over several devices, such as "auto"; excludes `device`.
+        quantization_config: a Transformers quantization config.
+        revision, token: the hub's branch, tag or commit, and the access token.
+        trust_remote_code: run Python code that comes with the model; read that code first.
+        attn_implementation: such as "sdpa", "eager" or "flash_attention_2".
+        pack: on the CPU, hold the linear layers' weights in the layout that decoding reads best;
+            the model then can't be trained or given other weights. "int8" and "int4" also round
+            them: half of bfloat16's memory and faster for a few rows, at some loss; see
+            `pack_linears`.
+        options: whatever else Transformers' `from_pretrained` takes, such as `gguf_file`, the
+            name of a GGUF file there; its weights are made dense.
+
+    Raises:
+        ModelError: an option is not valid, or the model can't be loaded; says why.
+        MissingPackageError: loading needs a package that is not installed.
+        OutOfMemoryError: the weights do not fit into memory.
+    """
+    dtype = _checked_dtype(dtype)
+    if device is not None and device_map is not None:
+        raise ModelError(
+            f"device={str(device)!r} and device_map={device_map!r} were both given: "
+            'give device for one device, or device_map (such as "auto") for several.'
+        )
+    if device is not None:
+        device_map = {"": _checked_device(device)}
+    elif device_map is None and quantization_config is None:
+        device_map = {"": default_device()}
+    source = _checked_source(name_or_path, options)
+    shared = {"revision": revision, "token": token}
+    shared = {name: value for name, value in shared.items() if value is not None}
+    shared["trust_remote_code"] = trust_remote_code
+    chosen = {
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+        "attn_implementation": attn_implementation,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        # The tokenizer first: it is small, and a fault found here spares loading the weights.
+        tokenizer = AutoTokenizer.from_pretrained(
+            _tokenizer_source(source),
+            **shared,
+            **{name: options[name] for name in TOKENIZER_OPTIONS if name in options},
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **shared,
+            **chosen,
+            **options,
+        )
+    except ImportError as error:
+        raise MissingPackageError(f"{source}: {_first_lines(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise _no_room(source, error) from error
+        raise ModelError(_explain(source, error)) from error
+    except MemoryError as error:
+        raise _no_room(source, error) from error
+    model, report = loaded
+    _check_complete(source, report)
+    model.eval()
+    if pack and quantization_config is None:
+        from amulet.backends.transformers.cpu.packing import pack_linears
+
+        pack_linears(model, pack)
+    return model, tokenizer
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "mps", else "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    import torch
+
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if dtype == "auto":
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    raise ModelError(
+        f'dtype={dtype!r}: expected "auto", "float32", "bfloat16", "float16" '
+        "or a floating-point torch.dtype."
+    )
+
+
+def _checked_device(device: str | torch.device) -> str:
+    import torch
+
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ModelError(
+            f'device={device!r}: expected "cpu", "cuda", "cuda:<number>" or "mps".'
+        ) from None
+    fix = f'give device="{default_device()}", or leave device out'
+    if checked.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ModelError(
+                f"device={str(device)!r}: torch {torch.__version__} sees no CUDA GPU here; {fix}."
+            )
+        if checked.index is not None and checked.index >= count:
+            raise ModelError(
+                f"device={str(device)!r}: there are {count} CUDA GPUs, numbered from 0; {fix}."
+            )
+    if checked.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(
+            f"device={str(device)!r}: torch {torch.__version__} has no MPS here; {fix}."
+        )
+    return str(checked)
+
+
+def _checked_source(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> str:
+    """Return the hub name, or the folder once it is seen to hold a model."""
+    given = os.fspath(name_or_path)
+    path = Path(given).expanduser()
+    if given.strip() and path.is_dir():  # Path("") would be the current folder
+        folder = path / options.get("subfolder", "")
+        if "gguf_file" not in options:
+            _check_folder(folder)
+        elif not (folder / options["gguf_file"]).is_file():
+            raise ModelError(
+                f"gguf_file={options['gguf_file']!r}: there is no such file in {folder}."
+            )
+        return str(path)
+    if path.is_file():
+        named = f', and gguf_file="{path.name}"' if path.suffix == ".gguf" else ""
+        raise ModelError(f"{given} is a file: give the folder that it lies in{named}.")
+    # A hub name is "name" or "owner/name"; anything else can only mean a folder.
+    parts = given.split("/")
+    if not given.strip() or "\\" in given or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
+        raise ModelError(
+            f"model {given!r}: there is no such folder. Give the folder of a saved model, or a "
+            'hub name such as "Qwen/Qwen3-0.6B".'
+        )
+    return given
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: there is no such folder.")
+    adapter = (folder / "adapter_config.json").is_file()
+    gguf = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf and not (folder / "config.json").is_file():
+        raise ModelError(f'{folder} holds GGUF files: name one, such as gguf_file="{gguf[0]}".')
+    if not adapter and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is not a saved model: it has no config.json. Give the folder that "
+            "save_pretrained wrote, or that the hub's download gave."
+        )
+    if adapter and find_spec("peft") is None:
+        raise MissingPackageError(f"{folder} is a PEFT adapter: run `pip install peft`.")
+    suffixes = {file.suffix for file in folder.iterdir()}
+    if ".safetensors" in suffixes:
+        return
+    if suffixes & PICKLE_SUFFIXES:
+        raise ModelError(
+            f"{folder} {_ONLY_PICKLE} Convert it once: load it with Transformers where you trust "
+            "its origin, then save_pretrained to another folder."
+        )
+    raise ModelError(f"{folder} has a config but no weights: no *.safetensors file is there.")
+
+
+_ONLY_PICKLE = (
+    "has only pickle weights (such as pytorch_model.bin), which can run code when opened; "
+    "expected *.safetensors."
+)
+
+
+def _tokenizer_source(source: str) -> str:
+    """Return where the tokenizer lies: an adapter without one takes its base model's."""
+    folder = Path(source)
+    config = folder / "adapter_config.json"
+    if not config.is_file() or any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return source
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return str(base or source)
+
+
+def _explain(source: str, error: Exception) -> str:
+    """Turn what Transformers raised into what was given, what is wrong and how to fix it."""
+    said = str(error)
+    if "trust_remote_code" in said:
+        return (
+            f"{source} comes with Python code of its own, which was not run. Read that code, then "
+            "pass trust_remote_code=True."
+        )
+    if "unexpected keyword argument" in said:
+        return f"{source}: unknown option; check its spelling ({_first_lines(error)})."
+    if "file named model.safetensors" in said:
+        return f"{source} has no *.safetensors weights, or {_ONLY_PICKLE} Look for another copy."
+    if "Unrecognized configuration class" in said:
+        return f"{source} is not a causal language model (a decoder that writes text)."
+    if isinstance(error, OSError) and not Path(source).is_dir():
+        return (
+            f"{source}: neither a folder here nor a model that the hub gave. Check the name, the "
+            "network (HF_HUB_OFFLINE forbids it), and for a private or gated model pass token=. "
+            f"The hub's client said: {_first_lines(error)}"
+        )
+    return f"{source} can't be loaded: {type(error).__name__}: {_first_lines(error)}"
+
+
+def _no_room(source: str, error: Exception) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{source} does not fit into memory: load it in a smaller dtype, or on another device. "
+        f"{_first_lines(error)}"
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] or type(error).__name__
+
+
+def _check_complete(source: str, report: dict[str, Any]) -> None:
+    # Transformers fills absent weights with random numbers and only warns.
+    absent = sorted(str(key) for key in report.get("missing_keys", ()))
+    if absent:
+        raise ModelError(
+            f"{source}: {len(absent)} of the model's weights are not in its files, the first is "
+            f"{absent[0]}. The copy is not complete, or is not a causal language model."
+        )

@@ -1,0 +1,275 @@
+"""From the ids of one answer to its events: text, reasoning and tool calls.
+
+ids -> text -> pieces by section -> stop strings (in the text for the reader only) -> events. After
+each token the answer also says how the next one is chosen: where the text is read by a machine or
+by nobody, the base row alone decides.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from amulet.decoding.generation import Generation
+from amulet.grammar import Matcher
+from amulet.output.detokenizer import (
+    StopStrings,
+    TextStream,
+    special_letters,
+    without_letters,
+)
+from amulet.output.sections import Scanner
+from amulet.reply import Event, InvalidToolCall, ToolCall
+from amulet.tool_calls.base import Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FREE = 0.5
+"""Under a grammar, text is free where at least this share of the vocabulary is permitted."""
+SAME_CALLS = 2
+"""How often an answer makes the same call; further ones are left out, and as many end it: small
+models fall into such loops."""
+
+
+class Answer:
+    """Collects one answer. `on_token` runs in the decoding thread, the queue is read elsewhere.
+
+    Args:
+        tokenizer: the model's.
+        stop: strings that end the answer.
+        scanner: finds reasoning and calls.
+        matcher: follows the grammar of what comes after the reasoning, if there is one.
+        parallel: more than one call may be made.
+        context: ids that the answer goes on from in the same text; () for a turn of its own.
+
+    Attributes:
+        queue: events to be read, each with the range `[start, end)` of the tokens it covers.
+        text, reasoning: what has been queued of them.
+        tool_calls, invalid_tool_calls: the finished calls.
+        finished: nothing more will be queued.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        scanner: Scanner,
+        matcher: Matcher | None = None,
+        parallel: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
+        self.queue: deque[tuple[Event, int, int]] = deque()
+        self.text = ""
+        self.reasoning = ""
+        self.tool_calls: list[ToolCall] = []
+        self.invalid_tool_calls: list[InvalidToolCall] = []
+        self.finished = False
+        self._detokenizer = TextStream(tokenizer, context=context)
+        self._silent = _silent_markers(tokenizer, scanner.markers)
+        letters = special_letters(tokenizer, stop)
+        self._letters = {token_id: letter for token_id, (_, letter) in letters.items()}
+        self._stops = StopStrings(stop, dict(letters.values()))
+        self._scanner = scanner
+        self._matcher = matcher
+        self._parallel = parallel
+        self._call: _Call | None = None
+        self._left_out = 0  # calls in a row
+        self._tokens = 0
+        self._covered = 0
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.found
+
+    def lead(self, generation: Generation) -> None:
+        """Collect a generation's tokens and, from now on, say how it chooses them."""
+        generation.on_token = self.on_token
+        self._traced = generation.trace
+        self._control = _Control(generation, self._matcher)
+        self._control.prepare(self._scanner.section)
+
+    def on_token(self, token_id: int) -> bool:
+        """Take the next token; return whether the answer ends with it."""
+        self._tokens += 1
+        complete = self._control.took(token_id, self._scanner.section)
+        marker = self._silent.get(token_id)
+        if marker is None and self._scanner.section == "text":
+            marker = self._letters.get(token_id)
+        if marker is None:
+            text = self._detokenizer.push(token_id)
+        else:
+            text = self._detokenizer.finish() + marker
+        self._take(self._scanner.push(text))
+        if complete or self._stops.found is not None or self._has_its_call():
+            return True
+        self._control.prepare(self._scanner.section)
+        return False
+
+    def finish(self, tokens: int, cut: bool = False) -> None:
+        """Release what was held back.
+
+        Args:
+            tokens: how many were decoded in all.
+            cut: decoding was stopped, by a limit or by the caller.
+        """
+        self._tokens = tokens
+        self._take(self._scanner.push(self._detokenizer.finish()))
+        self._take(self._scanner.finish(cut))
+        self._say(self._stops.push("", ended=True))
+        self.finished = True
+        if self._traced and self._covered < self._tokens:  # tokens without a text of their own
+            self._put(Event("text", ""))
+
+    def _take(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if self._stops.found is not None:
+                return
+            if piece.kind == "text":
+                self._say(self._stops.push(piece.text))
+                continue
+            if self._letters:
+                piece = replace(piece, text=without_letters(piece.text))
+            if piece.kind == "reasoning":
+                self.reasoning += piece.text
+                self._put(Event("reasoning", piece.text))
+            elif not self._has_its_call():
+                self._say(self._stops.push("", ended=True))  # no stop string goes on behind a call
+                self._take_call(piece)
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._put(Event("text", text))
+
+    def _take_call(self, piece: Piece) -> None:
+        """Hold a call's events back until it has ended: a part of a call must not pass for one."""
+        call = self._call = self._call or _Call(self._count())
+        if piece.kind == "end":
+            self._call = None
+            self._end_call(call, piece.text, piece.error)
+        elif piece.kind == "name":
+            call.name = piece.text.encode("utf-8", "replace").decode()  # no lone surrogates
+            first = Event("tool_call", "", (), call.index, call.id, call.name)
+            call.held.append(self._covering(first))
+        else:
+            call.written += piece.text
+            call.held.append(self._covering(Event("tool_call", piece.text, (), call.index)))
+
+    def _end_call(self, call: _Call, raw: str, error: str | None) -> None:
+        start = call.held[0][1] if call.held else self._covered
+        try:
+            arguments = json.loads(call.written or "{}", strict=False)
+            normal = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            normal.encode()  # lone surrogates can't be sent
+        except (ValueError, RecursionError) as broken:
+            arguments = None
+            error = error or f"the arguments are not JSON: {broken}"
+        if error is None and not isinstance(arguments, dict):
+            error = "expected the arguments to be a JSON object"
+        if error is None and call.name is None:
+            error = "expected a name"
+        if error is not None:
+            raw = raw or call.written
+            self.invalid_tool_calls.append(InvalidToolCall(raw, error, call.id, call.name))
+            event = Event("tool_call", raw, (), call.index, call.id, call.name, error)
+            self.queue.append((self._covering(event)[0], start, self._tokens))
+            return
+        if not _is_json(call.written):  # but for line breaks in texts, which others refuse
+            (first, _, end), call.written = call.held[0], normal
+            rest = Event("tool_call", normal, (), call.index)
+            call.held = [(first, start, end), (rest, end, call.held[-1][2])]
+        made = [(earlier.name, earlier.arguments) for earlier in self.tool_calls]
+        if made.count((str(call.name), arguments)) >= SAME_CALLS:
+            self._left_out += 1
+            self._covered = start
+            return
+        self._left_out = 0
+        self.queue.extend(call.held)
+        self.tool_calls.append(ToolCall(str(call.name), arguments, call.id, call.written))
+
+    def _count(self) -> int:
+        return len(self.tool_calls) + len(self.invalid_tool_calls)
+
+    def _has_its_call(self) -> bool:
+        loops = self._left_out >= SAME_CALLS
+        return loops or (not self._parallel and self._count() > 0)
+
+    def _put(self, event: Event) -> None:
+        self.queue.append(self._covering(event))
+
+    def _covering(self, event: Event) -> tuple[Event, int, int]:
+        """Return an event with the range of the tokens since the last one."""
+        start, self._covered = self._covered, self._tokens
+        return event, start, self._tokens
+
+
+class _Call:
+    """The call that is being read."""
+
+    def __init__(self, index: int) -> None:
+        # Nine letters and digits: Mistral's templates refuse any other id.
+        self.id = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+        self.index = index
+        self.name: str | None = None
+        self.written = ""
+        self.held: list[tuple[Event, int, int]] = []
+
+
+class _Control:
+    """Sets, before each token, whether a generation is steered and what its grammar permits."""
+
+    def __init__(self, generation: Generation, matcher: Matcher | None) -> None:
+        self._generation = generation
+        self._weights = tuple(generation.weights)
+        self._floor = generation.floor
+        self._matcher = matcher
+        self._mask: torch.Tensor | None = None
+        if matcher is not None:
+            generation.allowed = lambda: self._mask
+
+    def took(self, token_id: int, section: str) -> bool:
+        """Follow a token that was chosen in a section; return whether the grammar is complete."""
+        if self._matcher is None or section == "reasoning":
+            return False
+        self._matcher.consume(token_id)
+        return self._matcher.complete
+
+    def prepare(self, section: str) -> None:
+        """Set how the next token, of a section, is chosen."""
+        steered = section == "text"
+        if self._matcher is not None:
+            self._mask = self._matcher.allowed()
+            if section == "reasoning":  # any text, but it may not be the end
+                self._mask = torch.ones_like(self._mask)
+                self._mask[list(self._generation.end_ids)] = False
+            elif steered and any(self._weights):
+                steered = bool(self._mask.float().mean() >= FREE)
+        self._generation.weights = self._weights if steered else (0.0,) * len(self._weights)
+        self._generation.floor = self._floor if steered else 0.0
+
+
+def _silent_markers(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> dict[int, str]:
+    """Return the markers that are special tokens, by id: decoding leaves them out."""
+    special = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content in tokenizer.all_special_tokens
+    }
+    return {token_id: text for token_id, text in special.items() if text in markers}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

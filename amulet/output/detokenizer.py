@@ -1,0 +1,251 @@
+"""From token ids to text while decoding runs: incremental detokeniser, and stop strings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from amulet.prompting.chat_template import token_pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What every tokenizer's decode puts for bytes that are not (yet) a character."""
+
+_LETTERS = re.compile("[\ud800-\udfff]")
+
+_HELD_LIMIT = 8
+"""Held tokens from which on bytes that never become a character are given up, piece by piece.
+
+A character has at most four bytes, hence at most four tokens.
+"""
+
+
+class TextStream:
+    """The text of one answer, token by token.
+
+    Pieces concatenate to `tokenizer.decode(all_ids)`, without clean-up of spaces, cut at the first
+    stop string: the one that is complete first; of two that are complete at the same character,
+    the one that starts earlier. What is released therefore depends on the text alone and never on
+    where the tokens split it. Held back is a character whose bytes are not all there, and a tail
+    that may turn out to be a stop string. One push decodes a few ids, however long the answer is.
+
+    One difference, in the reader's favour: a `byte_fallback` tokenizer decodes a run of byte tokens
+    that breaks off inside a character to nothing but U+FFFD; here the whole characters stay.
+
+    Args:
+        tokenizer: any Transformers tokenizer.
+        stop: strings that end the answer, not empty; they may lie across token edges.
+        skip_special_tokens: give special tokens no text, which is what a reader wants.
+        context: ids that the answer goes on from: some tokenizers drop a text's first space.
+
+    Attributes:
+        text: all that was released so far.
+        stop_string: the stop string that ended the answer; from then on nothing is released.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
+        self.text = ""
+        self._detokenizer = _Detokenizer(tokenizer, skip_special_tokens, context)
+        letters = special_letters(tokenizer, stop) if skip_special_tokens else {}
+        self._letters = {token_id: letter for token_id, (_, letter) in letters.items()}
+        self._stops = StopStrings(stop, dict(letters.values()))
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.found
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; return the text that can be released now, "" while held back."""
+        if self._stops.found is not None:
+            return ""
+        letter = self._letters.get(token_id)
+        text = self._detokenizer.finish() + letter if letter else self._detokenizer.push(token_id)
+        return self._release(self._stops.push(text))
+
+    def finish(self) -> str:
+        """Return what was held back, once decoding has ended; "" after a stop string."""
+        if self._stops.found is not None:
+            return ""
+        return self._release(self._stops.push(self._detokenizer.finish(), ended=True))
+
+    def _release(self, text: str) -> str:
+        self.text += text
+        return text
+
+
+class StopStrings:
+    """Cuts a growing text at the first stop string; holds back what may become one.
+
+    Args:
+        strings: not empty ones; none lets everything through.
+        special: special tokens and the letters that stand for them in the text; see
+            `special_letters`. They take part in stop strings and are never released.
+
+    Attributes:
+        found: the stop string that was complete first; from then on nothing is released.
+    """
+
+    def __init__(self, strings: Sequence[str], special: Mapping[str, str] | None = None) -> None:
+        self.found: str | None = None
+        letters = dict(special or {})
+        pattern = token_pattern(letters)
+        # A special token's own text may also be written by ordinary tokens.
+        strings = [string for string in strings if not _LETTERS.search(string)]
+        self._meant = {string: string for string in strings}
+        self._meant |= {pattern.sub(lambda m: letters[m[0]], string): string for string in strings}
+        self._strings = tuple(self._meant)
+        self._longest_hold = max((len(string) for string in self._strings), default=1) - 1
+        self._tail = ""
+
+    def push(self, text: str, *, ended: bool = False) -> str:
+        """Take the next text; return what can be released, with `ended` all that is left."""
+        if self.found is not None:
+            return ""
+        text = self._tail + text
+        found = [
+            (start + len(string), start, string)
+            for string in self._strings
+            if (start := text.find(string)) >= 0
+        ]
+        if found:
+            _, keep, written = min(found)
+            self.found = self._meant[written]
+        else:
+            keep = len(text) if ended else len(text) - self._held_length(text)
+        self._tail = "" if found else text[keep:]
+        return without_letters(text[:keep])
+
+    def _held_length(self, text: str) -> int:
+        """The length of the longest suffix with which a stop string begins."""
+        for length in range(min(self._longest_hold, len(text)), 0, -1):
+            if any(string.startswith(text[-length:]) for string in self._strings):
+                return length
+        return 0
+
+
+def special_letters(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+) -> dict[int, tuple[str, str]]:
+    """Return the special tokens that stop strings contain, by id: their text, and a letter for it.
+
+    Decoding gives them no text. The letters are lone surrogates, which no decoded text holds.
+    """
+    named = [
+        (token_id, token.content)
+        for token_id, token in (tokenizer.added_tokens_decoder.items() if stop else ())
+        if any(token.content in string for string in stop)
+    ]
+    return {
+        token_id: (text, chr(0xD800 + rank))
+        for rank, (token_id, text) in enumerate(named)
+        if not tokenizer.decode([token_id], skip_special_tokens=True)
+    }
+
+
+def without_letters(text: str) -> str:
+    """Return a text without the letters that stand for special tokens."""
+    return _LETTERS.sub("", text)
+
+
+class _Detokenizer:
+    """Decodes a growing list of ids by a window: the ids of the last piece, then the pending ones.
+
+    The last piece is there because a token's text depends on what precedes it: sentencepiece-like
+    tokenizers drop the space before the first token only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        skip_special_tokens: bool,
+        context: Sequence[int],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._context = list(context)
+        self._pending: list[int] = []
+        self._pending_text = ""
+        self._released = 0  # characters of the pending text that are out already
+
+    def push(self, token_id: int) -> str:
+        """Take one id; return the characters that are whole now."""
+        before, self._pending = self._pending, [*self._pending, token_id]
+        text = self._decode_after(self._context, self._pending)
+        if text == self._pending_text and self._is_silent(token_id, first=not before):
+            self._pending = before
+            return ""
+        self._pending_text = text
+        whole = text.rstrip(_UNFINISHED)
+        if text and whole == text:
+            return self._restart(len(self._pending), text)
+        if len(self._pending) > _HELD_LIMIT:
+            return self._give_up()
+        return self._advance(len(whole))
+
+    def finish(self) -> str:
+        """Return the rest as decode gives it: U+FFFD for a character that was cut off."""
+        return self._restart(len(self._pending), self._pending_text)
+
+    def _restart(self, taken: int, text: str, rest: str = "") -> str:
+        """Release `text`, that of the first `taken` pending ids; `rest` is what the others say."""
+        piece = text[self._released :]
+        self._released = max(0, self._released - len(text))
+        if taken:
+            self._context, self._pending = self._pending[:taken], self._pending[taken:]
+        self._pending_text = rest
+        return piece
+
+    def _advance(self, end: int) -> str:
+        """Release the pending text up to `end` and keep its ids: the last one is half released."""
+        piece = self._pending_text[self._released : end]
+        self._released = max(self._released, end)
+        return piece
+
+    def _give_up(self) -> str:
+        """Release most of a long run of bytes that aren't characters.
+
+        A cut inside a character adds a U+FFFD, so the cut with the shortest text is between two.
+        """
+        held = len(self._pending)
+        cuts = []
+        for taken in range(max(1, held - _HELD_LIMIT), held):
+            head = self._decode_after(self._context, self._pending[:taken])
+            tail = self._decode(self._pending[taken:])
+            cuts.append((len(head) + len(tail), -taken, head, tail))
+        length, minus_taken, head, tail = min(cuts)
+        if length > len(self._pending_text):
+            return ""
+        return self._restart(-minus_taken, head, tail)
+
+    def _decode_after(self, context: list[int], ids: list[int]) -> str:
+        if not context:
+            return self._decode(ids)
+        known, text = self._decode(context), self._decode(context + ids)
+        # A byte_fallback run that is broken as a whole takes back the characters before the break.
+        return text[len(known) :] if text.startswith(known) else self._decode(ids)
+
+    def _is_silent(self, token_id: int, *, first: bool) -> bool:
+        """True for special and unknown ids; not for a first space, which has no text but counts."""
+        if self._decode([token_id]):
+            return False
+        at_start = first and not self._context
+        return not at_start or bool(self._decode([token_id], skip_special_tokens=False))
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool | None = None) -> str:
+        if skip_special_tokens is None:
+            skip_special_tokens = self._skip_special_tokens
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )

@@ -1,0 +1,1 @@
+"""From messages and preferences to token ids."""
