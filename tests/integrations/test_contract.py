@@ -6,14 +6,14 @@ Each case is run through LangChain's and LlamaIndex's class over the same model,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
 from langchain_core.messages import convert_to_messages
 from llama_index.core.llms import ChatMessage
 
-from amulet import Amulet, Preference, RequestError
+from amulet import Amulet, Preference, RequestError, Steering
 from amulet.request import Request
 from amulet_integrations.langchain import ChatAmulet
 from amulet_integrations.llama_index import AmuletLLM
@@ -79,7 +79,7 @@ class Case:
 
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7}
-STEERING = {"strength": 1.5, "floor": 0.2, "placement": "user"}
+STEERING = {"strength": 1.5, "floor": 0.2, "placement": "user", "focus": 0.5, "loop_guard": 3}
 CHAT = [
     {"role": "system", "content": "You are kind."},
     USER,
@@ -135,6 +135,8 @@ def test_both_integrations_keep_the_contract(ask: Ask, case: Case) -> None:
         ({"max_tokns": 5}, "max_tokns"),
         ({"strength": float("nan"), "preference": WISH}, "strength"),
         ({"floor": 2.0, "preference": WISH}, "floor"),
+        ({"focus": -1.0, "preference": WISH}, "focus"),
+        ({"loop_guard": 2.5, "preference": WISH}, "loop_guard"),
         ({"temperature": -1.0}, "temperature"),
         ({"max_tokens": 0}, "max_.*tokens"),
     ],
@@ -144,3 +146,18 @@ def test_both_refuse_what_is_wrong_by_name(ask: Ask, options: Any, message: str)
     with pytest.raises(RequestError, match=message):
         ask(amulet, {}, [USER], options)
     assert amulet.requests == []
+
+
+def test_every_level_takes_every_setting() -> None:
+    from amulet.serve.schema import Settings
+    from amulet_integrations._preference import Chosen, Push
+    from amulet_integrations.langchain.middleware import StatedPreference
+    from amulet_integrations.langchain.options import AmuletOptions
+    from amulet_integrations.llama_index.settings import AmuletSettings
+
+    settings = set(Steering.model_fields)
+    assert set(Push.__annotations__) == settings
+    assert set(StatedPreference.__annotations__) == settings | {"preference"}
+    for model in (AmuletOptions, AmuletSettings, Settings, Request):
+        assert settings <= set(model.model_fields)
+    assert settings <= {one.name for one in fields(Chosen)}

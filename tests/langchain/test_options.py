@@ -29,7 +29,7 @@ def llm() -> AmuletLLM:
 SHARED = (
     *("max_tokens", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n"),
     *("repetition_penalty", "logprobs", "top_logprobs", "preference", "strength", "floor"),
-    *("placement", "preference_source", "stop"),
+    *("placement", "focus", "loop_guard", "preference_source", "stop"),
 )
 CHAT = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "template_options")
 WRONG: list[Any] = ["5x", [1.5], {"a": 1}, object(), b"x", float("nan"), 10**30, lambda: 1, City]

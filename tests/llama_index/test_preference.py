@@ -87,13 +87,16 @@ def test_empty_means_off_at_every_level() -> None:
 
 def test_with_preference_shares_the_weights_and_leaves_the_first_alone() -> None:
     llm = scripted()
-    other = llm.with_preference(WISH, strength=1.0).with_preference(floor=0.0)
+    other = llm.with_preference(WISH, strength=1.0).with_preference(floor=0.0, focus=0.5)
     assert other.amulet is llm.amulet
     assert other.chat([USER]).message.content == STEERED
     assert (llm.amulet.last.strength, llm.amulet.last.floor) == (1.0, 0.0)
+    assert llm.amulet.last.focus == 0.5
     assert llm.chat([USER]).message.content == PLAIN
     with pytest.raises(RequestError, match="strength"):
         llm.with_preference(WISH, strength=1e9)
+    with pytest.raises(RequestError, match="loop_guard"):
+        llm.with_preference(WISH, loop_guard=-1)
 
 
 def test_all_forms_of_a_preference() -> None:

@@ -120,6 +120,7 @@ async def test_the_preference_steers_as_in_the_process(tiny: Amulet) -> None:
     ]
     for wish in wishes:
         options = {"preference": wish, "strength": 1.5, "floor": 0.05, "placement": "user"}
+        options |= {"focus": 0.5, "loop_guard": 1}
         ours = tiny.chat(user("hi"), max_new_tokens=12, **options)
         found = await post(tiny, messages=user("hi"), max_tokens=12, return_details=True, **options)
         choice = found["choices"][0]

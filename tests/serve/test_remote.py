@@ -44,6 +44,8 @@ def remote(tiny_url: str) -> Amulet:
 REQUESTS: tuple[dict[str, Any], ...] = (
     {},
     {"preference": "Be brief.", "strength": 1.5, "floor": 0.05, "placement": "user"},
+    {"preference": "Be brief.", "strength": 1.5, "focus": 2.0, "loop_guard": 1},
+    {"preference": "Be brief.", "strength": 1.5, "focus": 0.0, "loop_guard": 0},
     {"preference": [{"text": "Be brief."}, {"text": "Be rude.", "weight": -0.5}]},
     {"temperature": 0.9, "top_p": 0.9, "top_k": 30, "min_p": 0.01, "seed": 5},
     {"preference": "Be brief.", "repetition_penalty": 1.3, "stop": ["e", "z"]},

@@ -118,8 +118,16 @@ def test_raw_prompts(both: tuple[LLM, Amulet]) -> None:
     assert answers(engine, requests) == expected(amulet, requests)
 
 
+@pytest.mark.parametrize(
+    ("focus", "seeds", "length", "tokens"), [(0.0, (0, 1, 2, 3), 14, 90), (1.0, (2, 3), 30, 140)]
+)
 def test_pairs_that_make_room_come_back_whole(
-    both: tuple[LLM, Amulet], monkeypatch: pytest.MonkeyPatch
+    both: tuple[LLM, Amulet],
+    monkeypatch: pytest.MonkeyPatch,
+    focus: float,
+    seeds: tuple[int, ...],
+    length: int,
+    tokens: int,
 ) -> None:
     engine, amulet = both
     preempted: list[str] = []
@@ -132,19 +140,14 @@ def test_pairs_that_make_room_come_back_whole(
             own(row, *args, **options),
         )[1],
     )
-    # Four pairs that grow to some 1,500 tokens, where there is room for 960.
+    # They grow to some 1,500 tokens, where there is room for 960.
+    settings = {"strength": 3.0, "focus": focus, "max_new_tokens": tokens}
     requests = [
-        chat(
-            words(random.Random(i), 14),
-            preference=WISHES[i],
-            strength=3.0,
-            max_new_tokens=90,
-            focus=float(i == 0),
-        )
-        for i in range(4)
+        chat(words(random.Random(seed), length), preference=WISHES[i], **settings)
+        for i, seed in enumerate(seeds)
     ]
-    requests.append(chat("A drawn one", preference=WISHES[1], temperature=1.0, seed=9,
-                         max_new_tokens=90))  # fmt: skip
+    drawn = {"temperature": 1.0, "seed": 9, "focus": focus, "max_new_tokens": 90}
+    requests.append(chat("A drawn one", preference=WISHES[1], **drawn))
     assert answers(engine, requests) == expected(amulet, requests)
     assert preempted
 
