@@ -291,7 +291,7 @@ def test_a_gguf_file_loads_without_any_other(gguf_folder: Path) -> None:
     assert amulet.model.dtype == torch.float32
     assert amulet.encode("cab") == [amulet.encode("c")[0], 256]
     reply = amulet.chat(
-        [{"role": "user", "content": "Hi"}], preference="Be brief.", strength=1, max_new_tokens=3
+        [{"role": "user", "content": "Hi"}], preference="Be brief.", focus=0, max_new_tokens=3
     )
     assert reply.usage.completion_tokens == len(reply.token_ids) >= 1
     assert reply.usage.base_prompt_tokens == len("Hi") + 1
