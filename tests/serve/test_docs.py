@@ -30,7 +30,6 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     answers = {
         "one short sentence": "A hole.",
         "pirate": "Arr.",
-        "bullet": "- dark",
         "Be brief": "Dark.",
         "": "?",
     }
@@ -44,7 +43,7 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     list(
         zip(
             [*SNIPPETS, *CLIENTS],
-            ["A hole.", "Arr.", "A hole.", "Dark.", "A hole.", "Arr.", "- dark"],
+            ["A hole.", "Arr.", "A hole.", "Dark.", "A hole."],
             strict=True,
         )
     ),
@@ -53,9 +52,7 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
         "langchain",
         "llama_index",
         "connect",
-        "README openai",
-        "README langchain",
-        "README llama_index",
+        "README",
     ],
 )
 def test_a_snippet_runs(
