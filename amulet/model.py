@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.base import Backend
+from amulet.backends.transformers.general import backend_of
+from amulet.backends.transformers.support import check_decoder
 from amulet.backends.transformers.weights import decoder_of
 from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, ModelError, RequestError
@@ -81,6 +83,7 @@ class Amulet:
         if prefix_cache_bytes < 0:
             raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
         decoder = decoder_of(model)
+        check_decoder(decoder)
         self._missing_ids = missing_ids(decoder, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
@@ -90,8 +93,8 @@ class Amulet:
         if compile not in (True, False, "auto"):
             raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
 
-        def backend() -> TransformersBackend:
-            return TransformersBackend(decoder, compile)
+        def backend() -> Backend:
+            return backend_of(decoder, compile)
 
         self._driver = Driver.of(decoder, backend, max_rows, prefix_cache_bytes, drafts, compile)
         self._engine = self._driver.engine

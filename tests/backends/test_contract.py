@@ -10,9 +10,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Lfm2Config,
+    PretrainedConfig,
+    Qwen3_5TextConfig,
+)
 
 from amulet.backends.base import Backend
 from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.transformers.general import GeneralBackend
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from tests.backends.scripted import ScriptedBackend, scores
@@ -23,10 +31,16 @@ PROMPTS = [[*BEGINNING, 1, 2, 3], [*BEGINNING, 4], [7, 7, 1], [*BEGINNING, 1, 2,
 
 
 class Subject(NamedTuple):
-    """A backend, and what its logits are for a row of ids, `[vocab]`."""
+    """A backend, what its logits are for a row of ids, `[vocab]`, and how exactly."""
 
     backend: Backend
     logits: Callable[[Sequence[int]], torch.Tensor]
+    # Sums of some hundred products in float64, of numbers up to a hundred.
+    exact: float = 1e-9
+
+    def close(self, found: torch.Tensor, *rows: Sequence[int]) -> None:
+        expected = torch.stack([self.logits(ids) for ids in rows])
+        torch.testing.assert_close(found, expected, rtol=0, atol=self.exact)
 
 
 def transformers() -> Subject:
@@ -39,8 +53,49 @@ def transformers() -> Subject:
     return Subject(TransformersBackend(model), logits)
 
 
+def general(config: PretrainedConfig, exact: float = 1e-9) -> Subject:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+
+    def logits(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+    return Subject(GeneralBackend(model), logits, exact)
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
+def bloom() -> Subject:
+    return general(BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 2}))
+
+
+def short_convolutions() -> Subject:
+    kinds = ["conv", "full_attention"]
+    return general(Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=kinds))
+
+
+def gated_delta_net() -> Subject:
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    heads |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = ["linear_attention", "full_attention"]
+    sizes = {**SIZES, "head_dim": 16, "num_key_value_heads": 1, "intermediate_size": 48}
+    config = Qwen3_5TextConfig(**sizes, **heads, layer_types=kinds)
+    return general(config, exact=1e-4)  # its state is float32 whatever the model is
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": transformers,
+    "general": bloom,
+    "general, convolutions": short_convolutions,
+    "general, delta net": gated_delta_net,
     "scripted": lambda: Subject(ScriptedBackend(), scores),
     "scripted, recurrent": lambda: Subject(ScriptedBackend(any_length=False), scores),
 }
@@ -71,31 +126,26 @@ def run(engine: Engine) -> None:
         engine.step()
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    # Sums of some hundred products in float64, of numbers up to a hundred.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-
-
 @torch.inference_mode()
 def test_a_row_is_what_was_put_into_it(subject: Subject) -> None:
-    backend, logits = subject
+    backend = subject.backend
     one, other = [3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]
     backend.reserve(3, 16)
     after = backend.forward([one, other], [0, 0], 0, [5])
-    close(after[:, 0], torch.stack([logits(one), logits(other)]))
+    subject.close(after[:, 0], one, other)
     backend.copy_row(1, 2, 6)
     saved = backend.save_row(0, 6)
     assert saved.nbytes == backend.row_bytes(6) > 0
     after = backend.step([[7], [8], [9]], [6, 6, 6])
-    close(after[:, 0], torch.stack([logits([*one, 7]), logits([*other, 8]), logits([*other, 9])]))
+    subject.close(after[:, 0], [*one, 7], [*other, 8], [*other, 9])
     backend.load_row(2, saved, 6)
     after = backend.forward([[1, 2]], [6], 2, [0, 1])
-    close(after[0], torch.stack([logits([*one, 1]), logits([*one, 1, 2])]))
+    subject.close(after[0], [*one, 1], [*one, 1, 2])
 
 
 @torch.inference_mode()
 def test_rows_are_of_any_length_where_the_backend_says_so(subject: Subject) -> None:
-    backend, logits = subject
+    backend = subject.backend
     if not backend.any_length:
         backend.reserve(2, 16)
         backend.forward([[3, 1, 4]], [0], 0, [2])
@@ -105,10 +155,10 @@ def test_rows_are_of_any_length_where_the_backend_says_so(subject: Subject) -> N
     backend.reserve(2, 16)
     backend.forward([[3, 1, 4, 1], [2, 6, 5, 0]], [0, 0], 0, [3])  # the last of them is padding
     after = backend.step([[5], [9]], [4, 3])
-    close(after[:, 0], torch.stack([logits([3, 1, 4, 1, 5]), logits([2, 6, 5, 9])]))
+    subject.close(after[:, 0], [3, 1, 4, 1, 5], [2, 6, 5, 9])
     backend.copy_row(0, 1, 2)
     after = backend.step([[8], [8]], [3, 2])
-    close(after[:, 0], torch.stack([logits([3, 1, 4, 8]), logits([3, 1, 8])]))
+    subject.close(after[:, 0], [3, 1, 4, 8], [3, 1, 8])
 
 
 def test_rows_come_and_go_and_each_answer_is_that_of_a_full_recomputation(

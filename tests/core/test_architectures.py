@@ -7,22 +7,28 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     BloomConfig,
     DogeConfig,
     FalconConfig,
     Gemma4TextConfig,
     GPTNeoConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    T5Config,
 )
 
 from amulet import Amulet, ModelError, Request
+from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.transformers.general import GeneralBackend
 from tests.models import IM_END, VOCAB_SIZE, random_model
 
 SIZES: dict[str, Any] = {
@@ -53,6 +59,9 @@ GEMMA = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB_SIZE,
 }
+
+
+TINY: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32}
 
 
 def vision(sections: list[int]) -> dict[str, Any]:
@@ -99,16 +108,36 @@ def make(config: PretrainedConfig) -> Any:
         (BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 4}), "position_ids"),
         (FalconConfig(**SIZES, alibi=True), "ALiBi"),
         (DogeConfig(**MODERN), "masks of its own"),
-        (Qwen2VLConfig(**vision([16, 24, 24])), "mrope_section"),
-        (Qwen2_5_VLConfig(**vision([16, 24, 24])), "mrope_section"),
     ],
     ids=lambda it: getattr(it, "model_type", None),
 )
-def test_what_would_get_wrong_tokens_is_refused(
-    config: PretrainedConfig, said: str, tokenizer: PreTrainedTokenizerFast
+def test_what_is_wrong_in_rows_is_decoded_row_by_row(
+    config: PretrainedConfig,
+    said: str,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(ModelError, match=f"{config.model_type} can't be decoded.*{said}"):
-        Amulet(make(config), tokenizer)
+    amulet = Amulet(make(config), tokenizer)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "amulet"]
+    assert config.model_type in message
+    assert said in message
+    assert "docs/models.md" in message
+    check(amulet, ["Hi", "A question that is somewhat longer than the other one.", "Why?"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (AutoModelForSeq2SeqLM, T5Config(**TINY, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+        (AutoModel, LlamaConfig(**TINY, num_hidden_layers=1, num_attention_heads=2)),
+    ],
+    ids=["encoder-decoder", "no head"],
+)
+def test_only_what_writes_token_by_token_is_decoded(
+    kind: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ModelError, match="decodes"):
+        Amulet(kind.from_config(config), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +193,15 @@ def check(amulet: Amulet, texts: list[str]) -> None:
         assert got
 
 
-def test_longrope_is_decoded_up_to_where_it_changes(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_longrope_is_decoded_in_rows_up_to_where_it_changes(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     model = make(longrope(128))
-    with pytest.raises(ModelError, match="max_position_embeddings = 128"):
-        Amulet(model, tokenizer)
+    assert type(Amulet(model, tokenizer)._engine.backend) is GeneralBackend
+    assert "max_position_embeddings is 128" in caplog.text
     model.config.max_position_embeddings = 128
     amulet = Amulet(model, tokenizer)
+    assert type(amulet._engine.backend) is TransformersBackend
     check(amulet, ["Hi", "A longer one."])
     long = amulet.chat([{"role": "user", "content": "Hi"}], max_new_tokens=500)
     assert long.usage.prompt_tokens + len(long.token_ids) <= 128

@@ -6,35 +6,48 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from amulet.backends.transformers.masks import SUPPORTED_KINDS, layer_kinds
 from amulet.errors import ModelError
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Raise ModelError where this cache can't serve the model, and say what to do."""
-    config = model.config
-    name = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
+def check_decoder(model: PreTrainedModel) -> None:
+    """Raise ModelError where a model does not write text token by token."""
+    name = model.config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name} is an encoder-decoder model; Amulet decodes decoder-only (causal) models."
         )
+    if not isinstance(model, GenerationMixin):
+        raise ModelError(
+            f"{type(model).__name__} is no model that Transformers' generate decodes token by "
+            "token; Amulet decodes only such (causal) models."
+        )
+
+
+def why_not_in_rows(model: PreTrainedModel) -> str | None:
+    """Return why this cache can't serve a model that is one of `check_decoder`, or None."""
+    config = model.config
     unknown = set(layer_kinds(config.get_text_config())) - SUPPORTED_KINDS
     if unknown:
-        raise ModelError(
-            f"{name} has layers of the kind {', '.join(sorted(unknown))}, whose state can't be "
-            f"kept per row; supported are {', '.join(sorted(SUPPORTED_KINDS))}."
-        )
+        return f"it has layers of the kind {', '.join(sorted(unknown))}"
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
-        raise ModelError(
-            f"The model's attention is {attention!r}, which takes no mask per row; load it with "
-            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')."
+        return (
+            f"its attention {attention!r} takes no mask per row (load it with "
+            "attn_implementation='sdpa')"
         )
     if cache_argument(model) not in forward_parameters(model):
-        raise ModelError(f"{name}'s forward takes no KV cache; Amulet needs one.")
-    if reason := _not_by_row(model):
+        return "its forward takes no cache of keys and values"
+    return _not_by_row(model)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ModelError where this cache can't serve the model, and say why."""
+    check_decoder(model)
+    if reason := why_not_in_rows(model):
+        name = model.config.model_type
         raise ModelError(f"{name} can't be decoded in rows of unlike length: {reason}.")
 
 
@@ -49,20 +62,22 @@ def _not_by_row(model: PreTrainedModel) -> str | None:
         return "its local layers count their window from the longest row's end"
     if hasattr(text, "keep_window_size"):
         return "its attention makes masks of its own"
+    if most := switches_rope(model):
+        return (
+            f"its rotary embedding (longrope) is another one beyond {most} positions, for the "
+            f"whole batch; where model.config.max_position_embeddings is {most}, it isn't"
+        )
+    return None
+
+
+def switches_rope(model: PreTrainedModel) -> int | None:
+    """Return beyond how many positions a model's rotary embedding is another one, if it is."""
+    text: Any = model.config.get_text_config()
     window = getattr(text, "max_position_embeddings", None) or 0
-    for module in model.modules():
-        parts = getattr(module, "mrope_section", None)
-        frequencies = getattr(module, "inv_freq", None)
-        if parts and frequencies is not None and sum(parts) != frequencies.numel():
-            return f"its config's mrope_section is {parts}, for {frequencies.numel()} frequencies"
-        if "longrope" in str(getattr(module, "rope_type", "")):
-            most = _least_original_length(getattr(text, "rope_parameters", None) or {})
-            if most is not None and most < window:
-                return (
-                    f"its rotary embedding (longrope) is another one beyond {most} positions, for "
-                    "the whole batch. To decode up to there set "
-                    f"model.config.max_position_embeddings = {most} and give the model to Amulet"
-                )
+    kinds = {str(getattr(module, "rope_type", "")) for module in model.modules()}
+    if any("longrope" in kind for kind in kinds):
+        most = _least_original_length(getattr(text, "rope_parameters", None) or {})
+        return most if most is not None and most < window else None
     return None
 
 
