@@ -1,32 +1,33 @@
 """Every error that Amulet raises on purpose, and an error in one line.
 
     AmuletError
-    ├── RequestError (ValueError)     the caller's input can't be decoded as given
+    ├── RequestError (ValueError)     the caller's input is not valid
     │   ├── PromptTooLongError        prompt and answer don't fit the model's context window
     │   └── TemplateError             the chat template is missing or refuses the messages
     ├── ModelError                    the model or tokenizer can't be loaded or isn't supported
     │   └── MissingPackageError (ImportError)   an optional package is not installed
-    ├── DecodeError (RuntimeError)    decoding started and could not go on
+    ├── DecodeError (RuntimeError)    decoding started and could not continue
     │   └── OutOfMemoryError          the device has no room for the batch, or for the model
     └── EvaluationError               an evaluation's questions, run folder or judge are not usable
 
-Each message says what was given, what was expected and how to fix it. Where to read more stands
-below the traceback (Python 3.11 and newer), and in the error's `help_page`.
+Each message says what was given, what was expected and how to fix it. The section to read is named
+below the traceback (Python 3.11 and newer) and in the error's `help_page`.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-# A page by its title: where the documentation is kept differs. A class's section has its name.
+# The page by its title, because the documentation has no fixed address. A class's section has its
+# name.
 HELP = "Amulet's documentation, Troubleshooting"
 
 
 class AmuletError(Exception):
-    """The root of the tree: `except AmuletError` catches whatever Amulet raises on purpose.
+    """The base class: `except AmuletError` catches everything that Amulet raises on purpose.
 
     Attributes:
-        help_page: titles of the page and section that list this error's messages, with what to do.
+        help_page: titles of the page and section that list this error's messages and their fixes.
     """
 
     help_page: ClassVar[str] = HELP
@@ -37,7 +38,7 @@ class AmuletError(Exception):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
-        # A note, not a part of the message: servers and programs read that one.
+        # A note, not part of the message, which servers and programs read.
         self.__notes__ = [f"More: {self.help_page}"]
 
 
@@ -46,7 +47,7 @@ class RequestError(AmuletError, ValueError):
 
 
 class PromptTooLongError(RequestError):
-    """Prompt (and requested answer) exceed the model's context window; states both lengths."""
+    """The prompt exceeds the model's context window; the message states both lengths."""
 
 
 class TemplateError(RequestError):
@@ -66,7 +67,7 @@ class DecodeError(AmuletError, RuntimeError):
 
 
 class OutOfMemoryError(DecodeError):
-    """The device ran out of memory; states how many rows and tokens the batch had.
+    """The device ran out of memory; the message states the batch's rows and tokens.
 
     Loading and packing a model raise it as well.
     """
@@ -77,12 +78,12 @@ class EvaluationError(AmuletError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error of Python's or PyTorch's says that memory is short.
+    """Tell whether an error from Python or PyTorch means that memory ran out.
 
-    A GPU's allocator raises `torch.OutOfMemoryError`. The CPU's, the driver's and the libraries'
-    raise a plain `RuntimeError`, which only its text tells from others.
+    The GPU allocator raises `torch.OutOfMemoryError`. The CPU allocator, the driver and the
+    libraries raise a plain `RuntimeError`, which only its text distinguishes from others.
     """
-    if isinstance(error, AmuletError):  # named already
+    if isinstance(error, AmuletError):  # classified already
         return False
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"MemoryError", "OutOfMemoryError"}:  # by name: this module loads no torch

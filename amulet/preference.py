@@ -24,7 +24,7 @@ LoopGuard = Annotated[int, Field(ge=0, le=1000)]
 
 
 class Preference(BaseModel):
-    """One wish about the answer, in words, and its weight.
+    """What a user wants of an answer, in words, and its weight.
 
     Args:
         text: what the person wants, such as "Answer in one short sentence."
@@ -60,21 +60,21 @@ PreferenceLike: TypeAlias = (
 
 
 class Steering(BaseModel):
-    """How hard, and where, preferences are applied; frozen, to and from JSON.
+    """How hard, and where, preferences are applied; frozen, converts to and from JSON.
 
     Args:
-        strength: g of `log π ∝ p + g·((p − r) + f·(p − u))`. −1 is no preference at all, 0 the
+        strength: g in `log π ∝ p + g·((p − r) + f·(p − u))`. −1 is no preference at all, 0 the
             preference in the prompt alone. Without focus, 2.0 is Linear Alignment and 4.6487 the
             paper's 60-step game.
         floor: the plausibility floor, 0 to 1: only tokens with `p ≥ floor·max p` survive; 0 is off.
         placement: where the preference stands in the prompt: at the end of the last "user" turn,
             in the "system" message, or in "both". Raw text has it before the prompt.
-        focus: f, 0 to 10: how hard the answer is held to what was asked. p has both the chat and
-            the preference, r lacks the preference, and u lacks what was asked: it is the preference
-            as a message of its own. 0 is off, and spares the row of u. Strengths of 0 and below
-            have none, nor have raw text and preferences that are steered away from.
-        loop_guard: how many tokens an answer may repeat of itself before going on to repeat costs
-            likelihood, the more the longer; 0 is off. Strengths of 0 and below have none.
+        focus: f, 0 to 10: how hard the answer is held to what was asked. The prompt of p has the
+            chat and the preference; that of r lacks the preference; that of u lacks what was
+            asked, and has the preference as a message of its own. 0 is off and saves the row of u.
+            There is no focus at strength 0 and below, for raw text, or for negative weights.
+        loop_guard: how many tokens an answer may repeat of itself before further repetition costs
+            likelihood, more with each token; 0 is off. It is off at strength 0 and below.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,7 +96,7 @@ class Steering(BaseModel):
     def paper(
         cls, iterations: int = 60, alpha: float = 2.0, lam: float = 2.0, eta: float = 10.0
     ) -> Steering:
-        """The paper's setting: the gain of its game in the system message, and nothing else."""
+        """The paper's setting: its game's gain, the system message, no floor, focus or guard."""
         gain = game_gain(iterations, alpha, lam, eta)
         return cls(strength=gain, floor=0.0, placement="system", focus=0.0, loop_guard=0)
 
@@ -105,7 +105,7 @@ class Steering(BaseModel):
         """Read the JSON file that `amulet tune` writes.
 
         Raises:
-            RequestError: the file can't be read, or holds something else.
+            RequestError: the file can't be read, or has other contents.
         """
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
@@ -120,12 +120,12 @@ DEFAULT_STEERING = Steering()
 
 
 def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
-    """Return the one normal form of every way to state preferences; `()` decodes plainly.
+    """Return the normal form of preferences given in any accepted form; `()` decodes plainly.
 
     None, "" and blank text mean no preference; so do an empty list and a weight of 0.
 
     Raises:
-        RequestError: something else than text, `Preference`, its dict, or a list of them.
+        RequestError: anything other than text, `Preference`, its dict, or a list of them.
     """
     if given is None:
         return ()
@@ -163,7 +163,7 @@ def _one_preference(entry: object) -> Preference:
 
 
 def shares(preferences: Sequence[Preference]) -> list[float]:
-    """Return the s_i by which preferences share the push: weights that sum to 1 at most."""
+    """Return each preference's share of the push: weights scaled to sum to 1 at most."""
     total = max(1.0, sum(abs(preference.weight) for preference in preferences))
     return [preference.weight / total for preference in preferences]
 
@@ -171,9 +171,9 @@ def shares(preferences: Sequence[Preference]) -> list[float]:
 def row_weights(
     preferences: Sequence[Preference], strength: float, focus: float = 0.0
 ) -> list[float]:
-    """Return the w_i of `r + Σ w_i·(p_i − r)`: one per preferred row, then that of the row of u.
+    """Return the w_i of `r + Σ w_i·(p_i − r)`: one per preferred row, then one for the row of u.
 
-    There is a row of u only with focus, a strength above 0, and a preference that is wanted.
+    There is a row of u only with focus, a strength above 0, and a preference of positive weight.
     """
     own = shares(preferences)
     held = max(strength, 0.0) * focus  # of p − u, which is (p − r) − (u − r)
@@ -183,16 +183,16 @@ def row_weights(
 
 
 def guard_of(steering: Steering) -> int:
-    """Return the loop guard in force: what is not steered may repeat itself."""
+    """Return the loop guard in force: 0 where nothing is steered."""
     return steering.loop_guard if steering.strength > 0 else 0
 
 
 def describe(error: ValidationError, known: Collection[str] = ()) -> str:
-    """Return pydantic's findings as one sentence per field: name, value given, what is expected.
+    """Return pydantic's errors as one sentence per field: name, value given, value expected.
 
     Args:
-        error: what pydantic raised.
-        known: names of the options that there are.
+        error: the error that pydantic raised.
+        known: names of the options that exist.
     """
     findings = []
     for finding in error.errors(include_url=False):

@@ -1,4 +1,4 @@
-"""From a `Request` to what is decoded: the `Generation`, and the `Answer` that collects it."""
+"""From a `Request` to its `Generation`, which is decoded, and the `Answer` that collects it."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from amulet.tool_calls.fallback import with_instructions
 from amulet.tool_calls.response import ResponseTemplate
 
 CONTEXT = 8
-"""Ids of the prompt that tell whether a space begins an answer that goes on from it."""
+"""The prompt's last ids, which decide whether an answer that continues it starts with a space."""
 
 
 @dataclass(frozen=True)
 class _Tools:
-    """A request's tools: what the template gets, what may be called, and in which dialect."""
+    """A request's tools: the template's schemas, the functions that may be called, the dialect."""
 
     messages: list[Message]  # in normal form
     schemas: list[Schema]  # for the template
     functions: list[Function]
     dialect: Dialect | None = None
-    template: str = ""  # what the dialect was found in
+    template: str = ""  # the template source in which the dialect was found
     is_fallback: bool = False
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """What all requests to one model have in common.
+    """Prepares requests; holds what all requests to one model share.
 
     Attributes:
         tokenizer: the model's.
         steering: for requests that don't give their own.
-        window: the context window in tokens; None where none is known.
+        window: the context window in tokens; None if unknown.
         end_ids: ids that end an answer.
     """
 
@@ -65,14 +65,14 @@ class Preparer:
     end_ids: frozenset[int]
 
     def prepare(self, request: Request) -> tuple[Generation, Answer, Steering | None]:
-        """Return the generation, what collects its tokens, and the steering in force.
+        """Return the generation, the answer that collects its tokens, and the steering in force.
 
         Raises:
-            RequestError: the request can't be decoded as given.
+            RequestError: the request is not valid.
         """
         tools = self._tools(request)
         grammar = self._grammar(request, tools)
-        # What a machine reads is decoded plainly: then the base row is all it takes.
+        # Text for a program is decoded plainly, which takes the base row alone.
         is_plain = grammar is not None and (
             grammar is not request.grammar or not request.steer_grammar
         )
@@ -89,7 +89,7 @@ class Preparer:
                 steering,
                 None if request.prompt is not None else partial(self._alone, request, tools),
             )
-            # The prompt alone needs no base row, where no part is to be decoded plainly.
+            # Strength 0 needs no base row unless a part may be decoded plainly.
             if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
                 rows, weights = [prompts.preferred[0]], []
         matcher = self._matcher(grammar, tools) if grammar is not None else None
@@ -129,7 +129,7 @@ class Preparer:
         return self._encode(request, self._tools(request), (), None).base
 
     def calls_tools(self, tools_prompt: Literal["template", "fallback"]) -> bool:
-        """Tell whether tools reach the model and the calls in its answers are read."""
+        """Tell whether the model sees the tools and the calls in its answers can be parsed."""
         probe = Request(
             messages=({"role": "user", "content": "x"},),
             tools=({"name": "probe"},),
@@ -141,7 +141,7 @@ class Preparer:
             return False
 
     def _tools(self, request: Request) -> _Tools:
-        """Find how the template takes the tools; write them and the history as text if it can't."""
+        """Find how the template shows tools; if it can't, write tools and past calls as text."""
         if request.messages is None:
             return _Tools([], [], [])
         messages = normal_messages(request.messages)
@@ -157,7 +157,7 @@ class Preparer:
         if dialect is not None or (knows and self._has_response_template):
             return _Tools(messages, schemas, functions, dialect, template.source)
         if request.tools_prompt != "fallback":
-            if knows and "<tool_call>" in template.source:  # in a syntax of its own: it stays text
+            if knows and "<tool_call>" in template.source:  # an unknown syntax: calls stay text
                 return _Tools(messages, schemas, functions, None, template.source)
             raise no_tools_error(
                 "In which form the model calls tools can't be told from its chat template."
@@ -173,7 +173,7 @@ class Preparer:
         return getattr(self.tokenizer, "response_template", None) is not None
 
     def _grammar(self, request: Request, tools: _Tools) -> Grammar | None:
-        """Return the grammar of the answer: the request's, forced calls, or either of the two."""
+        """Return the answer's grammar: the request's own, that of forced calls, or a choice."""
         if not tools.functions or (request.tool_choice == "auto" and request.grammar is None):
             return request.grammar
         if tools.dialect is None:
@@ -186,8 +186,8 @@ class Preparer:
                 f"tool_choice={request.tool_choice!r} and a grammar: the answer can't be both; "
                 'give one of them, or tool_choice="auto".'
             )
-        # A named tool is called once, as where the option comes from; a model that never learnt to
-        # call tools doesn't know when to stop either.
+        # A named tool is called once, as in OpenAI's API. A model that was not trained on tools
+        # doesn't know when to stop either.
         parallel = request.parallel_tool_calls and request.tool_choice in ("auto", "any")
         parallel = parallel and not tools.is_fallback
         return forced_grammar(
@@ -226,7 +226,7 @@ class Preparer:
     def _is_open(
         self, thinking: tuple[str, str], messages: list[Message], prompt: list[int]
     ) -> bool:
-        """Tell whether the prompt ends inside a thinking span: the model goes on in it."""
+        """Tell whether the prompt ends inside a thinking span, which the model continues."""
         opening, closing = thinking
         last = messages[-1]
         if last["role"] == "assistant":  # it is continued
@@ -262,7 +262,7 @@ class Preparer:
         )
 
     def _limit(self, request: Request, prompt_tokens: int) -> int:
-        """How many tokens there is room for; an answer may be cut by the window, a prompt not."""
+        """Return the answer's token limit: the window may cut an answer, but not a prompt."""
         if self.window is None:
             return request.max_new_tokens
         return min(request.max_new_tokens, room_for_answer(prompt_tokens, self.window))
@@ -277,17 +277,17 @@ def steered_rows(
     """Return the prompts of a steered answer's rows, and the weights of all but the base row.
 
     Args:
-        prompts: of the chat, or of raw text.
+        prompts: the prompts of the chat, or of raw text.
         preferences: normal form, at least one.
-        steering: how.
-        alone: makes the prompt of the preferences alone, which focus takes; None where it can't be.
+        steering: the settings in force.
+        alone: returns the prompt for focus, the preferences alone; None where focus doesn't apply.
     """
     rows = [*prompts.preferred, prompts.base]
     weights = row_weights(preferences, steering.strength, steering.focus if alone else 0.0)
     if alone is not None and len(weights) == len(rows):
         try:
             rows.insert(-1, alone())
-        except TemplateError:  # it wants more of a chat; the chat itself it has taken
+        except TemplateError:  # it accepts the chat, but not system message and preference alone
             weights = row_weights(preferences, steering.strength)
     return rows, weights
 
@@ -296,7 +296,7 @@ def room_for_answer(prompt_tokens: int, window: int) -> int:
     """Return how many tokens of a context window a prompt leaves.
 
     Raises:
-        PromptTooLongError: none.
+        PromptTooLongError: it leaves none.
     """
     if prompt_tokens >= window:
         raise PromptTooLongError(
@@ -307,13 +307,13 @@ def room_for_answer(prompt_tokens: int, window: int) -> int:
 
 
 def ends_with(tokenizer: PreTrainedTokenizerBase, prompt: list[int], text: str) -> bool:
-    """Tell whether a prompt ends in a text, such as a thinking marker; white space aside."""
+    """Tell whether a prompt ends with a text, such as a thinking marker, ignoring white space."""
     tail = str(tokenizer.decode(prompt[-32:], skip_special_tokens=False))
     return tail.rstrip().endswith(text)
 
 
 def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:
-    """Tell whether a dialect reads the calls between its markers as a chat template writes them."""
+    """Tell whether a dialect can parse calls as a chat template writes them."""
     function = {"name": "probe_tool", "arguments": {"key": "probe value"}}
     call = {"type": "function", "function": function}
     messages: list[Message] = [
@@ -324,7 +324,7 @@ def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:
     try:
         chat = template.render(messages)
     except TemplateError:
-        return True  # nothing is known of how it writes them
+        return True  # how it writes calls is unknown
     begun = chat[: chat.find("probe value")].rfind(dialect.SPANS[0][0])
     if "probe value" not in chat or begun < 0:
         return True
@@ -334,16 +334,16 @@ def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:
 
 
 def _goes_on(tools: _Tools) -> bool:
-    """Tell whether the answer goes on in a text of the prompt: in raw text, or in a turn."""
+    """Tell whether the answer continues text of the prompt: raw text, or an assistant's turn."""
     last = tools.messages[-1] if tools.messages else None
     return last is None or (last["role"] == "assistant" and bool(last["content"].strip()))
 
 
 def _knows_tools(template: ChatTemplate) -> bool:
-    """Tell whether a chat template shows the model the tools: does it render them?"""
+    """Tell whether a chat template renders tools, so that the model sees them."""
     chat = [{"role": "user", "content": "x"}]
     plain = ChatTemplate(template.tokenizer, None, template.options)
     try:
         return template.render(chat) != plain.render(chat)
     except TemplateError:
-        return True  # it wants other messages: the request's own will tell
+        return True  # it needs other messages; the request's own will show

@@ -1,4 +1,4 @@
-"""`Reply` and what it is made of: what an answer is to the caller."""
+"""`Reply`, the finished answer, and its parts: usage, trace, tool calls, events."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ EventKind = Literal["text", "reasoning", "tool_call"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts. The base row's share is told apart: it is what steering cost.
+    """Token counts. The prompt tokens that steering added are counted separately.
 
     Attributes:
-        prompt_tokens: tokens of the preferred prompt (the prompt that the user sees answered).
-        completion_tokens: tokens decoded, the end-of-turn token included.
-        base_prompt_tokens: prompt tokens of the further rows; 0 for a plain request.
-        cached_tokens: how many of `prompt_tokens` were not computed, because an earlier or running
-            request began alike. It depends on what else was asked, so it doesn't count in `==`.
+        prompt_tokens: tokens of the preferred prompt (the prompt that the answer responds to).
+        completion_tokens: tokens decoded, including the end-of-turn token.
+        base_prompt_tokens: prompt tokens of the other rows; 0 for a plain request.
+        cached_tokens: how many of `prompt_tokens` were reused from an earlier or running request
+            with the same prefix. It depends on other requests, so `==` ignores it.
     """
 
     prompt_tokens: int
@@ -40,7 +40,7 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
-        """Prompt and completion, without the further rows."""
+        """Prompt and completion, without the other rows."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -52,8 +52,8 @@ class TokenTrace:
         token_id, text: the token that was emitted.
         preferred: its log-probability with the preference in the prompt (with several: the mean
             of their rows by weight).
-        base: its log-probability without.
-        steered: its log-probability under the steered distribution, floor applied.
+        base: its log-probability without the preference.
+        steered: its log-probability under the steered distribution, after the floor.
         unsteered_id, unsteered_text: what the plain model would have chosen here.
         top: likely alternatives under the steered distribution, `(token_id, text, logprob)`.
     """
@@ -74,19 +74,19 @@ def mean_base(trace: Sequence[TokenTrace]) -> float:
 
 
 def changed_share(trace: Sequence[TokenTrace]) -> float:
-    """Return the share of tokens for which the plain model would have said another; 0 for none."""
+    """Return the share of tokens where the plain model would have chosen another; 0 for none."""
     return sum(token.unsteered_id != token.token_id for token in trace) / max(1, len(trace))
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model makes.
+    """A tool call in an answer.
 
     Attributes:
         name: the tool's name, as the model wrote it.
-        arguments: its arguments; they are not checked against the tool's schema.
-        id: an id of this call, unique, for the tool message that answers it.
-        written: the JSON of the arguments as it was streamed; "" for a call made by hand.
+        arguments: its arguments, not checked against the tool's schema.
+        id: the call's unique id, for the tool message that answers it.
+        written: the JSON of the arguments as it was streamed; "" for a call constructed in code.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A call that can't be read or was cut off: what the model wrote, and what is wrong with it."""
+    """A call that can't be parsed or was cut off: what the model wrote, and the error."""
 
     raw: str
     error: str
@@ -107,17 +107,17 @@ class InvalidToolCall:
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of an answer, in the order it was written.
+    """A piece of a streamed answer; events come in the order of the answer.
 
     Attributes:
         kind: "text" for the reader, "reasoning" (a thinking span), or "tool_call".
-        text: the piece. Those of one kind concatenate to the reply's `text` or `reasoning`; those
-            of one call to the JSON of its arguments. With a trace the last event may be empty. A
-            call's events come once it has ended, so that no cut call looks like a whole one.
-        tokens: with `trace=True`, the tokens whose text begins here; all events' make the trace.
-        index: for a call, the how manyth of the answer it is, from 0.
-        id, name: for a call's first event, its id and the tool's name (None: not readable).
-        error: for an invalid call's only event, what is wrong; `text` is what the model wrote.
+        text: the piece. The pieces of one kind concatenate to the reply's `text` or `reasoning`;
+            those of one call to the JSON of its arguments. With a trace the last may be empty. A
+            call's events are sent when the call is complete, so a cut call never looks complete.
+        tokens: with `trace=True`, the tokens whose text begins here; together they are the trace.
+        index: for a call, its index in the answer, from 0.
+        id, name: for a call's first event, its id and the tool's name (None: could not be parsed).
+        error: for the only event of an invalid call, the error; `text` is what the model wrote.
     """
 
     kind: EventKind
@@ -138,16 +138,16 @@ class Reply:
     """A finished answer.
 
     Attributes:
-        text: what the user reads: no special tokens, no prompt, no stop string.
-        token_ids: every decoded id, the end-of-turn id included.
-        finish_reason: "stop" (end of turn or stop string), "tool_calls" (the model calls tools),
+        text: what the user reads: no special tokens, no prompt, no stop sequence.
+        token_ids: every decoded id, including the end-of-turn id.
+        finish_reason: "stop" (end of turn or stop sequence), "tool_calls" (the model calls tools),
             "length" or "cancelled".
         usage: token counts.
-        steering: the settings in force, see `Steering`; None when decoded plainly.
-        stop_string: the stop string that ended the answer, if one did.
-        trace: a `TokenTrace` per token, if asked for.
+        steering: the settings in force, see `Steering`; None if the answer was decoded plainly.
+        stop_string: the stop sequence that ended the answer, if any.
+        trace: a `TokenTrace` per token, if requested.
         reasoning: the thinking spans, without their markers.
-        tool_calls, invalid_tool_calls: the calls that the model makes, and what it failed to say.
+        tool_calls, invalid_tool_calls: the calls in the answer, and those that can't be parsed.
     """
 
     text: str

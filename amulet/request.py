@@ -1,6 +1,6 @@
-"""What is asked for and what comes back: `Request`, `Reply`, `Usage`, `TokenTrace`.
+"""`Request`: one answer to decode, with all its options.
 
-Every range is checked here, once; the modules below trust it.
+Every range is checked here, once; the modules below rely on it.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ class Request(BaseModel):
         top_k: keep the k likeliest tokens; 0 is off.
         top_p: keep the smallest set with this probability, in (0, 1]; 1 is off.
         min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
-        repetition_penalty: above 1 lowers tokens that the prompt (without preferences) or answer
-            already has; 1 is off.
-        stop: strings that end the answer; they are cut off.
-        seed: for sampling; the same one gives the same answer, alone or in a batch. None draws one.
-        trace: give a `TokenTrace` for every token.
-        top_logprobs: with `trace`, how many likely alternatives each token lists.
+        repetition_penalty: above 1 lowers the scores of tokens that already occur in the prompt
+            (without preferences) or in the answer; 1 is off.
+        stop: stop sequences: strings that end the answer and are removed from it.
+        seed: for sampling; the same seed gives the same answer, alone or batched. None draws one.
+        trace: return a `TokenTrace` for every token.
+        top_logprobs: with `trace`, how many likely alternatives to list for each token.
         logits_processor: Transformers logits processors, applied after steering and before the
             floor; they get the ids of the prompt without preferences and of the answer.
-        grammar: what the answer must look like; see `Grammar`. After the thinking span, if any.
-        steer_grammar: steer under a grammar too, where it leaves the text free.
-        tools: tools that may be called: OpenAI's schemas or documented Python functions.
-        tool_choice: "auto" (the model decides), "any" (it must call), "none", or a tool's name (it
-            must call that one). A forced call follows a grammar made of the tools' schemas.
+        grammar: the form that the answer must have; see `Grammar`. It starts after the thinking
+            span, if there is one.
+        steer_grammar: steer under a grammar too, where the grammar permits free text.
+        tools: tools that may be called: OpenAI schemas or documented Python functions.
+        tool_choice: "auto" (the model decides), "any" (it must call a tool), "none", or the name of
+            the tool that it must call. A forced call follows a grammar of the tools' schemas.
         parallel_tool_calls: permit more than one call in the answer.
-        tools_prompt: where the chat template knows no tools, "template" is an error and "fallback"
-            describes them in the system message. Past calls and results that the template refuses
-            or drops are text in both.
-        template_options: further variables of the chat template, such as `enable_thinking`.
+        tools_prompt: for a chat template without support for tools: "template" raises an error and
+            "fallback" describes the tools in the system message. With both, past calls and results
+            that the template refuses or drops are written as text.
+        template_options: additional variables of the chat template, such as `enable_thinking`.
 
     Raises:
-        RequestError: naming each field that is wrong, with its value.
+        RequestError: a field is not valid; the message names each one with its value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -156,7 +157,7 @@ class Request(BaseModel):
         return self
 
     def steering(self, default: Steering) -> Steering:
-        """Return how to steer: what was not given is taken from `default`."""
+        """Return the settings in force: those not given come from `default`."""
         given = {name: getattr(self, name) for name in Steering.model_fields}
         given = {name: value for name, value in given.items() if value is not None}
         return Steering(**{**default.model_dump(), **given}) if given else default

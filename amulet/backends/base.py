@@ -1,7 +1,7 @@
-"""The seam between decoding and models: above it ids and scores, below it tensors and devices.
+"""The interface between decoding and models: above it ids and scores, below tensors and devices.
 
 A backend computes a batch of *rows*. Row i has consumed some ids; a pass appends ids to rows and
-returns logits. How long a row is, whose it is and what it is for is the engine's knowledge alone.
+returns logits. Only the engine knows each row's length, owner and purpose.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Snapshot(Protocol):
-    """What a backend remembers of a row, for `Backend.load_row`."""
+    """A saved row, for `Backend.load_row`."""
 
     @property
     def nbytes(self) -> int:
@@ -22,14 +22,14 @@ class Snapshot(Protocol):
 
 
 class Backend(Protocol):
-    """Computes logits for rows of token ids. Only the decode thread calls it, but for `queued`.
+    """Computes logits for rows of token ids. Only the decode thread calls it, except `queued`.
 
     Attributes:
-        any_length: whether a row can be copied, kept and written anew at any length. If not, as
-            with recurrent state, only at the length that it has, and all rows of a pass get as
-            many ids as each other.
+        any_length: whether a row can be copied, saved and overwritten at any length. If not, as
+            with recurrent state, only at its current length, and all rows of a pass get the same
+            number of ids.
         chunk: ids in one pass of a prefill.
-        worth_sharing: ids spared, from which a shared beginning is worth a pass of its own.
+        worth_sharing: the number of ids saved from which a shared prefix is worth its own pass.
     """
 
     any_length: bool
@@ -38,7 +38,7 @@ class Backend(Protocol):
 
     @property
     def model(self) -> Any:
-        """The model; what decodes over the same one shares a thread."""
+        """The model; drivers of the same model share a decode thread."""
 
     @property
     def device(self) -> torch.device:
@@ -49,24 +49,24 @@ class Backend(Protocol):
         """Bytes that rows hold."""
 
     def queued(self) -> None:
-        """Told in the caller's thread that it is about to wait for the decode thread."""
+        """Called in the caller's thread before it waits for the decode thread."""
 
     def renew(self, tokens: int, idle: bool) -> None:
-        """Told before each answer: notice what was changed from outside, such as the dtype.
+        """Called before each answer: detect changes from outside, such as a new dtype.
 
         Args:
-            tokens: how long the answer's longest row may soon be.
+            tokens: the length that the answer's longest row may soon have.
             idle: no row is in use, so all memory may be freed.
         """
 
     def state(self) -> object:
-        """Return what the next pass computes with; another object once the weights have changed."""
+        """Return an object that identifies the weights; replaced whenever the weights change."""
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows of so many ids; what is there stays.
+        """Make room for `rows` rows of `tokens` ids, keeping the present contents.
 
         Raises:
-            Exception: there is no room (`is_out_of_memory`); nothing has changed then.
+            Exception: out of memory (`is_out_of_memory`); nothing has changed then.
         """
 
     def forward(
@@ -79,39 +79,39 @@ class Backend(Protocol):
         """Append ids to rows: one pass of a prefill.
 
         Args:
-            ids: of every row, as many of each. With `any_length` those at the end may be padding.
-            starts: for each row the length that it has; with `any_length` less cuts it.
+            ids: for every row, the same number of ids. With `any_length` the last may be padding.
+            starts: each row's current length; with `any_length` a smaller value truncates the row.
             first: the first of the rows, which are consecutive.
-            keep: after which of the ids logits are wanted.
+            keep: indices of the ids after which logits are needed.
 
         Returns:
-            Logits `[rows, kept places, vocab]`.
+            Logits `[rows, kept ids, vocab]`.
         """
 
     def step(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
         """Append one id, or a few, to each of the first rows: a decode step.
 
         Returns:
-            Logits `[rows, ids per row, vocab]`, which last until the next call.
+            Logits `[rows, ids per row, vocab]`, valid until the next call.
         """
 
     def working(self, tokens: int) -> AbstractContextManager[Any]:
-        """Return what is held during a step of so many ids, and while its tokens are chosen."""
+        """Return a context to hold during a step of `tokens` ids and the choice of its tokens."""
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Make a row what another one is, up to a length."""
+        """Copy the first `length` ids of a row to another row."""
 
     def save_row(self, row: int, length: int) -> Snapshot:
-        """Return a copy of a row, up to a length."""
+        """Return a copy of the first `length` ids of a row."""
 
     def load_row(self, row: int, snapshot: Any, length: int) -> None:
-        """Make a row what `save_row` returned, up to a length."""
+        """Restore the first `length` ids of a saved row."""
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of what `save_row` returns for so many ids."""
+        """Bytes of a saved row of `length` ids."""
 
     def rest(self) -> None:
-        """Told that no row is in use: free memory, and forget what users said."""
+        """Called when no row is in use: free memory, and erase the rows' contents."""
 
     def clear(self) -> None:
-        """Free all memory, after an error; needs none itself."""
+        """Free all memory, after an error, without allocating any."""

@@ -1,7 +1,7 @@
 """The decode loop: `admit`, `step`, `retire`. Ids in, ids out; it knows no text, chat or HTTP.
 
-All rows of all generations take part in one forward pass per step; the scores of a generation's
-rows are combined into one distribution, one token is chosen from it and appended to all of them.
+One forward pass per step covers all rows of all generations. The scores of a generation's rows are
+combined into one distribution; one token is chosen from it and appended to all of its rows.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from amulet.errors import OutOfMemoryError, is_out_of_memory, one_line
 
 logger = logging.getLogger("amulet")
 
-DRAFT_TOKENS = 24  # most tokens of all rows in a step that checks drafts: more would not be cheap
-TOGETHER = 256  # tokens per row up to which rows share a pass of a prefill, however many
-WORTH_PADDING = 0.6  # rows of uneven length share a pass if this much of it is not padding
-AHEAD = 512  # tokens of an answer that there may soon be, as far as memory goes
+DRAFT_TOKENS = 24  # limit on all rows' tokens in a step that checks drafts; more is not cheap
+TOGETHER = 256  # up to this many tokens per row, any number of rows share a prefill pass
+WORTH_PADDING = 0.6  # rows of uneven length share a pass if at least this share is not padding
+AHEAD = 512  # tokens of an answer for which memory is planned in advance
 
 
 class Engine:
@@ -34,8 +34,8 @@ class Engine:
 
     Args:
         backend: what computes logits.
-        prefix_bytes: how much of ended rows may be kept for later prompts that begin alike; 0 keeps
-            nothing.
+        prefix_bytes: memory for finished rows, which later prompts with the same prefix reuse; 0
+            keeps nothing.
         drafts: guess what an answer will copy from its prompt, and check it in one pass.
     """
 
@@ -43,23 +43,24 @@ class Engine:
         self.backend = backend
         self.drafts = drafts and backend.any_length
         self.running: list[Generation] = []
-        # Held while tokens are handed over, so that who holds it, too, sees whole answers.
+        # Held while tokens are appended; a reader that holds it never sees a partial update.
         self.handing_over: AbstractContextManager[Any] = nullcontext()
         self.prefixes = Prefixes(prefix_bytes)
-        self._state = backend.state()  # that the kept rows were computed with
-        self._owners: list[tuple[Generation, int]] = []  # of row i: whose it is, and which
-        self._filling = False  # a prefill is under way in rows behind those of `_owners`
+        self._state = backend.state()  # the weights with which the kept rows were computed
+        self._owners: list[tuple[Generation, int]] = []  # row i's generation, and its prompt
+        self._filling = False  # a prefill is running in rows after those of `_owners`
         self._waited_for = 0  # tokens prefilled since the last step
 
     @torch.inference_mode()
     def admit(self, generation: Generation) -> None:
-        """Prefill a generation's prompts, decode its first token, and let it join the batch.
+        """Prefill a generation's prompts, decode its first token, and add it to the batch.
 
-        What its rows share with each other, with a running row or with a kept one is copied. While
-        others run, the prefill pauses for a step of theirs every `Backend.chunk` tokens.
+        Prefixes that its rows share with each other, with a running row or with a kept row are
+        copied. While other generations run, the prefill pauses for a decode step every
+        `Backend.chunk` tokens.
 
         Raises:
-            OutOfMemoryError: there is no room; the running generations are unharmed.
+            OutOfMemoryError: out of memory; the running generations are not affected.
         """
         first, rows = len(self._owners), len(generation.prompts)
         longest = max(map(len, generation.prompts))
@@ -79,14 +80,14 @@ class Engine:
         self.sweep()
 
     def _renew(self, generation: Generation, longest: int) -> None:
-        """Forget what is of no use to the next answer, whose longest prompt has so many ids."""
+        """Discard what the next answer can't use; `longest` is the length of its longest prompt."""
         ahead = min(generation.max_new_tokens, AHEAD)
         self.backend.renew(longest + ahead, idle=not self.running)
         self._notice_weights()
         generation.computed_with = self._state
 
     def _join(self, generation: Generation, first: int, logits: torch.Tensor) -> None:
-        """Let a prefilled generation join the batch; decode its first token, or leave no trace."""
+        """Add a prefilled generation to the batch and decode its first token; undone on error."""
         rows = len(generation.prompts)
         self._prepare(generation, logits)
         place = len(self._owners)  # rows before `first` may have left during the prefill
@@ -103,7 +104,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Decode one token of every running generation; those that end leave the batch."""
+        """Decode one token of every running generation; finished ones leave the batch."""
         self._waited_for = 0
         if not self.running:
             return
@@ -126,9 +127,9 @@ class Engine:
         self.sweep()
 
     def _draft(self, rows: int) -> dict[Generation, list[int]]:
-        """Guess what each running generation will go on with; see `Draft`."""
+        """Guess the next tokens of each running generation; see `Draft`."""
         drafts: dict[Generation, list[int]] = {generation: [] for generation in self.running}
-        # Nobody's answer may grow beyond its limit, not even by tokens that are thrown away.
+        # No row may grow beyond its answer's limit, not even by tokens that are discarded.
         limit = min(g.max_new_tokens - len(g.token_ids) for g in self.running) - 1
         limit = min(limit, DRAFT_TOKENS // rows - 1) if self.drafts else 0
         if limit >= NARROW:
@@ -139,11 +140,11 @@ class Engine:
         return drafts
 
     def _accept(self, drafts: dict[Generation, list[int]], logits: torch.Tensor) -> None:
-        """Decode a token of each generation, and one more for each that its draft foretold.
+        """Decode one token of each generation, plus one for each token guessed correctly.
 
         Args:
-            drafts: what was guessed of each.
-            logits: `[rows, width, vocab]`, after each row's last token and its guessed ones.
+            drafts: the tokens guessed for each generation.
+            logits: `[rows, width, vocab]`, after each row's last token and its guessed tokens.
         """
         going = list(self.running)
         rows = {owner: row for row, owner in enumerate(self._owners)}
@@ -168,7 +169,7 @@ class Engine:
     @torch.inference_mode()
     def sweep(self) -> None:
         """Drop the rows of finished generations; the last rows move into their places."""
-        # Asked once: other threads cancel at any time.
+        # Read once: other threads may cancel at any time.
         ended = {generation for generation in self.running if generation.done}
         if not ended:
             return
@@ -182,12 +183,12 @@ class Engine:
                     self.backend.copy_row(len(owners), row, length)
                     owners[row] = (generation, i)
         running = [generation for generation in self.running if generation not in ended]
-        # Last and at once: an interrupt of a caller who cancels leaves all as it was before.
+        # Last and in one statement: an interrupted caller that cancels leaves the state unchanged.
         self._owners, self.running = owners, running
         self._clear_if_idle()
 
     def _notice_weights(self) -> None:
-        """If the model's weights have changed, forget all that was computed with the old ones."""
+        """If the model's weights have changed, discard everything computed with the old ones."""
         state = self.backend.state()
         if state is not self._state:
             self.prefixes.clear()
@@ -202,15 +203,15 @@ class Engine:
             self.backend.rest()
 
     def _keep_ended(self) -> None:
-        """Keep ended rows for prompts that begin with the same ids; nothing, where that fails."""
+        """Keep finished rows for later prompts with the same prefix; keep none on an error."""
         try:
             if any(map(self._may_keep, self.running)):
                 self._notice_weights()
             for row in range(len(self._owners)):
                 self._keep(row)
-        except Exception as error:  # nobody's answer ends with it
+        except Exception as error:  # no answer fails because of it
             logger.info("Nothing is kept of ended answers: %.200s", one_line(error))
-            self.prefixes.clear()  # the answers that run need the memory more
+            self.prefixes.clear()  # running answers need the memory more
 
     def _keep(self, row: int) -> None:
         generation, i = self._owners[row]
@@ -246,12 +247,12 @@ class Engine:
     def _prefill(self, generation: Generation, first: int) -> torch.Tensor | None:
         """Fill the rows from `first` on; return the logits after each prompt, `[rows, vocab]`.
 
-        None if the generation was cancelled meanwhile.
+        Return None if the generation was cancelled during the prefill.
         """
         prompts = generation.prompts
         filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
         generation.cached_tokens = filled[0]
-        # What each row has in common with the base row, which leads.
+        # The length of each row's common prefix with the base row, which is filled first.
         common = [common_prefix(prompt, prompts[-1]) for prompt in prompts[:-1]]
         base = len(common)
         for i, length in enumerate(common):
@@ -259,8 +260,8 @@ class Engine:
             if filled[-1] < length and self._may_copy(filled[i], length):
                 self.backend.copy_row(first + i, first + base, length)
                 filled[-1] = length
-        # A pass of its own for the shared beginning must be worth it: what follows then starts
-        # behind something, which takes a mask on a GPU and more work without one.
+        # A separate pass for the shared prefix must pay off: the passes after it then start at a
+        # cached position, which takes a mask on a GPU and more work elsewhere.
         shared = max(common, default=0)
         spared = sum(
             max(length - max(own, filled[-1]), 0)
@@ -287,10 +288,10 @@ class Engine:
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
             together = max(TOGETHER, self.backend.chunk // len(prompts))
-            worth = WORTH_PADDING if self.backend.any_length else 1.0  # padding would stay there
+            worth = WORTH_PADDING if self.backend.any_length else 1.0  # padding can't be removed
             if width > together or sum(taken) < worth * width * len(prompts):
                 rows = range(left.index(max(left)), left.index(max(left)) + 1)  # the longest alone
-            # Padding on the right is harmless: its columns lie behind the row's end.
+            # Padding on the right is harmless: its columns are beyond the row's end.
             ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
             ids = [chunk + [0] * (width - len(chunk)) for chunk in ids]
             keep = sorted({max(taken[i] - 1, 0) for i in rows})
@@ -305,13 +306,13 @@ class Engine:
         return torch.stack([logits[i] for i in range(len(prompts))])
 
     def _may_copy(self, filled: int, length: int) -> bool:
-        """Tell whether so much of a row can be copied: a recurrent model's only whole."""
+        """Tell whether a row's first `length` ids can be copied; recurrent rows only whole."""
         return self.backend.any_length or filled == length
 
     def _reuse(self, prompt: list[int], row: int) -> int:
-        """Copy into a row what a running or kept row has of its prompt; return how many ids.
+        """Copy the prompt's longest prefix from a running or kept row; return its length.
 
-        At least the prompt's last id is left: its logits are needed.
+        The prompt's last id is never copied: its logits are needed.
         """
         if not self.prefixes.limit:
             return 0
@@ -333,12 +334,12 @@ class Engine:
         return length
 
     def _give_way(self, filling: Generation, tokens: int) -> bool:
-        """Before a pass of so many tokens, let the running generations have a step if it is time.
+        """Before a pass of `tokens` tokens, decode a step of the running generations if it is due.
 
-        They wait for the prefill of one `Backend.chunk`, of one or of several prompts.
+        At most `Backend.chunk` tokens are prefilled between two steps, of one or several prompts.
 
         Returns:
-            False if the generation that is being filled was cancelled meanwhile.
+            False if the generation being prefilled was cancelled during the step.
         """
         if self._waited_for + tokens > self.backend.chunk:
             try:
@@ -360,7 +361,7 @@ class Engine:
         ]
         with self.handing_over:
             for generation, token_id, trace in zip(generations, token_ids, traces, strict=True):
-                if generation.done:  # failed, or cancelled meanwhile
+                if generation.done:  # failed, or was cancelled during the step
                     continue
                 if trace is not None:
                     generation.scores.append(trace)
@@ -368,14 +369,14 @@ class Engine:
 
     @contextmanager
     def _naming_shortage(self, rows: int, tokens: int) -> Iterator[None]:
-        """Raise OutOfMemoryError with the batch's size where the block runs out of memory."""
+        """Raise OutOfMemoryError with the batch's size if the block runs out of memory."""
         try:
             yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             held = self.backend.nbytes / 2**20
-            # Whoever keeps the error would keep all that the failed pass had computed.
+            # Otherwise the error's traceback would keep the failed pass's tensors alive.
             clear_frames(error.__traceback__)
             self.prefixes.clear()
             raise OutOfMemoryError(
@@ -385,14 +386,14 @@ class Engine:
             ) from error
 
     def _width(self, left: int) -> int:
-        """Return how many of a prefill's tokens that are left a row gets in the next pass.
+        """Return how many of the `left` tokens of a prefill a row gets in the next pass.
 
-        Passes of equal width: what the activations of one leave in the heap fits those of the next.
+        Passes have equal width, so the memory that one pass's activations free fits the next's.
         """
         passes = -(-left // self.backend.chunk)
         return -(-left // passes)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many leading ids two prompts share, leaving each at least one of its own."""
+    """Return the length of two prompts' common prefix, leaving at least one id of each."""
     return min(shared_length(one, other), len(one) - 1, len(other) - 1)

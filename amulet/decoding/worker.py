@@ -1,6 +1,6 @@
-"""One decode thread per model: callers queue answers and wait for news; it alone runs the engine.
+"""One decode thread per model: callers queue requests and wait for tokens; it runs the engine.
 
-Decoding goes on while somebody waits: a reader for its next token, or an event loop for an answer.
+Decoding continues while a caller waits: a reader for its next token, or an event loop.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from amulet.errors import (
 
 @dataclass(eq=False)
 class _Watch:
-    """Somebody waits for news of a generation."""
+    """A caller that waits for a generation's tokens or its end."""
 
     generation: Generation
-    wake: Callable[[], None]  # called at news; of one that only sets a flag
+    wake: Callable[[], None]  # called when there are new tokens; must only set a flag
     known: int  # tokens that the waiter has seen
-    lasting: bool  # wake at all further news, too
+    lasting: bool  # call `wake` for all later tokens too
 
     @property
     def has_news(self) -> bool:
@@ -43,22 +43,22 @@ class _Watch:
 
 
 class DecodeThread:
-    """The thread that all drivers of one model share; it ends with the last of them.
+    """The thread that all drivers of one model share; it ends with the last driver.
 
-    While it idles it holds no reference to a driver, so that models are freed.
+    An idle decode thread holds no reference to a driver, so that models can be freed.
 
     Attributes:
-        changed: guards all state that drivers share with callers. The decode thread holds it while
-            it hands tokens over, but not while it computes.
-        cores: threads that PyTorch may use, as the last caller had them.
+        changed: lock for all state that drivers share with callers. The decode thread holds it
+            while it appends tokens, but not while it computes.
+        cores: the number of PyTorch threads, as set in the last caller's thread.
     """
 
     def __init__(self) -> None:
-        # Not the condition itself, whose `with` is Python code: Ctrl-C in there leaves it locked.
+        # Not the condition itself: its `with` is Python code, and Ctrl-C there leaves it locked.
         self.changed = threading.RLock()
         self._work = threading.Condition(self.changed)
         self.cores = torch.get_num_threads()
-        self._drivers: list[weakref.ref[Driver]] = []  # the one served last at the end
+        self._drivers: list[weakref.ref[Driver]] = []  # the most recently served is last
         self._thread: threading.Thread | None = None
         self._ended = False
 
@@ -68,14 +68,14 @@ class DecodeThread:
             self._drivers.append(weakref.ref(driver, self._forget))
 
     def wake(self) -> None:
-        """Look for work now. The caller holds `changed`."""
+        """Wake the thread, or start it. The caller holds `changed`."""
         if self._ended:
             raise DecodeError("The interpreter is exiting; nothing more can be decoded.")
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="amulet-decode", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # no thread to be had, or the interpreter is exiting
+            except RuntimeError as error:  # out of threads, or the interpreter is exiting
                 raise DecodeError(f"The decode thread can't be started: {error}.") from error
             self._thread = thread
         self._work.notify_all()
@@ -86,7 +86,7 @@ class DecodeThread:
         return self._thread is threading.current_thread()
 
     def end(self) -> None:
-        """End what is being decoded, and the thread; return once it has ended."""
+        """Cancel all generations and end the thread; return when it has ended."""
         with self.changed:
             self._ended = True
             for driver in self._alive():
@@ -97,7 +97,7 @@ class DecodeThread:
             thread.join(timeout=30)
 
     def lose_thread(self) -> None:
-        """Go on in a forked child, which has no decode thread. The caller holds `changed`."""
+        """Reset in a forked child, which has no decode thread. The caller holds `changed`."""
         self._thread = None
         for driver in self._alive():
             driver.fail_all(DecodeError("The process was forked while the answer was decoded."))
@@ -118,7 +118,7 @@ class DecodeThread:
             driver.run_turn()
 
     def _next(self) -> Driver | None:
-        """Return a driver that somebody waits for, each in its turn."""
+        """Return a driver with a waiting caller, in round-robin order."""
         for reference in self._drivers:
             driver = reference()
             if driver is not None and driver.is_wanted:
@@ -142,11 +142,11 @@ class Driver:
 
     Args:
         engine: the engine to share.
-        max_rows: rows that may be decoded at once; further generations wait their turn.
+        max_rows: rows that may be decoded at once; further generations wait in the queue.
 
     Attributes:
         engine: the engine.
-        busy: the decode thread is at work for this driver.
+        busy: the decode thread is working for this driver.
     """
 
     def __init__(self, engine: Engine, max_rows: int) -> None:
@@ -171,13 +171,13 @@ class Driver:
         drafts: bool,
         *options: object,
     ) -> Driver:
-        """Return the driver of a model with these options; one serves all who ask alike.
+        """Return the driver of a model with these options; calls with equal options share one.
 
         Args:
-            model: what `make_backend` makes a backend of.
-            make_backend: called where there is no such driver yet.
+            model: the model that `make_backend` wraps.
+            make_backend: called if there is no such driver yet.
             max_rows, prefix_bytes, drafts: see `Engine`.
-            options: those of the backend, which tell it from others over the model.
+            options: the backend's options; drivers with other options are separate.
         """
         key = id(model), max_rows, prefix_bytes, drafts, *options
         with _registry_lock:
@@ -199,10 +199,10 @@ class Driver:
         """Return once the generation has more than `known` tokens or has ended.
 
         Raises:
-            RequestError: the decode thread itself asks, which would wait for ever.
+            RequestError: called in the decode thread itself, which would deadlock.
         """
-        # Not an event: a stream that is collected while this thread holds the event's inner lock
-        # would wait for the decode thread, and that one for the event.
+        # Not an event: a stream that is garbage-collected while this thread holds the event's inner
+        # lock would wait for the decode thread, and the decode thread for the event.
         news = threading.Lock()
         news.acquire()
         watch = _Watch(generation, news.release, known, lasting=False)
@@ -215,9 +215,9 @@ class Driver:
                     self._watches.remove(watch)
 
     def watch(self, generation: Generation, wake: Callable[[], None]) -> None:
-        """Decode a submitted generation to its end; call `wake` in the decode thread at all news.
+        """Decode a submitted generation to its end; the decode thread calls `wake` for new tokens.
 
-        If `wake` raises RuntimeError, nobody reads any more and the generation is cancelled.
+        If `wake` raises RuntimeError, its reader is gone and the generation is cancelled.
 
         Raises:
             RequestError: as for `wait`.
@@ -242,9 +242,9 @@ class Driver:
             raise _for_caller(generation.error) from generation.error
 
     def cancel(self, generation: Generation) -> None:
-        """End a generation now; its rows leave the batch before the next step. Never blocks long.
+        """End a generation now; its rows leave the batch before the next step. Blocks only briefly.
 
-        No token is handed over after it.
+        No token is appended afterwards.
         """
         with self._changed:
             if not generation.done:
@@ -256,12 +256,12 @@ class Driver:
             self._tell()
 
     def cancel_all(self) -> None:
-        """End all that is decoded or waits."""
+        """Cancel all running and waiting generations."""
         for generation in self._all():
             self.cancel(generation)
 
     def fail_all(self, error: BaseException) -> None:
-        """End all that is decoded or waits with an error; nobody is at work any more."""
+        """End all running and waiting generations with an error; the decode thread is gone."""
         with self._changed:
             self.busy = False
             for generation in self._all():
@@ -272,34 +272,34 @@ class Driver:
             self._tell()
 
     def _all(self) -> list[Generation]:
-        """All that is decoded, prefilled or waits."""
+        """All generations that are waiting, being prefilled or running."""
         filling = [] if self._admitting is None else [self._admitting]
         return [*self._waiting, *filling, *self.engine.running]
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits for a token."""
+        """Whether a caller waits for a token."""
         return bool(self._watches)
 
     def run_turn(self) -> None:
-        """Admit the waiting generations, or run one step; then tell who waits for news."""
+        """Admit the waiting generations, or run one step; then wake the callers that wait."""
         try:
             if not self._admit_waiting():
                 self.engine.step()
-        except BaseException as error:  # nobody joins this thread: its readers must learn of it
+        except BaseException as error:  # nobody joins this thread, so its readers get the error
             self.engine.fail_all(error)
         with self._changed:
             try:
                 self.engine.sweep()
-            except BaseException as error:  # such as a GPU that is lost
+            except BaseException as error:  # for example a lost GPU
                 self.engine.fail_all(error)
             self.busy = False
             self._tell()
 
     def _tell(self) -> None:
-        """Wake those who wait for what there is now."""
+        """Wake the callers whose tokens are there."""
         for watch in [watch for watch in self._watches if watch.has_news]:
-            if watch not in self._watches:  # a stream that was collected meanwhile told them
+            if watch not in self._watches:  # already woken by a stream's garbage collection
                 continue
             watch.known = len(watch.generation.token_ids)
             if watch.generation.done or not watch.lasting:
@@ -333,7 +333,7 @@ class Driver:
 
 
 def _for_caller(error: BaseException) -> AmuletError:
-    """A fresh error per caller: one instance raised in several threads would mix tracebacks."""
+    """Return a new error per caller: one instance raised in several threads mixes tracebacks."""
     if isinstance(error, AmuletError):
         return type(error)(str(error))
     if is_out_of_memory(error):  # in a caller's own processor or grammar
@@ -345,7 +345,7 @@ def _for_caller(error: BaseException) -> AmuletError:
     )
 
 
-# By the model's identity, which nobody else has while a driver holds the model.
+# By the model's id, which is unique while a driver holds the model.
 _drivers: weakref.WeakValueDictionary[tuple[object, ...], Driver] = weakref.WeakValueDictionary()
 _threads: weakref.WeakValueDictionary[int, DecodeThread] = weakref.WeakValueDictionary()
 _registry_lock = threading.RLock()
@@ -354,13 +354,13 @@ _forking: list[DecodeThread] = []
 
 @atexit.register
 def _end_threads() -> None:
-    """A thread that is inside PyTorch while the interpreter goes down would abort the process."""
+    """End the threads: one that is inside PyTorch at interpreter exit would abort the process."""
     for thread in list(_threads.values()):
         thread.end()
 
 
 def _before_fork() -> None:
-    """Let nobody be in the middle of a hand-over when the process is copied."""
+    """Take all locks, so that no shared state is half-updated when the process is forked."""
     _registry_lock.acquire()
     _forking.extend(_threads.values())
     for thread in _forking:

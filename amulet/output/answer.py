@@ -1,8 +1,8 @@
 """From the ids of one answer to its events: text, reasoning and tool calls.
 
-ids -> text -> pieces by section -> stop strings (in the text for the reader only) -> events. After
-each token the answer also says how the next one is chosen: where the text is read by a machine or
-by nobody, the base row alone decides.
+ids -> text -> pieces by section -> stop sequences (only in the reader's text) -> events. After each
+token the answer also sets how the next one is chosen: in text for a program, and in thinking, the
+base row alone decides.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FREE = 0.5
 """Under a grammar, text is free where at least this share of the vocabulary is permitted."""
 SAME_CALLS = 2
-"""How often an answer makes the same call; further ones are left out, and as many end it: small
-models fall into such loops."""
+"""How often an answer may make the same call. Further ones are left out, and the same number of
+them ends the answer: small models get into such loops."""
 
 
 class Answer:
@@ -46,15 +46,15 @@ class Answer:
         tokenizer: the model's.
         stop: strings that end the answer.
         scanner: finds reasoning and calls.
-        matcher: follows the grammar of what comes after the reasoning, if there is one.
-        parallel: more than one call may be made.
-        context: ids that the answer goes on from in the same text; () for a turn of its own.
+        matcher: follows the grammar of the text after the reasoning, if there is a grammar.
+        parallel: permit more than one call.
+        context: the ids before the answer if it continues their text; () for a new turn.
 
     Attributes:
         queue: events to be read, each with the range `[start, end)` of the tokens it covers.
-        text, reasoning: what has been queued of them.
+        text, reasoning: the parts queued so far.
         tool_calls, invalid_tool_calls: the finished calls.
-        finished: nothing more will be queued.
+        finished: whether all events have been queued.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Answer:
         return self._stops.found
 
     def lead(self, generation: Generation) -> None:
-        """Collect a generation's tokens and, from now on, say how it chooses them."""
+        """Collect a generation's tokens and, from now on, control how it chooses them."""
         generation.on_token = self.on_token
         self._traced = generation.trace
         self._control = _Control(generation, self._matcher)
@@ -115,18 +115,18 @@ class Answer:
         return False
 
     def finish(self, tokens: int, cut: bool = False) -> None:
-        """Release what was held back.
+        """Queue the text that was held back.
 
         Args:
-            tokens: how many were decoded in all.
-            cut: decoding was stopped, by a limit or by the caller.
+            tokens: the number of tokens decoded.
+            cut: whether decoding was stopped by a limit or by the caller.
         """
         self._tokens = tokens
         self._take(self._scanner.push(self._detokenizer.finish()))
         self._take(self._scanner.finish(cut))
         self._say(self._stops.push("", ended=True))
         self.finished = True
-        if self._traced and self._covered < self._tokens:  # tokens without a text of their own
+        if self._traced and self._covered < self._tokens:  # tokens without text
             self._put(Event("text", ""))
 
     def _take(self, pieces: Sequence[Piece]) -> None:
@@ -142,7 +142,7 @@ class Answer:
                 self.reasoning += piece.text
                 self._put(Event("reasoning", piece.text))
             elif not self._has_its_call():
-                self._say(self._stops.push("", ended=True))  # no stop string goes on behind a call
+                self._say(self._stops.push("", ended=True))  # no stop sequence spans a call
                 self._take_call(piece)
 
     def _say(self, text: str) -> None:
@@ -151,7 +151,7 @@ class Answer:
             self._put(Event("text", text))
 
     def _take_call(self, piece: Piece) -> None:
-        """Hold a call's events back until it has ended: a part of a call must not pass for one."""
+        """Hold a call's events back until it ends: a partial call must not look complete."""
         call = self._call = self._call or _Call(self._count())
         if piece.kind == "end":
             self._call = None
@@ -213,10 +213,10 @@ class Answer:
 
 
 class _Call:
-    """The call that is being read."""
+    """The call being parsed."""
 
     def __init__(self, index: int) -> None:
-        # Nine letters and digits: Mistral's templates refuse any other id.
+        # Nine letters and digits: Mistral's templates refuse other ids.
         self.id = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         self.index = index
         self.name: str | None = None
@@ -237,18 +237,18 @@ class _Control:
             generation.allowed = lambda: self._mask
 
     def took(self, token_id: int, section: str) -> bool:
-        """Follow a token that was chosen in a section; return whether the grammar is complete."""
+        """Advance the grammar by a token chosen in a section; return whether it is complete."""
         if self._matcher is None or section == "reasoning":
             return False
         self._matcher.consume(token_id)
         return self._matcher.complete
 
     def prepare(self, section: str) -> None:
-        """Set how the next token, of a section, is chosen."""
+        """Set how the next token is chosen, in the given section."""
         steered = section == "text"
         if self._matcher is not None:
             self._mask = self._matcher.allowed()
-            if section == "reasoning":  # any text, but it may not be the end
+            if section == "reasoning":  # any token except those that end the answer
                 self._mask = torch.ones_like(self._mask)
                 self._mask[list(self._generation.end_ids)] = False
             elif steered and any(self._weights):
@@ -258,7 +258,7 @@ class _Control:
 
 
 def _silent_markers(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> dict[int, str]:
-    """Return the markers that are special tokens, by id: decoding leaves them out."""
+    """Return the markers that are special tokens, by id; decoding omits them."""
     special = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()

@@ -1,4 +1,4 @@
-"""`ReplyStream`: the events of one answer as they are decoded, and the reply at their end."""
+"""`ReplyStream`: the events of one answer as they are decoded, and then the reply."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from amulet.reply import Event, FinishReason, Reply, TokenTrace, Usage
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of one answer as they are decoded; `reply` once they are all read.
+    """The pieces of one answer as they are decoded; `reply` is there when all have been read.
 
     Iterating gives the pieces of the text; `events()` gives reasoning and tool calls too. Close it
-    (or leave its `with` block) to end the decode early.
+    (or leave its `with` block) to end decoding early.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class ReplyStream(Iterator[str]):
         raise StopIteration
 
     def submit(self) -> None:
-        """Queue the answer for decoding, if it isn't yet; the first read does it too."""
+        """Queue the request for decoding if it isn't queued yet; the first read does so too."""
         if not (self._submitted or self.generation.done):
             self._submitted = True
             self._driver.submit(self.generation)
 
     def events(self) -> Iterator[Event]:
-        """The rest of the answer as events; see `Event`.
+        """Yield the remaining events of the answer; see `Event`.
 
         Raises:
             DecodeError: decoding failed.
@@ -70,14 +70,16 @@ class ReplyStream(Iterator[str]):
                 self._wait(known)
 
     def poll(self) -> Event | None:
-        """Return the next event if one is ready, else None; never waits. `ended`: none will come.
+        """Return the next event if one is ready, else None; never waits.
+
+        `ended` says that no more will come.
 
         Raises:
             DecodeError: decoding failed.
         """
         if self.ended:
             return None
-        done = self.generation.done  # asked first: whatever is queued afterwards is in the queue
+        done = self.generation.done  # read before the queue, which is then complete
         if self._answer.queue:
             return self._traced(*self._answer.queue.popleft())
         if not done:
@@ -106,11 +108,11 @@ class ReplyStream(Iterator[str]):
         return self.reply
 
     def cancel(self) -> None:
-        """End the decode within one step; what was decoded can still be read."""
+        """End decoding within one step; what was decoded can still be read."""
         self._driver.cancel(self.generation)
 
     def close(self) -> None:
-        """End the decode within one step and free its memory."""
+        """End decoding within one step and free its memory."""
         self.cancel()
         self.ended = True
 
@@ -121,7 +123,7 @@ class ReplyStream(Iterator[str]):
 
     @property
     def reply(self) -> Reply:
-        """The finished answer; after `close` what there was of it ("cancelled").
+        """The finished answer; after `close`, the part that was decoded ("cancelled").
 
         Raises:
             RequestError: pieces are still to be read.
@@ -156,7 +158,7 @@ class ReplyStream(Iterator[str]):
 
     @property
     def trace(self) -> tuple[TokenTrace, ...] | None:
-        """The trace so far, if it was asked for."""
+        """The trace so far, if requested."""
         if not self.generation.trace:
             return None
         return self._traces(0, min(len(self.generation.scores), len(self.generation.token_ids)))

@@ -1,9 +1,9 @@
 """Messages and preferences -> the token ids of the preferred prompts and of the base prompt.
 
-In this order: messages are brought to one form (`amulet.prompting.messages`); control tokens inside
-contents are broken up (`break_all`); the fewest changes are found with which the template shows
-every message and the preference, the same for all rows (`_fitted`); each row is rendered and
-encoded once. What a template can do is found in `amulet.prompting.chat_template`.
+The steps: messages are normalised (`amulet.prompting.messages`); control tokens inside contents
+are broken up (`break_all`); `_fitted` finds the fewest changes with which the template shows every
+message and the preference, the same for all rows; each row is rendered and encoded once.
+`amulet.prompting.chat_template` finds out what a template supports.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Prompts:
 
     @property
     def shared_prefix(self) -> int:
-        """How many tokens all prompts have in common from the start, 0 to the shortest's length."""
+        """The length of the prefix that all prompts share, 0 to the shortest prompt's length."""
         columns = zip(self.base, *self.preferred, strict=False)
         for position, column in enumerate(columns):
             if len(set(column)) > 1:
@@ -66,31 +66,31 @@ def encode_chat(
     tools: Sequence[Any] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """Return the prompts of a chat; a last message from the assistant is continued.
+    """Return the prompts of a chat; if the last message is the assistant's, it is continued.
 
-    The base prompt is what `apply_chat_template` gives whenever the template takes the messages as
-    they are and shows all of them. Otherwise they are changed step by step, in all rows alike:
+    The base prompt is the result of `apply_chat_template` if the template accepts the messages
+    unchanged and shows all of them. Otherwise they are changed step by step, the same in all rows:
     system messages are merged into one leading message (one that follows an answer becomes a user
-    turn), or put before the first user turn where the template has no place for them; consecutive
-    turns of one role are merged; tool calls get other ids or forms, and at last become text.
-    Control tokens inside contents are encoded as text (in the assistant's only the special ones:
-    its `<think>` is its own).
+    turn), or prepended to the first user turn if the template has no system role; consecutive
+    turns of one role are merged; tool calls get other ids or forms, and finally become text.
+    Control tokens inside contents are encoded as text (in assistant messages only the special ones,
+    because `<think>` is the model's own).
 
     Args:
         tokenizer: a tokenizer with a chat template.
         messages: dicts with `role` (system, developer, user, assistant, tool) and `content` (text,
             or a list of parts: text, a refusal, and reasoning, which becomes the message's
-            `reasoning_content`); other keys reach the template.
-        preferences: normal form; each preferred prompt has exactly one of them in it.
-        placement: "system" appends to the leading system message, after the template's own default
-            where the chat has none; "user" appends to the last user turn, and to the system
-            message where the chat has no user turn; "both" does both.
+            `reasoning_content`); the template gets all other keys.
+        preferences: normal form; each preferred prompt contains exactly one of them.
+        placement: "system" appends to the leading system message, after the template's default
+            system message if the chat has none; "user" appends to the last user turn, or to the
+            system message if the chat has no user turn; "both" does both.
         tools: schemas or functions for the template.
-        template_options: further variables of the template, such as `enable_thinking`.
+        template_options: additional variables of the template, such as `enable_thinking`.
 
     Raises:
-        TemplateError: there is no template, or it refuses the messages, or drops one or the
-            preference, even when they are changed.
+        TemplateError: there is no template, or even with these changes it refuses the messages, or
+            drops a message or the preference.
         RequestError: a message or option is not valid.
     """
     given = normal_messages(messages)
@@ -113,7 +113,7 @@ def encode_chat(
     for preference in preferences:
         text = dialect.defuse(preference.text)
         arranged = _arrange(fitted.chat, dialect, fitted.changes, text, placement)
-        # The preference is private: a template that quotes contents must not put it into a log.
+        # The preference is private: a template error that quotes it must not reach a log.
         preferred.append(encode(tokenizer, template.render(arranged, quiet=True)))
     return _told_apart(Prompts(tuple(preferred), base))
 
@@ -126,14 +126,14 @@ def encode_alone(
     tools: Sequence[Any] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Return the prompt of the preferences alone, without what was asked.
+    """Return the prompt for focus: the preferences without what was asked.
 
-    It has the chat's system messages, then the wanted preferences as the user's message, then the
-    beginning of the answer where one is continued.
+    It has the chat's system messages, then the preferences as the user's message, then the
+    assistant's message if one is continued.
 
     Args:
         tokenizer, messages, tools, template_options: as for `encode_chat`.
-        preferences: normal form, at least one of positive weight; the others are left out.
+        preferences: normal form, at least one of positive weight; negative ones are left out.
 
     Raises:
         TemplateError: the template refuses these messages.
@@ -155,18 +155,18 @@ def encode_text(
 ) -> Prompts:
     """Return the prompts of a raw completion: `prompt` with the tokenizer's own special tokens.
 
-    A preference and a blank line stand before the prompt, whatever the placement: raw text has no
-    turns, and what is completed must not be parted from its completion. Special tokens written in
-    the prompt count as such, those in a preference are text. A BOS that the prompt already starts
-    with is not doubled, and no end-of-text token closes the prompt.
+    A preference and a blank line precede the prompt, whatever the placement: raw text has no turns,
+    and nothing may come between the prompt and its completion. Special tokens in the prompt's text
+    are encoded as such; in a preference they are text. A BOS at the start of the prompt is not
+    doubled, and no end-of-text token is appended.
 
     Args:
         tokenizer: any tokenizer.
-        prompt: the text to go on from.
-        preferences: normal form, one preferred prompt each.
+        prompt: the text to continue.
+        preferences: normal form, one preferred prompt for each.
 
     Raises:
-        RequestError: the prompt is empty and the tokenizer has no BOS to start from.
+        RequestError: the prompt is empty and the tokenizer has no BOS token.
     """
     if not isinstance(prompt, str):
         raise RequestError(f"prompt is a {type(prompt).__name__}: expected text.")
@@ -178,7 +178,7 @@ def encode_text(
         control = token_pattern([*tokenizer.all_special_tokens, *special], is_uncased(tokenizer))
         dialect = Dialect(control=control, special=control)
     bos = tokenizer.bos_token or ""
-    # SmolLM2 names <|im_start|> its BOS and never adds it: only a BOS that is added can double.
+    # SmolLM2 declares <|im_start|> as BOS but never adds it; only a BOS that is added can double.
     added = bool(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     body = prompt.replace(BREAK, "")
     body = body.removeprefix(bos) if added else body
@@ -202,11 +202,11 @@ def _told_apart(prompts: Prompts) -> Prompts:
     return prompts
 
 
-# ---- arranging: what the template takes, the same for all rows ----
+# ---- arranging messages so that the template accepts them, the same for all rows ----
 
 
 class _Changes(NamedTuple):
-    """What is done to a chat so that its template takes it."""
+    """Changes to a chat with which its template accepts it."""
 
     merge_system: bool
     merge_turns: bool
@@ -224,10 +224,10 @@ class _Fitted(NamedTuple):
 def _fitted(
     template: ChatTemplate, dialect: Dialect, chat: list[Message], placement: Placement | None
 ) -> _Fitted:
-    """Return the fewest changes with which the template takes the chat and shows all of it.
+    """Return the chat with the fewest changes with which the template shows all of it.
 
-    Each try also renders the chat with sentinels for contents, and for a preference (`placement`
-    is None where there is none): what does not come out would be lost to the model without a word.
+    Each attempt also renders the chat with sentinels in place of contents and of the preference
+    (`placement` is None if there is none): a missing sentinel means that the template drops it.
     """
     refused: TemplateError | None = None
     dropped: list[str] = []
@@ -246,7 +246,7 @@ def _fitted(
                 text = template.render(base)
             except TemplateError as error:
                 refused = refused or error
-            else:  # it looks at what contents say, or takes no system message here
+            else:  # it depends on the contents, or accepts no system message here
                 unchecked = unchecked or _Fitted(form, changes, text)
             continue
         wanted, found = (Counter(_MARK.findall(text)) for text in (str(twin), shown.lower()))
@@ -273,7 +273,7 @@ def _all_changes(dialect: Dialect) -> list[_Changes]:
 
 
 def _marked(chat: list[Message]) -> tuple[list[Message], dict[str, str]]:
-    """Return the chat with sentinels for contents and names of calls, and what each stands for."""
+    """Return the chat with sentinels for contents and call names, and each sentinel's meaning."""
     marked: list[Message] = []
     marks: dict[str, str] = {}
 
@@ -288,7 +288,7 @@ def _marked(chat: list[Message]) -> tuple[list[Message], dict[str, str]]:
         message = dict(message)
         if calls:
             message["tool_calls"] = [_named(call, mark(f"a tool call of {what}")) for call in calls]
-        elif message["content"].strip():  # what is said beside a call may be left out
+        elif message["content"].strip():  # text in a message with calls may be dropped
             message["content"] = mark(what)
         marked.append(message)
     return marked, marks
@@ -318,9 +318,9 @@ def _arrange(
 
 
 def _late_system_as_user(chat: list[Message]) -> list[Message]:
-    """Make user turns of system messages that an answer precedes and none but an answer follows.
+    """Turn system messages into user turns if they follow an answer and no user turn follows them.
 
-    Moved to the front they would leave a finished answer to be continued.
+    Moved to the front, they would leave the finished answer last, and it would be continued.
     """
     roles = [message["role"] for message in chat]
     before, after = _last_other(roles), reversed([*_last_other(reversed(roles))])
@@ -333,7 +333,7 @@ def _late_system_as_user(chat: list[Message]) -> list[Message]:
 
 
 def _last_other(roles: Iterable[str]) -> Iterator[str]:
-    """Yield for each role the last one before it that is not "system"; "" where there is none."""
+    """Yield for each role the last role before it that is not "system"; "" if there is none."""
     last = ""
     for role in roles:
         yield last
@@ -356,7 +356,7 @@ def _place(
 
 
 def _with_system(chat: list[Message], first: bool) -> list[Message]:
-    """Merge all system messages, as the first message or as the first user turn's beginning."""
+    """Merge all system messages into the first message, or into the first user turn's start."""
     system = _joined("\n\n", *(m["content"] for m in chat if m["role"] == "system"))
     rest = [message for message in chat if message["role"] != "system"]
     if not system:

@@ -1,8 +1,8 @@
 """Rows of the KV cache: column = position, so rows join, leave and share a prefix without padding.
 
-Token number t of a row lies in column t of the row's keys and values, whatever the other rows do.
-A row's length is the engine's knowledge alone: what lies behind it is stale, is masked, and is
-overwritten when the row gets there. This is the only file that names Transformers' cache API.
+Token number t of a row is in column t of the row's keys and values, independent of other rows.
+Only the engine knows a row's length: columns beyond it are stale, masked, and overwritten when the
+row reaches them. This is the only file that uses Transformers' cache API.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.cache_utils import Cache
 from amulet.backends.transformers.masks import Masks, by_kind, column_mask, reach
 
 COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
-GPU_COLUMN_STEP = 512  # with each growth CUDA graphs are made anew
+GPU_COLUMN_STEP = 512  # each growth invalidates the CUDA graphs
 
 
 class ColumnCache(Cache):
-    """What Transformers asks of a cache whose columns are positions, whoever holds the buffers."""
+    """Transformers' cache interface where columns are positions; subclasses hold the buffers."""
 
     _keys: Sequence[torch.Tensor | None]
 
@@ -47,17 +47,17 @@ class ColumnCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """It is no static cache; `StepCache` is compiled by `CompiledStep`, not by Transformers."""
+        """False: `CompiledStep` compiles passes over `StepCache`, not Transformers."""
         return False
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Sliding layers keep all columns here; their mask hides what is outside the window."""
+        """False: sliding layers keep all columns too; their mask hides those outside the window."""
         return [False] * max(len(self._keys), 1)
 
 
 class BufferKind(NamedTuple):
-    """What a layer's keys, or its values, are, for however many rows and columns."""
+    """The shape and type of a layer's keys or values, for any number of rows and columns."""
 
     heads: int
     dim: int
@@ -67,7 +67,7 @@ class BufferKind(NamedTuple):
     def zeros(self, rows: int, columns: int) -> torch.Tensor:
         """Return a buffer `[rows, heads, columns, dim]`.
 
-        Of zeros: a masked column may still be multiplied by a weight of 0.
+        Zeros, because a masked column may still be multiplied by a weight of 0.
         """
         shape = rows, self.heads, columns, self.dim
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -87,7 +87,7 @@ class RowCache(ColumnCache):
         column_step: capacity grows in steps of this many tokens.
 
     Attributes:
-        layout: another object whenever the buffers are others.
+        layout: an object that is replaced whenever the buffers are reallocated.
     """
 
     def __init__(self, column_step: int = COLUMN_STEP) -> None:
@@ -104,14 +104,14 @@ class RowCache(ColumnCache):
     # The engine's side
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for `rows` rows of `columns` tokens, keeping what is there.
+        """Make room for `rows` rows of `columns` tokens, keeping the present contents.
 
-        All or nothing: after an error or an interrupt there is the room that there was.
+        All or nothing: after an error or an interrupt the capacity is unchanged.
         """
         have_rows, have_columns = self._capacity
         if rows <= have_rows and columns <= have_columns:
             return
-        if have_rows and rows > have_rows:  # each growth copies everything, so there are to be few
+        if have_rows and rows > have_rows:  # double: each growth copies everything
             rows = max(rows, 2 * have_rows)
         step = self._column_step
         columns = -(-max(columns, have_columns) // step) * step
@@ -134,7 +134,7 @@ class RowCache(ColumnCache):
         self._capacity = rows, columns
 
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:
-        """Say where the next forward pass writes.
+        """Set where the next forward pass writes.
 
         Args:
             first: the first row of the pass; it covers `len(starts)` consecutive rows.
@@ -156,12 +156,12 @@ class RowCache(ColumnCache):
         return tuple(buffer[row, :, :length].clone() for buffer in buffers)
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of what `row` returns for so many tokens."""
+        """Bytes of what `row` returns for `length` tokens."""
         cells = max(self._capacity[0] * self._capacity[1], 1)
         return self.nbytes * length // cells
 
     def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
-        """Put the first `length` tokens of what `row` returned into a row."""
+        """Write the first `length` tokens of what `row` returned into a row."""
         half = len(buffers) // 2
         for own, given in ((self._keys, buffers[:half]), (self._values, buffers[half:])):
             for layer, states in enumerate(given):
@@ -169,13 +169,13 @@ class RowCache(ColumnCache):
                 buffer[row, :, :length] = states[:, :length]
 
     def blank(self) -> None:
-        """Forget all tokens, but hold on to the memory."""
+        """Erase all tokens, but keep the memory."""
         for buffer in (*self._keys, *self._values):
             if buffer is not None:
                 buffer.zero_()
 
     def free(self) -> None:
-        """Free all memory, but remember of what shapes and types the buffers were."""
+        """Free all memory, but remember the buffers' shapes and types."""
         if self._keys:
             known = tuple(
                 [b if b is None else _kind(b) for b in buffers]
@@ -185,7 +185,7 @@ class RowCache(ColumnCache):
             self._known = known
 
     def clear(self) -> None:
-        """Free all memory, and know nothing of the model."""
+        """Free all memory, and forget the buffers' shapes and types."""
         self.__init__(self._column_step)  # type: ignore[misc]
 
     @property
@@ -195,7 +195,7 @@ class RowCache(ColumnCache):
 
     @property
     def columns(self) -> int:
-        """How many columns the pass attends over."""
+        """The number of columns that the pass attends over."""
         return max(self._starts) + self._width
 
     @property
@@ -205,13 +205,13 @@ class RowCache(ColumnCache):
 
     @property
     def capacity(self) -> tuple[int, int]:
-        """For how many rows, and how many columns, there is room."""
+        """The allocated rows and columns."""
         return self._capacity
 
     def buffers(self, first: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return keys and values of some rows, `[rows, kv_heads, columns, dim]` per layer.
 
-        There may be none before the first pass.
+        The lists may be empty before the first pass.
         """
         part = slice(first, first + rows)
         return (
@@ -251,9 +251,9 @@ class RowCache(ColumnCache):
                     buffers[layer] = other(buffer)
 
     def _make_as_before(self, rows: int, columns: int) -> None:
-        """Make the buffers that were freed, before a pass does so between tensors of its own.
+        """Allocate the freed buffers again before a pass allocates them among its own tensors.
 
-        What it then frees would leave holes between them in the heap.
+        Otherwise the memory that the pass frees would fragment the heap.
         """
         self._keys, self._values = (
             [kind if kind is None else kind.zeros(rows, columns) for kind in kinds]
@@ -263,7 +263,7 @@ class RowCache(ColumnCache):
     def _buffer(
         self, buffers: list[torch.Tensor | None], layer: int, kind: BufferKind
     ) -> torch.Tensor:
-        """Return a layer's keys or values, made if there are none yet."""
+        """Return a layer's keys or values, allocated on first use."""
         buffer = buffers[layer] if layer < len(buffers) else None
         if buffer is None:
             buffer = kind.zeros(*self._capacity)
@@ -286,15 +286,15 @@ class RowCache(ColumnCache):
         Args:
             layer: the layer's index.
             keys, values: `(kv_heads, dim)` of each.
-            like: of their dtype and device.
+            like: a tensor of their dtype and device.
 
         Raises:
-            IndexError: the pass was begun without room for it, or the layer has other heads.
+            IndexError: `reserve` made no room for the pass, or the layer's heads differ.
         """
         rows, found = self._first + len(self._starts), []
         for buffers, shape in ((self._keys, keys), (self._values, values)):
             buffer = self._buffer(buffers, layer, BufferKind(*shape, like.dtype, like.device))
-            # By the buffer's own shape: what writes into it may be C code.
+            # Check the buffer's own shape: C code may write into it.
             have_rows, heads, have_columns, dim = buffer.shape
             if rows > have_rows or self.columns > have_columns or (heads, dim) != shape:
                 raise IndexError(
@@ -337,11 +337,11 @@ class RowCache(ColumnCache):
 
 
 class LayerCache(ColumnCache):
-    """One layer's buffers in one pass, whatever number the layer has.
+    """One layer's buffers in one pass; it ignores the layer's index.
 
     Args:
         keys, values: `[rows, kv_heads, columns or more, head_dim]`.
-        rows: `[rows, 1]`, their numbers.
+        rows: `[rows, 1]`, the rows' indices.
         targets: columns of the new tokens, `[rows, width]`.
         columns: how many of them the pass attends over.
     """
@@ -386,7 +386,7 @@ class LayerCache(ColumnCache):
 
 
 class StepCache(ColumnCache):
-    """Buffers of a `RowCache` in one pass, as the compiler and a CUDA graph see them.
+    """Buffers of a `RowCache` in one pass, in the form that compilers and CUDA graphs need.
 
     Args:
         keys, values: `[rows, kv_heads, columns or more, head_dim]` per layer.
