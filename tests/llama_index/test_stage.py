@@ -75,7 +75,7 @@ def test_every_prompt_type_has_its_row() -> None:
 
 def test_the_documentation_has_every_row() -> None:
     page = Path("docs/llama_index.md").read_text()
-    words = {"answer": "steered", "synthesis": "by who asks", "internal": "plain"}
+    words = {"answer": "steered", "synthesis": "by caller", "internal": "plain"}
     for prompt_type, use in PROMPT_TYPES.items():
         assert f"| `{prompt_type.name}` | {words[use]} |" in page
 
