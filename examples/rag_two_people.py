@@ -21,11 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from amulet import Amulet
+from amulet.evaluation.grounded import holds
+from amulet.evaluation.rules import RULES
 from amulet_integrations.langchain import ChatAmulet
 
 DOCUMENTS = Path(__file__).parent / "documents"
-QUESTION = "What can I eat at the Saturday market?"
-PEOPLE = {"Ada": "Answer in one short sentence.", "Ben": "Answer as a bullet list."}
+# Chosen by the rule of benchmarks/demo_choice.py from 30 pairs of question and preference.
+QUESTION, FACT = "How long can I keep a library book?", "two weeks"
+PEOPLE = {"Ada": RULES["one-sentence"], "Ben": RULES["question"]}  # each with a program's check
 PROMPT = ChatPromptTemplate.from_messages(
     [
         ("system", "You are a helpful guide to the town of Tarnholm."),
@@ -73,13 +76,14 @@ def ways(preference: str) -> dict[str, dict[str, Any]]:
 
 def answer_side_by_side(chain: Runnable[str, Any], console: Console, name: str) -> dict[str, str]:
     """Stream one person's three answers into a table; below each its length and its pace."""
-    columns = {way: (Text("..."), Text("", style="dim")) for way in ways(PEOPLE[name])}
-    table = Table(title=f"{name}: “{PEOPLE[name]}”", expand=True, show_footer=True)
+    preference = PEOPLE[name].preference
+    columns = {way: (Text("..."), Text("", style="dim")) for way in ways(preference)}
+    table = Table(title=f"{name}: “{preference}”", expand=True, show_footer=True)
     for way, (_, figures) in columns.items():
         table.add_column(way, footer=figures, ratio=1)
     table.add_row(*(text for text, _ in columns.values()))
     with Live(table, console=console, refresh_per_second=8):
-        for way, settings in ways(PEOPLE[name]).items():
+        for way, settings in ways(preference).items():
             text, figures = columns[way]
             text.plain, first, tokens = "", 0.0, 0
             for chunk in chain.stream(QUESTION, config={"configurable": settings}):
@@ -89,6 +93,17 @@ def answer_side_by_side(chain: Runnable[str, Any], console: Console, name: str) 
             pace = 1000 * (time.perf_counter() - first) / max(tokens - 1, 1)
             figures.append(f"{len(text.plain.split())} words, {pace:.0f} ms per token")
     return {way: text.plain for way, (text, _) in columns.items()}
+
+
+def summary(name: str, answers: dict[str, str]) -> str:
+    """Say which of a person's answers keep the preference and which state the fact."""
+    kept = {way: PEOPLE[name].check(text) for way, text in answers.items()}
+    held = {way: holds(text, [FACT]) for way, text in answers.items()}
+    lines = (("keeps the preference", kept), (f"says “{FACT}”", held))
+    return "\n".join(
+        f"{what}: " + ", ".join(f"{way} {'yes' if yes else 'no'}" for way, yes in found.items())
+        for what, found in lines
+    )
 
 
 def main() -> dict[str, dict[str, str]]:
@@ -105,7 +120,7 @@ def main() -> dict[str, dict[str, str]]:
     answers = {}
     for name in PEOPLE:
         answers[name] = answer_side_by_side(chain, console, name)
-        console.print()
+        console.print("\n" + summary(name, answers[name]) + "\n", highlight=False)
     return answers
 
 
