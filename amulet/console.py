@@ -32,7 +32,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Hub id or folder; without it the embedded SmolLM2-135M-Instruct.",
+        help="Hub id, folder or GGUF file; without it the embedded SmolLM2-135M-Instruct.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from amulet.backends.llamacpp.model import GGUFModel
 from amulet.backends.transformers.weights import weights_digest, weights_state
 from amulet.model import Amulet
 
@@ -21,10 +22,16 @@ def fingerprint(amulet: Amulet) -> str:
     and again when they have changed, as far as `weights_state` sees it.
     """
     model: Any = amulet.model
+    if isinstance(model, GGUFModel):
+        return _hashed(amulet, model.digest)
     state = weights_state(model) if isinstance(model, nn.Module) else None
     known = _known.get(model)
     if known is None or known[0] != state:
         known = _known[model] = state, weights_digest(model)
+    return _hashed(amulet, known[1])
+
+
+def _hashed(amulet: Amulet, weights: str) -> str:
     template = getattr(amulet.tokenizer, "chat_template", "")
-    facts = f"{known[1]} {template} {sorted(amulet.end_ids)}"
+    facts = f"{weights} {template} {sorted(amulet.end_ids)}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

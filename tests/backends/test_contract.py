@@ -5,7 +5,12 @@ The reference passes all ids of a row at once, for every token.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,12 +24,16 @@ from transformers import (
 )
 
 from amulet.backends.base import Backend
+from amulet.backends.llamacpp.backend import LlamaBackend
+from amulet.backends.llamacpp.model import GGUFModel
 from amulet.backends.transformers.backend import TransformersBackend
 from amulet.backends.transformers.general import GeneralBackend
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from tests.backends.scripted import ScriptedBackend, scores
-from tests.models import random_model
+from tests.gguf_files import write_llama
+from tests.models import byte_tokenizer, random_model
+from tests.oracles import llamacpp as oracle
 
 BEGINNING = [5, 9, 2, 6, 5, 3, 5, 8] * 5
 PROMPTS = [[*BEGINNING, 1, 2, 3], [*BEGINNING, 4], [7, 7, 1], [*BEGINNING, 1, 2, 9, 9, 9]]
@@ -64,6 +73,22 @@ def general(config: PretrainedConfig, exact: float = 1e-9) -> Subject:
     return Subject(GeneralBackend(model), logits, exact)
 
 
+@cache
+def tiny_gguf() -> GGUFModel:
+    """The weights of `transformers` in a GGUF file; keys and values are float32, too."""
+    folder = Path(tempfile.mkdtemp(prefix="amulet-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = write_llama(folder / "tiny.gguf", random_model("llama"), byte_tokenizer())
+    return GGUFModel(path, threads=1, kv_type="f32")
+
+
+def llamacpp() -> Subject:
+    model = tiny_gguf()
+    # Rounding of float32, 6e-8 of numbers up to a hundred, in sums that another number of rows
+    # orders otherwise, through four layers.
+    return Subject(LlamaBackend(model), lambda ids: oracle.logits(model, ids), 1e-3)
+
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -93,6 +118,7 @@ def gated_delta_net() -> Subject:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": transformers,
+    "llama.cpp": llamacpp,
     "general": bloom,
     "general, convolutions": short_convolutions,
     "general, delta net": gated_delta_net,

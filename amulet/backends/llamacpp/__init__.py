@@ -1,0 +1,1 @@
+"""Models from GGUF files, computed by llama.cpp."""
