@@ -138,7 +138,7 @@ def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
     listed = tuple(entries)
     if not listed and isinstance(entries, Iterator):
         raise RequestError(
-            f"a preference of type {type(given).__name__} that gives nothing: it can be read only "
+            f"a preference of type {type(given).__name__} that is used up: it can be read only "
             "once, perhaps by an earlier request; give a list."
         )
     preferences = (_one_preference(entry) for entry in listed if not _is_blank(entry))

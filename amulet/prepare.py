@@ -160,7 +160,7 @@ class Preparer:
             if knows and "<tool_call>" in template.source:  # an unknown syntax: calls stay text
                 return _Tools(messages, schemas, functions, None, template.source)
             raise no_tools_error(
-                "In which form the model calls tools can't be told from its chat template."
+                "The chat template does not show in which form the model calls tools."
                 if knows
                 else "The chat template ignores tools: the model would never see them."
             )
@@ -178,7 +178,8 @@ class Preparer:
             return request.grammar
         if tools.dialect is None:
             raise no_tools_error(
-                "Calls can't be forced: in which form the model calls tools can't be told."
+                "Calls can't be forced: the chat template does not show in which form the "
+                "model calls tools."
             )
         forced = request.tool_choice != "auto"
         if forced and request.grammar is not None:

@@ -57,7 +57,7 @@ def check_judges(names: Sequence[str], preferences: Sequence[PreferenceMeta]) ->
             close = difflib.get_close_matches(name, JUDGES, n=1)
             meant = f" Did you mean {close[0]!r}?" if close else ""
             raise EvaluationError(
-                f"{name!r} is no judge: expected one of {', '.join(JUDGES)}.{meant}"
+                f"{name!r} is not a judge: expected one of {', '.join(JUDGES)}.{meant}"
             )
     if "rules" in names and not any(preference.rule for preference in preferences):
         raise EvaluationError(

@@ -180,7 +180,9 @@ def _options(text: str, rest: str, known: tuple[str, ...]) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in rest.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
-            raise EvaluationError(f"method {text!r}: {part!r} is no option; expected name=value.")
+            raise EvaluationError(
+                f"method {text!r}: {part!r} is not an option; expected name=value."
+            )
         if name not in known:
             raise EvaluationError(f"method {text!r}: {_unknown('option', name, known)}")
         if name in options:

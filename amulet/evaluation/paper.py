@@ -104,7 +104,7 @@ def _named(name: str) -> list[PreferenceMeta]:
         close = difflib.get_close_matches(own, known, n=3)
         meant = f" Close to it: {', '.join(close)}." if close else ""
         raise EvaluationError(
-            f"{name!r} is no preference: expected paper, {', '.join(groups)}, one of "
+            f"{name!r} is not a preference: expected paper, {', '.join(groups)}, one of "
             f"{', '.join(NAMES)}, or a rule: {', '.join(rules.RULES)} (`amulet tune --list-rules` "
             f"says what they check).{meant}"
         )

@@ -83,7 +83,7 @@ def load_question_sets(
     for name in names:
         if names.count(name) > 1:
             raise EvaluationError(
-                f"Two question sets are called {name!r}: answers are told apart by the file's "
+                f"Two question sets are called {name!r}: answers are identified by the file's "
                 "name, so rename one of the files."
             )
     return sets
@@ -119,7 +119,7 @@ def _download(source: str | os.PathLike[str]) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
         raise EvaluationError(
-            f"{name!r} is no file or folder here, and as a data set it can't be had from the hub: "
+            f"{name!r} is neither a local file or folder nor a data set that the hub returned: "
             f"{reason} Give the path of its .json files instead."
         ) from error
 
@@ -142,8 +142,8 @@ def _read(path: Path) -> QuestionSet:
     for question in questions:
         if str(question.index) in seen:
             raise EvaluationError(
-                f"{path.name}: index {question.index!r} is there twice; answers are told apart "
-                "by it, so it must be unique."
+                f"{path.name}: index {question.index!r} occurs twice; answers are identified by "
+                "it, so it must be unique."
             )
         seen.add(str(question.index))
     return QuestionSet(path.stem, tuple(questions))

@@ -160,7 +160,7 @@ class Run:
             if path.is_dir() and any(path.iterdir()) and not (path / "run.json.part").exists():
                 raise EvaluationError(
                     f"{str(folder)!r} holds files, but no run.json: expected an empty or new "
-                    "folder, or one of a run to go on with."
+                    "folder, or that of a run to resume."
                 )
             path.mkdir(parents=True, exist_ok=True)
             part = path / "run.json.part"  # a kill while writing must not leave half a run.json
@@ -275,8 +275,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 record = None
             if not isinstance(record, dict):
                 raise EvaluationError(
-                    f"{path.name}, line {number}: expected a JSON object; take the line out and "
-                    "run again to have it made anew."
+                    f"{path.name}, line {number}: expected a JSON object; delete the line and "
+                    "run again to recreate it."
                 )
             yield number, record
 
@@ -313,7 +313,8 @@ def _read_meta(folder: Path) -> Meta:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvaluationError(
-            f"{str(folder)!r} is no run: it has no run.json. `amulet eval --out FOLDER` makes one."
+            f"{str(folder)!r} is not a run: it has no run.json. `amulet eval --out "
+            "FOLDER` makes one."
         ) from None
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{str(path)!r} can't be read: {error}") from None
@@ -335,7 +336,7 @@ def _check_same(old: Meta, new: Meta, folder: str) -> None:
         if was.get(name) != given.get(name):
             raise EvaluationError(
                 f"{folder!r} is a run with {name}={was.get(name)!r}, not {given.get(name)!r}: "
-                "go on with it under the settings that it began with, or give another --out."
+                "resume it with the settings it was started with, or give another --out."
             )
 
 

@@ -175,7 +175,7 @@ def read_thumbs(path: str | os.PathLike[str], user: str | None = None) -> list[T
         return _stored_thumbs(Path(path), user)
     if user is not None:
         raise EvaluationError(
-            f"user={user!r}: only a server's SQLite file tells users apart, and {str(path)!r} is "
+            f"user={user!r}: only a server's SQLite file distinguishes users, and {str(path)!r} is "
             "none; leave the user out."
         )
     thumbs = []

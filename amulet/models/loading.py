@@ -190,7 +190,7 @@ def _checked_source(name_or_path: str | os.PathLike[str], options: dict[str, Any
         return str(path)
     if path.is_file():
         named = f', and gguf_file="{path.name}"' if path.suffix == ".gguf" else ""
-        raise ModelError(f"{given} is a file: give the folder that it lies in{named}.")
+        raise ModelError(f"{given} is a file: give the folder that contains it{named}.")
     # A hub name is "name" or "owner/name"; anything else can only mean a folder.
     parts = given.split("/")
     if not given.strip() or "\\" in given or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
@@ -211,7 +211,7 @@ def _check_folder(folder: Path) -> None:
     if not adapter and not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is not a saved model: it has no config.json. Give the folder that "
-            "save_pretrained wrote, or that the hub's download gave."
+            "save_pretrained wrote, or one downloaded from the hub."
         )
     if adapter and find_spec("peft") is None:
         raise MissingPackageError(f"{folder} is a PEFT adapter: run `pip install peft`.")
@@ -247,8 +247,8 @@ def _explain(source: str, error: Exception) -> str:
     said = str(error)
     if "trust_remote_code" in said:
         return (
-            f"{source} comes with Python code of its own, which was not run. Read that code, then "
-            "pass trust_remote_code=True."
+            f"{source} needs Python code from its repository, which was not run. Read that code, "
+            "then pass trust_remote_code=True."
         )
     if "unexpected keyword argument" in said:
         return f"{source}: unknown option; check its spelling ({_first_lines(error)})."
@@ -258,9 +258,9 @@ def _explain(source: str, error: Exception) -> str:
         return f"{source} is not a causal language model (a decoder that writes text)."
     if isinstance(error, OSError) and not Path(source).is_dir():
         return (
-            f"{source}: neither a folder here nor a model that the hub gave. Check the name, the "
-            "network (HF_HUB_OFFLINE forbids it), and for a private or gated model pass token=. "
-            f"The hub's client said: {_first_lines(error)}"
+            f"{source}: neither a local folder nor a model that the hub returned. Check the name, "
+            "the network (HF_HUB_OFFLINE forbids it), and for a private or gated model pass "
+            f"token=. The hub's client said: {_first_lines(error)}"
         )
     return f"{source} can't be loaded: {type(error).__name__}: {_first_lines(error)}"
 

@@ -310,7 +310,7 @@ def check_unicode(text: str) -> None:
     """
     if _SURROGATE.search(text):
         raise RequestError(
-            "A text holds half of a surrogate pair, which is no character: give valid Unicode, "
+            "A text contains a lone surrogate, which is not a character: give valid Unicode, "
             'such as text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
         )
 

@@ -196,8 +196,8 @@ def encode_text(
 def _told_apart(prompts: Prompts) -> Prompts:
     if prompts.base in prompts.preferred:
         raise RequestError(
-            "The prompt with the preference is the same as the one without: the preference has no "
-            "character that the tokenizer and the chat template keep."
+            "The prompts with and without the preference are the same: the tokenizer or the chat "
+            "template drops every character of the preference."
         )
     return prompts
 
@@ -258,8 +258,8 @@ def _fitted(
         return unchecked
     if dropped:
         raise TemplateError(
-            f"The chat template drops {', '.join(dropped)} without a word: the model would never "
-            "see it. Leave it out, or use a template that shows it."
+            f"The chat template silently drops {', '.join(dropped)}: the model would never see it. "
+            "Leave it out, or use a template that shows it."
         )
     assert refused is not None
     raise refused

@@ -153,8 +153,8 @@ class Collector:
         if details is None:
             if not cancelled:
                 raise DecodeError(
-                    "The server ended the answer without saying why; is it an `amulet serve` of "
-                    "the same version?"
+                    "The server ended the answer without a finish reason; is it an `amulet serve` "
+                    "of the same version?"
                 )
             details = {"token_ids": [], "finish_reason": "cancelled"}
         invalid = tuple(InvalidToolCall(**call) for call in details.get("invalid_tool_calls", ()))

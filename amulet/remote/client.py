@@ -75,7 +75,7 @@ def connect(
     except (AmuletError, IndexError) as error:
         raise ModelError(f"{url}: {error}") from error
     if "steering" not in facts:
-        raise ModelError(f"{url}: this server is no `amulet serve`: it doesn't steer.")
+        raise ModelError(f"{url}: this server is not `amulet serve`: it doesn't steer.")
     return RemoteAmulet(client, options, facts)
 
 
@@ -123,12 +123,12 @@ class RemoteAmulet(Amulet):
         Raises:
             RequestError: always; the server's /metrics tells.
         """
-        raise RequestError("rows: they are the server's; its /metrics tells them.")
+        raise RequestError("rows: only the server knows them; see its /metrics.")
 
     @property
     def cache_bytes(self) -> int:
         """Not known here; see `rows`."""
-        raise RequestError("cache_bytes: they are the server's; its /metrics tells them.")
+        raise RequestError("cache_bytes: only the server knows them; see its /metrics.")
 
     def prepare(self, request: Request) -> ReplyStream:
         """Return the answer to a `Request`, which is sent at the first read.
@@ -144,7 +144,9 @@ class RemoteAmulet(Amulet):
         if isinstance(request, RemoteStream):
             request = request.request
         elif isinstance(request, ReplyStream):
-            raise RequestError("This stream is another model's; give one that this model prepared.")
+            raise RequestError(
+                "This stream belongs to another model; give one that this model prepared."
+            )
         body = to_body(request, self._name)
 
         async def send() -> AsyncChunks:

@@ -46,7 +46,7 @@ def to_amulet(error: openai.APIError) -> AmuletError:
     if isinstance(error, openai.APIConnectionError):
         return DecodeError(
             f"The server at {error.request.url.host}:{error.request.url.port} can't be reached, or "
-            f"broke the connection off ({error.__cause__ or error}); does it run?"
+            f"closed the connection ({error.__cause__ or error}); is it running?"
         )
     body: Any = error.body
     message = body.get("message") if isinstance(body, Mapping) else None

@@ -88,7 +88,7 @@ def create_app(
     check_origins(allowed_origins)
     if preferences is not None and not api_keys:
         raise RequestError(
-            "Stored preferences need an API key: anybody could read and change them otherwise."
+            "Stored preferences need an API key: otherwise anybody could read and change them."
         )
     service = Service(limits or Limits(), log_content)
     store = None if preferences is None else Store(preferences)

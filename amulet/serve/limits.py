@@ -97,7 +97,7 @@ class Traffic:
             raise ApiError(
                 429,
                 f"The queue is full: {waiting} requests wait, {self._limits.queue} may. "
-                "Send the request again in a while.",
+                "Send the request again later.",
                 code="queue_full",
                 retry_after=min(60.0, self._seconds * (waiting + 1) / max(1, len(self) - waiting)),
             )

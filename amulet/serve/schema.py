@@ -317,7 +317,7 @@ def readable(given: Any) -> Any:
         elif isinstance(value, list):
             waiting += [(inner, depth + 1) for inner in value]
         elif isinstance(value, str) and _SURROGATE.search(value):
-            raise ValueError("a text holds half of a surrogate pair; send valid Unicode")
+            raise ValueError("a text contains a lone surrogate; send valid Unicode")
     if not isinstance(given, dict):
         return given
     return {name: value for name, value in given.items() if value is not None}

@@ -207,7 +207,7 @@ class Job:
                     raise ApiError(
                         503,
                         f"No token within {self._service.limits.seconds:g} seconds: the server is "
-                        "busy. Send the request again in a while.",
+                        "busy. Send the request again later.",
                         code="timeout",
                         retry_after=10,
                     )

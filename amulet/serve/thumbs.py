@@ -111,7 +111,7 @@ def add_thumbs(app: FastAPI, service: Service, store: Store, has_key: bool) -> N
         if not await asyncio.to_thread(store.put_thumb, user, id, kept, limits.thumbs):
             raise ApiError(
                 400,
-                f"This user has {limits.thumbs} thumbs, what this server permits: delete some.",
+                f"This user has {limits.thumbs} thumbs, the limit of this server: delete some.",
                 param="user",
                 code="too_many_thumbs",
             )

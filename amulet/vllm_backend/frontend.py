@@ -242,8 +242,8 @@ class Encoder:
             texts += dialect.SPANS
         elif tools:
             raise RequestError(
-                "tools: in which form the model calls them can't be told from its chat template, "
-                "so a preference would bend the calls; leave out one of the two."
+                "tools: the chat template does not show in which form the model calls them, so a "
+                "preference would change the calls; leave out one of the two."
             )
         spans = []
         for opening, closing in texts:

@@ -276,7 +276,7 @@ def _lookups(user_id: str | None, thread_id: str | None) -> list[dict[str, str]]
 def _place(user_id: str | None, thread_id: str | None) -> tuple[tuple[str, str], str]:
     """Return the namespace and key of an entry."""
     if user_id is None and thread_id is None:
-        raise RequestError("Whose preference? Give user_id, thread_id, or both.")
+        raise RequestError("No id: give user_id, thread_id, or both.")
     key = "all threads" if thread_id is None else f"thread {_label('thread_id', thread_id)}"
     return _namespace(user_id), key
 

@@ -228,13 +228,13 @@ def _wish(preference: str) -> str:
 def _user_memory(runtime: ToolRuntime[Any, Any]) -> tuple[PreferenceMemory, str]:
     if runtime.store is None:
         raise RequestError(
-            "remember_preference: the agent has no store to remember in: give create_agent(store="
+            "remember_preference: the agent has no store: give create_agent(store="
             'InMemoryStore()) or another store, or use remember_preference(scope="thread").'
         )
     user_id = _user_id(runtime.context, runtime.config.get("configurable", {}))
     if user_id is None:
         raise RequestError(
-            "remember_preference: who is the user? Give invoke(..., context={'user_id': ...}) or "
+            "remember_preference: no user_id: give invoke(..., context={'user_id': ...}) or "
             'config["configurable"]["user_id"], or use remember_preference(scope="thread").'
         )
     return PreferenceMemory(runtime.store), user_id

@@ -154,7 +154,7 @@ class AmuletOptions(BaseModel):
     def _load_and_check(self: Self) -> Self:
         if self.model is None and self.amulet is None:
             raise RequestError(
-                "which model? Give model='hub id or folder' or amulet=Amulet(...), or use "
+                "no model given: expected model='hub id or folder' or amulet=Amulet(...), or use "
                 f"{type(self).__name__}.embedded()"
             )
         Request(prompt="-", **self._request_fields({}, None, choose(constructor=self._settings())))

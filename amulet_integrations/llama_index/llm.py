@@ -277,7 +277,7 @@ def _no_call(response: ChatResponse) -> AmuletError:
     for call in raw.get("invalid_tool_calls", []):
         return DecodeError(
             f"The call of {call['name']} can't be read: {call['error']} (finish reason "
-            f"{raw.get('finish_reason')!r}): {call['raw']!r}. Where it is cut off give a larger "
+            f"{raw.get('finish_reason')!r}): {call['raw']!r}. If it was cut off, give a larger "
             "max_tokens, or bound the lengths in the tool's schema."
         )
     return RequestError(

@@ -87,7 +87,7 @@ class AmuletSettings(FunctionCallingLLM):
             raise RequestError(f"{type(self).__name__}: {describe(error)}") from None
         if self.model is None and self.amulet is None:
             raise RequestError(
-                "Which model? Give model='hub id or folder' or amulet=Amulet(...), or use "
+                "No model given: expected model='hub id or folder' or amulet=Amulet(...), or use "
                 f"{type(self).__name__}.embedded()."
             )
         settings = choose(constructor=self._settings()).as_dict()

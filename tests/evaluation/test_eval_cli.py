@@ -138,7 +138,7 @@ def test_the_default_is_the_papers_protocol(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--judge", "rulez"), "'rulez' is no judge: expected one of rules, guards, armorm, llm."),
+        (("--judge", "rulez"), "'rulez' is not a judge: expected one of rules, guards, armorm, llm."),
         (("--judge", "rules"), "'rules' checks preferences that have a rule, and these have none"),
         (("--method", "magic"), "'magic' is no method"),
         (("--limit", "0"), "limit=0: expected 1 or more"),
@@ -220,7 +220,7 @@ def test_the_halves_of_the_rules_and_their_opposites(two_rules: None) -> None:
     assert opposite_of(sir) == "Never say sir."
     with pytest.raises(EvaluationError, match="'short' has no opposite"):
         opposite_of(short)
-    with pytest.raises(EvaluationError, match=r"'shart' is no preference.*Close to it: short"):
+    with pytest.raises(EvaluationError, match=r"'shart' is not a preference.*Close to it: short"):
         preferences_of(["shart"])
 
 

@@ -100,7 +100,7 @@ def test_ours_brings_the_prompt_alone_in_its_own_place() -> None:
         ("amulett", "'amulett' is no method.*Did you mean 'amulet'"),
         ("amulet:strength=1", "amulet takes no options"),
         ("ours:strenght=1", "'strenght' is no option.*Did you mean 'strength'"),
-        ("ours:strength", "'strength' is no option; expected name=value"),
+        ("ours:strength", "'strength' is not an option; expected name=value"),
         ("ours:strength=1,strength=2", "strength is given twice"),
         ("ours:strength=hard", "strength='hard': input should be a valid number"),
         ("ours:floor=2", "floor='2': input should be less than or equal to 1"),

@@ -61,7 +61,7 @@ def test_the_digest_tells_other_questions() -> None:
         ('[{"index": 0}]', r"bad.json: 0.question.*field required"),
         ('[{"index": 0, "question": " "}]', "0.question=' '"),
         ('[{"index": 0, "question": "?", "answer": 1}]', "0.answer: unknown option"),
-        ('[{"index": 0, "question": "a"}, {"index": "0", "question": "b"}]', "'0' is there twice"),
+        ('[{"index": 0, "question": "a"}, {"index": "0", "question": "b"}]', "'0' occurs twice"),
     ],
 )
 def test_what_is_no_question_set_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -86,7 +86,7 @@ def test_a_folder_without_files_and_a_missing_path_are_refused(tmp_path: Path) -
 
 
 def test_a_hub_id_without_a_network_says_what_to_do() -> None:
-    with pytest.raises(EvaluationError, match=r"can't be had from the hub: .*Give the path"):
+    with pytest.raises(EvaluationError, match=r"data set that the hub returned: .*Give the path"):
         load_question_sets(["nobody/no-such-questions"])
 
 

@@ -328,7 +328,7 @@ def test_a_plot_takes_any_text_and_two_plots_share_no_id() -> None:
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="is no run: it has no run"):
+    with pytest.raises(EvaluationError, match="is not a run: it has no run"):
         read_report([tmp_path])
     with pytest.raises(EvaluationError, match="No runs"):
         read_report([])

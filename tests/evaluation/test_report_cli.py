@@ -46,7 +46,7 @@ def test_what_is_no_run_or_no_picture_is_one_red_line(tmp_path: Path) -> None:
     result = run(tmp_path, "--out", tmp_path / "page.html")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
-    assert "is no run: it has no run.json" in result.stderr
+    assert "is not a run: it has no run.json" in result.stderr
     assert not (tmp_path / "page.html").exists()
     folder = make_run(tmp_path / "first")
     result = run(folder, "--out", tmp_path / "page.html", "--plot", tmp_path / "curves.gif")

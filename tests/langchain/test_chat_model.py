@@ -62,7 +62,7 @@ def test_an_unknown_option_of_a_call_is_refused(method: str) -> None:
 
 
 def test_no_model_is_an_error() -> None:
-    with pytest.raises(RequestError, match="which model\\? Give model='hub id or folder'"):
+    with pytest.raises(RequestError, match="no model given: expected model='hub id or folder'"):
         ChatAmulet()
 
 

@@ -322,7 +322,7 @@ def test_a_document_is_not_remembered() -> None:
     ("options", "context", "message"),
     [
         ({}, {"user_id": "anna"}, "has no store"),
-        ({"store": InMemoryStore()}, None, "who is the user"),
+        ({"store": InMemoryStore()}, None, "no user_id: give"),
         ({"store": InMemoryStore()}, {"user_id": " "}, "user_id=' '"),
     ],
 )

@@ -373,7 +373,7 @@ def test_ranges_are_checked_by_the_constructor() -> None:
         AmuletLLM(amulet=amulet, top_p=2)
     with pytest.raises(RequestError, match="strength"):
         AmuletLLM(amulet=amulet, preference=WISH, strength=1e9)
-    with pytest.raises(RequestError, match="Which model"):
+    with pytest.raises(RequestError, match="No model given"):
         AmuletLLM()
     with pytest.raises(RequestError, match="one option"):
         AmuletLLM(amulet=amulet, max_tokens=1, max_new_tokens=2)

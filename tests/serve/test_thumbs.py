@@ -143,7 +143,7 @@ async def test_tune_reads_the_export_and_the_file_itself(
         assert [pair.a for pair in read_thumbs(file)] == ["Ann's good one", "Bob's good one"]
     with pytest.raises(EvaluationError, match="no pairs of the user 'eve'"):
         read_thumbs(file, "eve")
-    with pytest.raises(EvaluationError, match="only a server's SQLite file tells users apart"):
+    with pytest.raises(EvaluationError, match="only a server's SQLite file distinguishes users"):
         read_thumbs(export, "ann")
     other = tmp_path / "other.sqlite"
     with sqlite3.connect(other) as database:

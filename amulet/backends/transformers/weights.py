@@ -112,7 +112,7 @@ def execution_device(model: PreTrainedModel) -> torch.device:
         for device in _hook_values(module, "execution_device"):
             return torch.device(device)
     raise ModelError(
-        "The model's weights are on the meta device: it has shapes, but no numbers. Load them with "
+        "The model's weights are on the meta device: it has shapes but no values. Load them with "
         "from_pretrained."
     )
 
@@ -141,8 +141,8 @@ def decoder_of(model: Any) -> PreTrainedModel:
             or kind in ("XLORA", "POLY", "SHADOW")
         ):
             raise ModelError(
-                f"The adapter {name!r} is of the kind {kind}, which changes prompts or passes and "
-                "not layers alone; Amulet decodes with adapters of layers, such as LoRA."
+                f"The adapter {name!r} is of the kind {kind}, which changes more than "
+                "layers; Amulet supports adapters that change layers, such as LoRA."
             )
     return cast("PreTrainedModel", model.base_model.model)
 

@@ -220,7 +220,7 @@ class _Judge:
         """Raise EvaluationError if nothing was read and so many comparisons have no verdict."""
         if not self.read and self.unread >= at_least:
             raise EvaluationError(
-                f"The judge {self.model!r} gave no verdict that can be read in {self.unread} "
+                f"The judge {self.model!r} gave no readable verdict in {self.unread} "
                 f"comparisons, the last because: {self.last_error} Take another model."
             )
 

@@ -121,9 +121,9 @@ def _built() -> Path:
     Nothing is compiled in vain twice a day: a compiler that failed is remembered as well.
     """
     if sys.platform != "linux":
-        raise OSError(f"it is compiled on Linux alone, not on {sys.platform}")
+        raise OSError(f"it is compiled only on Linux, not on {sys.platform}")
     if "avx512f" not in processor().split():
-        raise OSError("it is for processors with AVX-512, which this one lacks")
+        raise OSError("it needs a processor with AVX-512")
     name, *options = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
     compiler = shutil.which(name)
     if compiler is None:
@@ -173,8 +173,8 @@ def _check_own(path: Path) -> None:
     found = path.lstat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
         raise OSError(
-            f"{path} is somebody else's, or anybody may write it; set AMULET_CACHE to a folder of "
-            "your own"
+            f"{path} belongs to another user, or others can write to it; set "
+            "AMULET_CACHE to a folder of your own"
         )
 
 
