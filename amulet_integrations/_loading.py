@@ -1,4 +1,4 @@
-"""Loading the model behind an integration's class; all that name one model share its weights."""
+"""Loads the model of an integration's class; objects that name one model share its weights."""
 
 from __future__ import annotations
 

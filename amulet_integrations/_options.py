@@ -1,4 +1,4 @@
-"""Options that nobody would read are refused, the same way by every integration."""
+"""Refuses unknown options, the same way in every integration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def refuse_unknown(
     """Raise `RequestError` for the first option that nobody would read, naming the close match.
 
     Args:
-        options: what was given, by name.
-        known: the names that are read.
-        where: who refuses, as the sentence begins.
-        hints: what to do instead, for names that users of other models bring along.
+        options: the options given, by name.
+        known: the names that are accepted.
+        where: the start of the error message: the class that refuses.
+        hints: what to use instead, for option names of other models.
     """
     names = list(known)
     for name in options:

@@ -1,8 +1,8 @@
-"""The one rule of where a preference comes from: call > conversation > user > constructor.
+"""The rule of precedence for preferences: call > conversation > user > constructor.
 
-Each setting (the preference and those of `Steering`) is looked for on its own, from the nearest
-level outwards. None is "not given" and inherits; a preference of "" (or an empty list) is given,
-and means off, so a nested call can refuse what it would inherit.
+Each setting (the preference and those of `Steering`) is looked up separately, from the nearest
+level outwards. None means "not set" and inherits; a preference of "" (or an empty list) is set and
+means off, so a nested call can turn off an inherited preference.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Chosen:
     """What is in force for one answer.
 
     Attributes:
-        preference: as plain JSON (see `plain`); None where nobody gave one, "" where it is off.
+        preference: as plain JSON (see `plain`); None if not set, "" if off.
         strength, floor, placement, focus, loop_guard: None takes the model's default.
-        source: the level that the preference is from; None where nobody gave one.
+        source: the level that set the preference; None if no level did.
     """
 
     preference: PreferenceLike = None
@@ -62,14 +62,14 @@ def choose(
     user: Mapping[str, Any] | None = None,
     constructor: Mapping[str, Any] | None = None,
 ) -> Chosen:
-    """Return the settings in force, each from the nearest level that gives it.
+    """Return the settings in force, each from the nearest level that sets it.
 
     Args:
         call: settings of the call itself, or bound to the model.
         conversation: settings of the thread or session.
-        user: settings of the person, whatever the thread.
+        user: settings of the user, for all threads.
         constructor: settings of the model object.
-            Of each mapping only the keys in `SETTINGS` are read; None inherits.
+            Only the keys in `SETTINGS` of each mapping are read; None inherits.
 
     >>> choose(call={"strength": 1.0}, user={"preference": "Be brief."}).source
     'user'

@@ -1,4 +1,4 @@
-"""The choice of the next token, for all generations at once: combine, cut, sample, append."""
+"""Chooses the next token of all generations at once: combine, cut, sample, append."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MOST = 1e30  # the highest score: it stays finite when a temperature divides it
 def choose_tokens(
     generations: Sequence[Generation], logits: torch.Tensor, order: Sequence[int]
 ) -> tuple[list[int], Mixture]:
-    """Return one token id per generation, and the distributions that they were chosen from.
+    """Return one token id per generation, and the distributions they were chosen from.
 
-    A grammar or processor that fails ends its own generation only.
+    A failing grammar or processor ends only its own generation.
 
     Args:
-        generations: whose tokens are chosen.
+        generations: the generations for which to choose tokens.
         logits: `[rows, vocab]`.
         order: the rows of the first generation, then those of the second, ...
     """
@@ -55,7 +55,7 @@ def choose_tokens(
         [generation.sampling for generation in generations],
         [generation.generator for generation in generations],
     )
-    # A row's likeliest token says whether its logits are numbers; the same goes for the scores.
+    # A row's maximum is finite if its logits are valid numbers; likewise for the scores.
     sound = [rows.amax(dim=-1).isfinite() for rows in (scores, logits)]
     told: list[int] = torch.cat([chosen, *sound]).tolist()  # the step's one transfer to the host
     count, first = len(generations), 2 * len(generations)
@@ -88,7 +88,7 @@ def _no_token(generation: Generation, scores: torch.Tensor, model_is_sound: bool
 
 
 def _permitted(generation: Generation, logits: torch.Tensor) -> torch.Tensor | None:
-    """Ask a generation's grammar for the permitted ids; a failure is that generation's."""
+    """Return the ids that a generation's grammar permits; an error ends only that generation."""
     if generation.allowed is None:
         return None
     try:
@@ -100,9 +100,9 @@ def _permitted(generation: Generation, logits: torch.Tensor) -> torch.Tensor | N
 
 
 def _repeated(generation: Generation) -> dict[int, float]:
-    """Return what tokens lose that would repeat the answer.
+    """Return the loop guard's costs: by token id, the nats it loses for repeating the answer.
 
-    What is decoded unsteered meanwhile, such as a tool call, may repeat, and may be repeated.
+    Unsteered parts, such as a tool call, may repeat text and may be repeated.
     """
     if not generation.loop_guard or not any(generation.weights):
         generation.repeats = None
@@ -113,10 +113,10 @@ def _repeated(generation: Generation) -> dict[int, float]:
 
 
 def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | None:
-    """Apply a generation's repetition penalty and own processors to its scores, in place.
+    """Apply a generation's repetition penalty and logits processors to its scores, in place.
 
     Returns:
-        What the processors added to each score, `[vocab]`; None without any.
+        The values that the processors added to the scores, `[vocab]`; None without processors.
     """
     try:
         if generation.seen is not None:
@@ -130,7 +130,7 @@ def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | Non
         for processor in generation.processors:
             made = generation.context.run(processor, ids, scores[None].clone())
             scores.copy_(made[0])
-        # Infinity forces a token; as the largest number it can be reckoned with.
+        # Infinity forces a token; the largest finite score keeps later arithmetic defined.
         scores.clamp_(max=MOST).masked_fill_(forbidden, NEVER)
         return (scores - before).masked_fill_(forbidden, NEVER)
     except BaseException as error:
@@ -139,7 +139,7 @@ def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | Non
 
 
 def append_token(generation: Generation, token_id: int) -> None:
-    """Append a decoded id, hand it on, and end the answer where it is to end."""
+    """Append a decoded id, pass it to `on_token`, and end the answer if it is complete."""
     generation.token_ids.append(token_id)
     if generation.seen is not None:
         generation.seen[token_id] = True
@@ -151,7 +151,7 @@ def append_token(generation: Generation, token_id: int) -> None:
     except BaseException as error:
         generation.error = error
         return
-    if generation.done:  # cancelled meanwhile
+    if generation.done:  # cancelled during the call
         return
     if stopped:
         generation.finish_reason = "stop"

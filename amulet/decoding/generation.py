@@ -1,4 +1,4 @@
-"""`Generation`: one answer being decoded, what is asked of it and what it has so far."""
+"""`Generation`: one answer being decoded, its options and its tokens so far."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from amulet.decoding.sampling import Sampling
 class Generation:
     """One answer being decoded.
 
-    It owns rows of the batch: a plain one has one row, a steered one a preferred row per
-    preference and one base row.
+    It owns rows of the batch: one row if plain; if steered, a preferred row per preference, the row
+    of focus and a base row.
 
     Args:
-        prompts: ids of each of its rows: the preferred prompts, then the base prompt; one alone
-            is decoded as it is.
-        plain: ids of the prompt without preferences, where no row has them: what repetition penalty
-            and processors take for the prompt. None for the first of `prompts`; the penalty: last.
-        weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row. May be changed between
-            steps: all zero decodes the base row, that is plainly.
+        prompts: ids of each of its rows: the preferred prompts, focus, then the base prompt. A
+            single prompt is decoded without steering.
+        plain: ids of the prompt without preferences, for the repetition penalty and processors.
+            If None, processors get the first of `prompts` and the penalty the last.
+        weights: w_i of `r + Σ w_i·(p_i − r)`, one per row except the base row. They may be changed
+            between steps; if all are zero, the base row alone decides.
         floor: plausibility floor in [0, 1]: tokens below this share of the likeliest preferred
             token's probability are excluded; 0 is off.
         loop_guard: how many of its own tokens the answer may repeat freely; 0 is off.
-        max_new_tokens: limit in tokens.
+        max_new_tokens: the answer's limit in tokens.
         sampling: how tokens are chosen.
         seed: for sampling; None draws one.
         end_ids: ids that end the answer.
-        on_token: called with each id but the ending one as it is decoded; True ends the answer.
-        allowed: called before each choice; a bool mask `[vocab]` of permitted ids, or None.
+        on_token: called with each decoded id except an ending one; True ends the answer.
+        allowed: called before each choice; returns a bool mask `[vocab]` of permitted ids, or None.
         processors: Transformers logits processors, applied to the combined scores.
-        trace: collect `TokenScores`; with `top_logprobs` alternatives each.
+        trace: collect `TokenScores`, with `top_logprobs` alternatives each.
     """
 
     prompts: Sequence[list[int]]
@@ -73,7 +73,7 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Whether it takes part in no further step."""
+        """Whether it has ended; it takes part in no further step."""
         return self.finish_reason is not None or self.error is not None
 
     def fail(self, error: BaseException) -> None:

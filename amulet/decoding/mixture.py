@@ -36,15 +36,14 @@ class Mixture:
         logits: float `[rows, vocab]`: the first generation's preferred rows, its base row, then
             the second's, and so on.
         weights: for each generation the w_i of its preferred rows; all zero, or none, is plain.
-        rows: for each generation how many rows it has.
-        exact: for each generation whether somebody will look at the scores themselves; None is
-            yes for all. Otherwise its rows aren't normalised: it would shift all its scores alike,
-            which changes no draw and no comparison with the likeliest token.
+        rows: the number of rows of each generation.
+        exact: for each generation, whether its scores' absolute values matter; None means all. If
+            not, its rows aren't normalised: that would shift all its scores by a constant, which
+            changes no draw and no comparison with the likeliest token.
 
     Attributes:
-        scores: unnormalised log-scores `[generations, vocab]`: `r + Σ w_i·(p_i − r)`; the logits
-            themselves where a generation is plain, so that what follows sees what Transformers'
-            own processors would see.
+        scores: unnormalised log-scores `[generations, vocab]`: `r + Σ w_i·(p_i − r)`. For a plain
+            generation they are the logits, as Transformers' own processors get them.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Mixture:
             steered = steer_many(preferred_log, base_log, w, by_owner)
             places = by_owner[:, None].expand_as(preferred_log)
             least = base_log.scatter_reduce(0, places, preferred_log, "amin")
-        # What the model itself excludes is no number in a difference.
+        # A token that the model itself excludes (−inf) would be NaN in a difference.
         steered = steered.masked_fill(least == NEVER, NEVER)
         if len(set(owner)) == len(base):
             self.scores = steered
@@ -149,19 +148,19 @@ class Mixture:
         allowed: Sequence[torch.Tensor | None] = (),
         moved: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Exclude from `scores` what is below the plausibility floor.
+        """Exclude tokens below the plausibility floor from `scores`.
 
         The floor (Contrastive Decoding, arXiv 2210.15097, equation 2) is relative to the
-        likeliest permitted token of a preferred row, so that one always survives. The caller's
-        logits processors have the last word: a token that they forbid is not permitted, and one
+        likeliest permitted token of a preferred row, so at least one token survives. The caller's
+        logits processors take precedence: a token that they forbid is not permitted, and a token
         that they force is not cut.
 
         Args:
             floors: for each generation a share in [0, 1] of the likeliest token's probability;
                 0 is off.
-            allowed: what is still to be permitted; see `permit`.
-            moved: what logits processors added to each score, `[generations, vocab]`; None where
-                there are none.
+            allowed: further masks of permitted tokens; see `permit`.
+            moved: the values that logits processors added to the scores, `[generations, vocab]`;
+                None without processors.
 
         Returns:
             Which tokens the floor excludes, bool `[generations, vocab]`; None if it is off.
@@ -172,7 +171,7 @@ class Mixture:
         permitted = self._permitted
         if moved is not None:
             possible = moved > NEVER
-            likely = moved > -FORCED  # not all processors write -inf for what they forbid
+            likely = moved > -FORCED  # not all processors forbid tokens with -inf
             permitted = possible if permitted is None else possible & permitted
             likely &= permitted
             permitted = torch.where(likely.any(dim=-1, keepdim=True), likely, permitted)
@@ -185,10 +184,11 @@ class Mixture:
         return excluded
 
     def _plausibility(self, permitted: torch.Tensor | None) -> torch.Tensor:
-        """Log-share of each token in its row's likeliest permitted one, `[generations, vocab]`.
+        """Return each token's log-probability minus the likeliest permitted one's.
 
-        With several preferences the best of their rows counts: each may propose what the others
-        would not think of. Without any of positive weight it is the base row.
+        With several preferences it is the maximum over their rows, because each may propose tokens
+        that the others find implausible. Without a preference of positive weight it is the base
+        row's. The shape is `[generations, vocab]`.
         """
         if self._wanted is not None and self._wanted_by == list(range(len(self.scores))):
             return _relative(self._wanted, permitted)
@@ -202,7 +202,7 @@ class Mixture:
         return relative.scatter_reduce(0, wanted_by[:, None].expand_as(wanted), wanted, "amax")
 
     def trace(self, i: int, token_id: int, top: int) -> TokenScores:
-        """Return what each row thought of the token that generation `i` emitted."""
+        """Return the log-probabilities of the token that generation `i` emitted."""
         base = self._logits[i].log_softmax(dim=-1)
         preferred = self._preferred_log(i)
         steered = self.scores[i].log_softmax(dim=-1)
@@ -223,12 +223,12 @@ def _relative(logs: torch.Tensor, permitted: torch.Tensor | None) -> torch.Tenso
 
 @lru_cache(maxsize=16)
 def _constant(weights: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weights on the device, `[preferences]`; they are the same for many steps."""
+    """Return the weights on the device, `[preferences]`; cached, as many steps use the same."""
     return on_device(weights, device, dtype)
 
 
 def take_rows(rows: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
-    """Return `rows[index]`; as a view where the index goes up in equal steps, as it mostly does."""
+    """Return `rows[index]`; a view if the index increases in equal steps, which is usual."""
     return rows[_places(index, rows.device)]
 
 
@@ -246,7 +246,7 @@ def _places(index: Sequence[int], device: torch.device) -> slice | torch.Tensor:
 
 
 def positive_shares(weights: Sequence[float]) -> list[float]:
-    """Return the weights' positive parts, made to sum to 1 (all 0 where none is positive)."""
+    """Return the weights' positive parts, scaled to sum to 1 (all 0 if none is positive)."""
     positive = [max(weight, 0.0) for weight in weights]
     total = sum(positive)
     return [weight / total if total else 0.0 for weight in positive]

@@ -1,7 +1,7 @@
-"""Ended rows, kept for the next prompt that begins with the same ids.
+"""Rows of finished answers, kept for later prompts with the same prefix.
 
-The next turn of a conversation repeats the whole conversation, so only what is new must be
-prefilled. An entry is found by its ids alone: a prompt can only ever reuse what it contains itself.
+The next turn of a conversation repeats the whole conversation, so only the new part needs a
+prefill. Entries are found by their ids alone: a prompt can only reuse ids that it contains itself.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from amulet.backends.base import Snapshot
 
-LEAST = 16  # shorter prefixes are computed faster than kept
+LEAST = 16  # computing shorter prefixes again is faster than keeping them
 
 
 @dataclass(frozen=True)
 class KeptRow:
-    """One row's ids, and what the backend has saved of it."""
+    """One row's ids, and the backend's snapshot of it."""
 
     ids: tuple[int, ...]
     saved: Snapshot
@@ -39,11 +39,11 @@ class Prefixes:
         return sum(row.saved.nbytes for row in self._rows)
 
     def takes(self, length: int, nbytes: int) -> bool:
-        """Tell whether a row of so many ids and bytes would be kept."""
+        """Tell whether a row of `length` ids and `nbytes` bytes would be kept."""
         return length >= LEAST and nbytes <= self.limit
 
     def keep(self, row: KeptRow) -> None:
-        """Add a row; those that it continues, and the longest unused, make room for it."""
+        """Add a row; rows that it continues, then the least recently used, make room for it."""
         if not self.takes(len(row.ids), row.saved.nbytes):
             return
         self._rows = [kept for kept in self._rows if row.ids[: len(kept.ids)] != kept.ids]
@@ -52,11 +52,11 @@ class Prefixes:
             self._rows.pop(0)
 
     def find(self, ids: Sequence[int], whole: bool = False) -> tuple[KeptRow | None, int]:
-        """Return the row that shares most leading ids with a prompt, and how many these are.
+        """Return the row with the longest common prefix with a prompt, and the prefix's length.
 
         Args:
             ids: the prompt.
-            whole: only a row of which the prompt has all ids, and more.
+            whole: consider only rows that are a proper prefix of the prompt.
         """
         best, length = None, 0
         for row in self._rows:
@@ -72,16 +72,16 @@ class Prefixes:
         return best, length
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Discard all rows."""
         self._rows.clear()
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many leading ids two sequences have in common."""
+    """Return the length of two sequences' common prefix."""
     shortest = min(len(one), len(other))
     if tuple(one[:shortest]) == tuple(other[:shortest]):
         return shortest
-    low, high = 0, shortest  # halving: comparing slices is much faster than a loop over the ids
+    low, high = 0, shortest  # bisect: comparing slices is much faster than a loop over the ids
     while low < high:
         middle = (low + high + 1) // 2
         if tuple(one[:middle]) == tuple(other[:middle]):

@@ -28,7 +28,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken: a lower temperature leaves nothing to a draw."""
+        """Whether the likeliest token is chosen: below `COLDEST` a draw would choose it too."""
         return self.temperature < COLDEST
 
 
@@ -46,7 +46,7 @@ def penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
 def warp(scores: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Return scores `[requests, vocab]` after temperature, top-k, top-p and min-p.
 
-    Every temperature must be at least `COLDEST`. A stage that no request wants is skipped.
+    Every temperature must be at least `COLDEST`. Stages that no request uses are skipped.
     """
 
     def column(values: list[float]) -> torch.Tensor:
@@ -76,9 +76,9 @@ def warp(scores: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
 def draw(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one token per request from softmax(scores), `[requests]`, int64.
 
-    Each request's noise comes from its own generator, so its tokens do not depend on who shares
-    the batch. The largest of `probability / exponential noise` is an exact draw and, unlike
-    multinomial, asks nothing of the host.
+    Each request's noise comes from its own generator, so its tokens do not depend on the rest of
+    the batch. The argmax of `probability / exponential noise` is an exact draw and, unlike
+    multinomial, needs no synchronisation with the host.
     """
     noise = torch.stack(
         [

@@ -1,4 +1,4 @@
-"""LangChain and LangGraph: the same chains, agents and graphs with answers as each user wants."""
+"""LangChain and LangGraph: unchanged chains, agents and graphs that answer as each user prefers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ChatAmulet`: a LangChain chat model that answers each conversation in its own preferred way."""
+"""`ChatAmulet`: a LangChain chat model that steers each conversation towards its preference."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
     "" is off. Tool calls, JSON and thinking are never steered.
 
     Args:
-        tools_prompt: "template" gives tools to the chat template and is an error where it knows
-            none; "fallback" describes them in the system message for such a template.
+        tools_prompt: "template" passes tools to the chat template, and is an error if it does not
+            support tools; "fallback" then describes them in the system message.
         template_options: variables of the chat template, such as `enable_thinking`.
-        streaming: True lets `invoke` too call back with every token; False lets `stream` give
+        streaming: True makes `invoke` call back with every token too; False makes `stream` return
             the answer in one piece.
-            The others are those of `AmuletOptions`.
+            All other options are those of `AmuletOptions`.
 
     >>> chat = ChatAmulet(model="Qwen/Qwen3-0.6B", preference="Answer in one short sentence.")
     >>> chat.invoke("What is a monad?").content

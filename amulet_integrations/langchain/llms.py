@@ -26,7 +26,7 @@ class AmuletLLM(AmuletCalls, BaseLLM):
     """Continues raw prompts, without a chat template; for instruct models prefer `ChatAmulet`.
 
     A preference comes from the nearest of: the call, `config["configurable"]`, the user, the
-    constructor. It stands before the prompt, whatever the placement: raw text has no turns.
+    constructor. It precedes the prompt, whatever the placement: raw text has no turns.
 
     >>> llm = AmuletLLM(model="Qwen/Qwen3-0.6B-Base", preference="Rhyme.", max_tokens=40)
     >>> llm.invoke("The sea is")

@@ -1,4 +1,4 @@
-"""`PreferenceMemory`: what each user and each conversation asked for, kept in a LangGraph store."""
+"""`PreferenceMemory`: preferences of users and conversations, kept in a LangGraph store."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _amerging: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyD
 class PreferenceMemory:
     """Preferences per user, per conversation, or per user's conversation, in any `BaseStore`.
 
-    `set`, `merge`, `get` and `forget` take `user_id`, `thread_id` or both, and touch exactly that
-    entry: nothing of one user's is ever found under another's id. Ids are any non-empty text.
-    Each method has an async twin: `aset`, `amerge`, `aget`, `aforget`, `alist`, `arecall`.
+    `set`, `merge`, `get` and `forget` take `user_id`, `thread_id` or both, and affect exactly that
+    entry: one user's preferences are never found under another's id. Ids are any non-empty text.
+    Each method has an async version: `aset`, `amerge`, `aget`, `aforget`, `alist`, `arecall`.
 
     Args:
-        store: in-memory, SQLite, Postgres: whatever the graph has. The sync methods need a sync
-            store and the async ones an async store; `InMemoryStore` is both.
+        store: the graph's store: in-memory, SQLite, Postgres, ... The sync methods need a sync
+            store and the async methods an async store; `InMemoryStore` is both.
 
     >>> memory = PreferenceMemory(InMemoryStore())
     >>> memory.set("Be brief.", user_id="anna", strength=3.0)
@@ -64,7 +64,7 @@ class PreferenceMemory:
         thread_id: str | None = None,
         **push: Unpack[Push],
     ) -> None:
-        """Replace what is kept; a preference of "" keeps "off", None inherits.
+        """Replace the entry; a preference of "" stores "off", None inherits.
 
         Raises:
             RequestError: an id, a preference or a range is not valid; nothing is written.
@@ -92,10 +92,10 @@ class PreferenceMemory:
         thread_id: str | None = None,
         **push: Unpack[Push],
     ) -> Settings:
-        """Add to what is kept, and return the outcome.
+        """Add to the entry, and return the result.
 
-        The same text again replaces the earlier one; of more than 8 preferences the oldest go.
-        A preference of "" switches off. What `Steering` has replaces what is kept of it.
+        A repeated text replaces the earlier one; beyond 8 preferences the oldest are dropped.
+        A preference of "" switches off. Settings of `Steering` replace the stored ones.
 
         Raises:
             RequestError: an id, a preference or a range is not valid; nothing is written.
@@ -124,7 +124,7 @@ class PreferenceMemory:
         return merged
 
     def get(self, *, user_id: str | None = None, thread_id: str | None = None) -> Settings:
-        """Return what is kept in exactly this entry; `{}` where nothing is."""
+        """Return exactly this entry; `{}` if there is none."""
         return _read(self.store.get(*_place(user_id, thread_id)))
 
     async def aget(self, *, user_id: str | None = None, thread_id: str | None = None) -> Settings:
@@ -132,7 +132,7 @@ class PreferenceMemory:
         return _read(await self.store.aget(*_place(user_id, thread_id)))
 
     def forget(self, *, user_id: str | None = None, thread_id: str | None = None) -> None:
-        """Delete exactly this entry; what lies further out counts again. Unknown ids are fine."""
+        """Delete exactly this entry; the next level applies again. Unknown ids are no error."""
         self.store.delete(*_place(user_id, thread_id))
 
     async def aforget(self, *, user_id: str | None = None, thread_id: str | None = None) -> None:

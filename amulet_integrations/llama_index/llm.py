@@ -1,4 +1,4 @@
-"""`AmuletLLM`: a local model for LlamaIndex that answers each user in their own preferred way."""
+"""`AmuletLLM`: a local model for LlamaIndex that steers answers towards each user's preference."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class AmuletLLM(AmuletSettings):
 
     Args:
         model: a hub id, a folder, or "embedded"; or
-        amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
+        amulet: a loaded `Amulet`. Two objects that name one model share its weights.
         dtype, device, device_map, model_kwargs: for loading; as for `Amulet.from_pretrained`.
-        preference, strength, floor, placement, focus, loop_guard: how answers should be where
-            neither the call nor the conversation nor the user says; see `amulet.Steering`. In raw
-            text (a model without a chat template, `messages_to_prompt`) a preference stands before
-            the prompt, whatever the placement.
+        preference, strength, floor, placement, focus, loop_guard: settings for calls where neither
+            the call nor the conversation nor the user sets them; see `amulet.Steering`. In raw
+            text (a model without a chat template, `messages_to_prompt`) a preference precedes the
+            prompt, whatever the placement.
         max_tokens, ..., seed: defaults for the calls; see `amulet.Request`.
-        tools_prompt: "fallback" describes tools in the system message, for a chat template that
-            knows none, or calls in a form that isn't read; without it such a model is not a
+        tools_prompt: "fallback" describes tools in the system message, if the chat template does
+            not support tools or its call syntax can't be parsed; without it such a model is not a
             function calling model.
         system_prompt, messages_to_prompt, completion_to_prompt, callback_manager, ...: as for
             every LlamaIndex LLM. The model's own chat template is used unless you give

@@ -1,4 +1,4 @@
-"""`PreferenceMemoryBlock`: what a conversation asked for, kept beside its messages."""
+"""`PreferenceMemoryBlock`: a conversation's preference, kept with its messages."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SUFFIX = "/preference"
 class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     """The preference of each conversation, for LlamaIndex's `Memory`.
 
-    `AmuletLLM` takes it from the messages that the memory gives, out of the prompt; another LLM
+    `AmuletLLM` reads it from the memory's messages and removes it from the prompt; another LLM
     reads it there as an instruction. It is kept in a chat store under "<session id>/preference",
-    so it outlives the process if the store does, and is never pushed out by a long conversation.
+    so it outlives the process if the store does, and a long conversation never drops it.
 
     Args:
-        chat_store: any LlamaIndex chat store, of a database or not; one in memory unless given.
+        chat_store: any LlamaIndex chat store; by default one in memory.
 
     >>> store = SQLAlchemyChatStore("chats", async_database_uri="sqlite+aiosqlite:///chats.db")
     >>> block = PreferenceMemoryBlock(chat_store=store)
@@ -48,7 +48,7 @@ class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         preference: PreferenceLike = None,
         **push: Unpack[Push],
     ) -> None:
-        """Replace what is kept for a conversation; "" keeps "off", None inherits.
+        """Replace a conversation's entry; "" stores "off", None inherits.
 
         Raises:
             RequestError: a preference or a range is not valid; nothing is written.

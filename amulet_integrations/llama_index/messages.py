@@ -57,9 +57,9 @@ _WRITTEN = re.compile(
 def preference_message(preference: PreferenceLike = None, **push: Unpack[Push]) -> ChatMessage:
     """Return a message that tells `AmuletLLM` how the conversation wants its answers.
 
-    Put it into any memory or chat store; the last one of a conversation counts. It never reaches
-    the prompt as a message. Only this metadata is read, so no text that a user or a document
-    contains can pass for it.
+    Put it into any memory or chat store; the last one of a conversation applies. It never reaches
+    the prompt as a message. Only its metadata is read, so no text from a user or a document can
+    imitate it.
 
     Args:
         preference: text, `Preference`, a list of them; "" is off, None inherits.

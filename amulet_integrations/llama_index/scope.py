@@ -35,16 +35,16 @@ def preference(
     level: Level = "conversation",
     **push: Unpack[Push],
 ) -> Iterator[None]:
-    """Answer whatever is asked in this block so, by every `AmuletLLM` that is reached from it.
+    """Apply settings to every call of any `AmuletLLM` inside this block.
 
-    The scope crosses `await`, `asyncio.gather`, LlamaIndex's thread pools and workflows that are
-    started inside; a task beside it never sees it. Inner scopes win, setting by setting. A streamed
-    answer keeps the scope that it was asked for in, wherever it is read.
+    The scope crosses `await`, `asyncio.gather`, LlamaIndex's thread pools and workflows started
+    inside it; other tasks never see it. Inner scopes win, separately for each setting. A streamed
+    answer keeps the scope in which it was requested, wherever it is read.
 
     Args:
         preference: text, `Preference`, a list of them; "" is off, None inherits.
-        level: "conversation", or "user" for the standing wish of a person, which a conversation's
-            memory may overrule.
+        level: "conversation", or "user" for a user's standing preference, over which a
+            conversation's memory takes precedence.
         push: strength, floor, placement, focus, loop_guard; see `Steering`. None inherits.
 
     Raises:

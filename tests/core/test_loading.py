@@ -228,8 +228,8 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError) as caught:
         load_pretrained("nobody/nothing")
     assert str(caught.value).startswith(
-        "nobody/nothing: neither a local folder nor a model that the hub returned. Check the name, the "
-        "network (HF_HUB_OFFLINE forbids it), and for a private or gated model pass token=."
+        "nobody/nothing: neither a local folder nor a model that the hub returned. Check the name, "
+        "the network (HF_HUB_OFFLINE forbids it), and for a private or gated model pass token=."
     )
     assert isinstance(caught.value.__cause__, OSError)
 

@@ -138,7 +138,10 @@ def test_the_default_is_the_papers_protocol(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--judge", "rulez"), "'rulez' is not a judge: expected one of rules, guards, armorm, llm."),
+        (
+            ("--judge", "rulez"),
+            "'rulez' is not a judge: expected one of rules, guards, armorm, llm.",
+        ),
         (("--judge", "rules"), "'rules' checks preferences that have a rule, and these have none"),
         (("--method", "magic"), "'magic' is no method"),
         (("--limit", "0"), "limit=0: expected 1 or more"),

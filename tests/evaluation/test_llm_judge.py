@@ -260,7 +260,9 @@ def test_no_verdict_is_kept_as_none_and_asked_again_by_the_next_session(
 def test_a_model_that_can_not_judge_is_given_up(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", questions=20)
     endpoint = Endpoint(lambda body: reply("Both are lovely!"))
-    with pytest.raises(EvaluationError, match=r"'judge-1' gave no readable verdict in 10 comparisons"):
+    with pytest.raises(
+        EvaluationError, match=r"'judge-1' gave no readable verdict in 10 comparisons"
+    ):
         endpoint.judge(run)
     assert len(endpoint.asked) == 10 * llm.ATTEMPTS
     short = make_run(tmp_path / "short")
