@@ -236,7 +236,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_the_module_loads_no_torch() -> None:
     code = (
-        "import sys, amulet.loading, amulet.embedded;"
+        "import sys, amulet.models.loading, amulet.models.embedded;"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
