@@ -16,9 +16,9 @@ from amulet.reply import Event, Reply, TokenTrace, Usage
 class AsyncReplyStream(AsyncIterator[str]):
     """The pieces of one answer as they are decoded: `async for piece in amulet.astream(...)`.
 
-    The request is prepared in a worker thread when the first piece is asked for. `events()` gives
-    reasoning and tool calls too; `reply` is there once all is read. `aclose`, leaving its `async
-    with` block, and cancelling the reading task end the decode within one step.
+    The request is prepared in a worker thread at the first read. `events()` gives reasoning and
+    tool calls too; `reply` is there when everything has been read. `aclose`, leaving its `async
+    with` block, and cancelling the reading task end decoding within one step.
     """
 
     def __init__(self, driver: Driver, prepare: Callable[[], ReplyStream] | None = None) -> None:
@@ -37,7 +37,7 @@ class AsyncReplyStream(AsyncIterator[str]):
         raise StopAsyncIteration
 
     async def events(self) -> AsyncIterator[Event]:
-        """The rest of the answer as events; see `Event`.
+        """Yield the remaining events of the answer; see `Event`.
 
         Raises:
             RequestError: the input is not valid, or the answer was started in another event loop.
@@ -89,7 +89,7 @@ class AsyncReplyStream(AsyncIterator[str]):
         return self.reply
 
     async def aclose(self) -> None:
-        """End the decode within one step and free its memory."""
+        """End decoding within one step and free its memory."""
         self._closed = True
         self._news.set()
         if self._stream is not None:
@@ -107,7 +107,7 @@ class AsyncReplyStream(AsyncIterator[str]):
 
     @property
     def trace(self) -> tuple[TokenTrace, ...] | None:
-        """The trace so far, if it was asked for."""
+        """The trace so far, if requested."""
         return self._started().trace
 
     def _started(self) -> ReplyStream:

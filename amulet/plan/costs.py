@@ -98,7 +98,7 @@ def vllm_block_bytes(shape: Shape, dtype: str, parts: int = 1, block: int = BLOC
 def vllm_users(
     shape: Shape, dtype: str, work: Work, memory: float, parts: int = 1, block: int = BLOCK
 ) -> int:
-    """Return how many users' rows fit into so many bytes per GPU, weights not among them."""
+    """Return how many users' rows fit into a number of bytes per GPU, without the weights."""
     blocks = int(max(memory, 0) // vllm_block_bytes(shape, dtype, parts, block))
     return max(blocks - 1, 0) // vllm_blocks(work, block)  # one block is vLLM's own, for nothing
 
@@ -122,7 +122,7 @@ def amulet_bytes(
 
 
 def amulet_users(shape: Shape, dtype: str, work: Work, memory: float) -> int:
-    """Return how many users' rows fit into so many bytes, weights not among them."""
+    """Return how many users' rows fit into a number of bytes, without the weights."""
     users = 0
     while amulet_bytes(shape, dtype, work, max(1, 2 * users)) <= memory:
         users = max(1, 2 * users)

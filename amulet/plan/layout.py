@@ -91,7 +91,7 @@ class Plan:
 def make_plan(
     shape: Shape, gpu: Gpu, users: int, work: Work, *, dtype: str = "auto", utilization: float = 0.9
 ) -> Plan:
-    """Find how many GPUs so many users at once need.
+    """Find how many GPUs a number of simultaneous users needs.
 
     Args:
         shape: the model's.

@@ -84,7 +84,7 @@ class Traffic:
         return 0
 
     def enter(self, rows: int) -> object:
-        """Take a place for a request of so many rows; return what `leave` gives it back by.
+        """Take a place in the queue for a request; return the ticket that `leave` takes.
 
         Raises:
             ApiError: the queue is full (429).

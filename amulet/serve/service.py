@@ -188,7 +188,7 @@ class Job:
         """Yield events with their choice's index, `(index, None)` where a choice ends.
 
         Args:
-            patience: yield None whenever nothing has come for so many seconds.
+            patience: yield None whenever nothing has come for this many seconds.
 
         Raises:
             AmuletError: decoding failed.

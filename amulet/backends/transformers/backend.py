@@ -123,7 +123,7 @@ class TransformersBackend:
         return self._weights
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows of so many ids; see `Backend.reserve`."""
+        """Make room for `rows` rows of `tokens` ids; see `Backend.reserve`."""
         self._cache.reserve(rows, tokens)
 
     def working(self, tokens: int) -> AbstractContextManager[Any]:
@@ -202,7 +202,7 @@ class TransformersBackend:
         self._cache.write_row(row, snapshot.buffers, length)
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of what `save_row` returns for so many ids."""
+        """Bytes of a saved row of `length` ids."""
         return self._cache.row_bytes(length)
 
     def rest(self) -> None:

@@ -1,9 +1,8 @@
-"""Decode steps on a GPU as CUDA graphs: one launch in place of a thousand.
+"""Decode steps on a GPU as CUDA graphs: one launch instead of a thousand.
 
-A GPU is through with most of a step's operations before Python has asked for the next one. A graph
-records them once for a number of rows and of tokens per row, over all columns that the cache has
-room for; a step then fills in ids and positions and replays it. It is made anew when the cache
-grows.
+A GPU finishes most operations of a step before Python has launched the next. A graph records a step
+once for a number of rows and of tokens per row, over all columns of the cache; a step then fills in
+ids and positions and replays the graph. When the cache grows, graphs are recorded again.
 """
 
 from __future__ import annotations
@@ -195,16 +194,16 @@ def _given(
 
 
 def _rows(rows: int) -> int:
-    """Return for how many rows the graph is that serves so many.
+    """Return the number of rows of the graph to use for `rows` rows.
 
-    A row that nobody has costs little, as it attends to one column; each graph takes a tenth of a
-    second, and memory.
+    An unused row costs little, because it attends to one column; each graph takes a tenth of a
+    second and memory.
     """
     return 1 << (rows - 1).bit_length()
 
 
 def _width(width: int) -> int:
-    """Return for how many tokens per row the graph is that serves so many."""
+    """Return the tokens per row of the graph to use for `width` tokens per row."""
     return 1 if width == 1 else -(-width // 4) * 4
 
 
