@@ -14,6 +14,7 @@ from amulet.decoding.sampling import Sampling
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
 from amulet.output.answer import Answer
+from amulet.output.policy import is_answer_steered
 from amulet.output.sections import Calls, Scanner, Spans, find_thinking
 from amulet.preference import Preference, Steering, guard_of, row_weights
 from amulet.prompting.chat_template import ChatTemplate
@@ -72,11 +73,7 @@ class Preparer:
         """
         tools = self._tools(request)
         grammar = self._grammar(request, tools)
-        # Text for a program is decoded plainly, which takes the base row alone.
-        is_plain = grammar is not None and (
-            grammar is not request.grammar or not request.steer_grammar
-        )
-        preferences = () if is_plain else request.preference
+        preferences = request.preference if is_answer_steered(request, grammar) else ()
         steering = request.steering(self.steering) if preferences else None
         prompts = self._encode(request, tools, preferences, steering)
         scanner = self._scanner(request, tools, prompts)

@@ -1,8 +1,7 @@
 """From the ids of one answer to its events: text, reasoning and tool calls.
 
 ids -> text -> pieces by section -> stop sequences (only in the reader's text) -> events. After each
-token the answer also sets how the next one is chosen: in text for a program, and in thinking, the
-base row alone decides.
+token `policy.py` sets how the next one is chosen.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from amulet.decoding.generation import Generation
 from amulet.grammar import Matcher
 from amulet.output.detokenizer import (
@@ -25,6 +22,7 @@ from amulet.output.detokenizer import (
     special_letters,
     without_letters,
 )
+from amulet.output.policy import Policy
 from amulet.output.sections import Scanner
 from amulet.reply import Event, InvalidToolCall, ToolCall
 from amulet.tool_calls.base import Piece
@@ -32,8 +30,6 @@ from amulet.tool_calls.base import Piece
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FREE = 0.5
-"""Under a grammar, text is free where at least this share of the vocabulary is permitted."""
 SAME_CALLS = 2
 """How often an answer may make the same call. Further ones are left out, and the same number of
 them ends the answer: small models get into such loops."""
@@ -94,13 +90,13 @@ class Answer:
         """Collect a generation's tokens and, from now on, control how it chooses them."""
         generation.on_token = self.on_token
         self._traced = generation.trace
-        self._control = _Control(generation, self._matcher)
-        self._control.prepare(self._scanner.section)
+        self._policy = Policy(generation, self._matcher)
+        self._policy.prepare(self._scanner.section)
 
     def on_token(self, token_id: int) -> bool:
         """Take the next token; return whether the answer ends with it."""
         self._tokens += 1
-        complete = self._control.took(token_id, self._scanner.section)
+        complete = self._policy.took(token_id, self._scanner.section)
         marker = self._silent.get(token_id)
         if marker is None and self._scanner.section == "text":
             marker = self._letters.get(token_id)
@@ -111,7 +107,7 @@ class Answer:
         self._take(self._scanner.push(text))
         if complete or self._stops.found is not None or self._has_its_call():
             return True
-        self._control.prepare(self._scanner.section)
+        self._policy.prepare(self._scanner.section)
         return False
 
     def finish(self, tokens: int, cut: bool = False) -> None:
@@ -222,39 +218,6 @@ class _Call:
         self.name: str | None = None
         self.written = ""
         self.held: list[tuple[Event, int, int]] = []
-
-
-class _Control:
-    """Sets, before each token, whether a generation is steered and what its grammar permits."""
-
-    def __init__(self, generation: Generation, matcher: Matcher | None) -> None:
-        self._generation = generation
-        self._weights = tuple(generation.weights)
-        self._floor = generation.floor
-        self._matcher = matcher
-        self._mask: torch.Tensor | None = None
-        if matcher is not None:
-            generation.allowed = lambda: self._mask
-
-    def took(self, token_id: int, section: str) -> bool:
-        """Advance the grammar by a token chosen in a section; return whether it is complete."""
-        if self._matcher is None or section == "reasoning":
-            return False
-        self._matcher.consume(token_id)
-        return self._matcher.complete
-
-    def prepare(self, section: str) -> None:
-        """Set how the next token is chosen, in the given section."""
-        steered = section == "text"
-        if self._matcher is not None:
-            self._mask = self._matcher.allowed()
-            if section == "reasoning":  # any token except those that end the answer
-                self._mask = torch.ones_like(self._mask)
-                self._mask[list(self._generation.end_ids)] = False
-            elif steered and any(self._weights):
-                steered = bool(self._mask.float().mean() >= FREE)
-        self._generation.weights = self._weights if steered else (0.0,) * len(self._weights)
-        self._generation.floor = self._floor if steered else 0.0
 
 
 def _silent_markers(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> dict[int, str]:
