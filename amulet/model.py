@@ -261,7 +261,7 @@ class Amulet:
         """The model's hub id or folder."""
         if isinstance(self.model, GGUFModel):
             return self.model.name
-        return str(getattr(self.model.config, "_name_or_path", "") or self.model.config.model_type)
+        return str(getattr(self.model.config, "name_or_path", "") or self.model.config.model_type)
 
     @property
     def window(self) -> int | None:

@@ -55,7 +55,7 @@ def load_embedded(**options: Any) -> Loaded:
         folder = str(embedded_folder())
         with _quiet():
             model, tokenizer = load_pretrained(folder, **options)
-        model.config._name_or_path = HUB_NAME  # where it lies on this machine is nobody's business
+        model.config.name_or_path = HUB_NAME  # where it lies on this machine is nobody's business
         return model, tokenizer
     try:
         return load_pretrained(HUB_NAME, **options)

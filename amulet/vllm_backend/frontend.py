@@ -77,7 +77,7 @@ class SteeringPlugin:
             ),
         )
         renderer = SteeringRenderer(state.online_renderer, encoder)
-        for handler in vars(state)["_state"].values():
+        for handler in map(state.__getitem__, state):
             if getattr(handler, "online_renderer", None) is state.online_renderer:
                 handler.online_renderer = renderer
 

@@ -107,7 +107,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         results = [result for _, result in answered]
         return LLMResult(
             generations=[result.generations[0] for result in results],
-            llm_output=self._combine_llm_outputs([result.llm_output for result in results]),
+            llm_output={},  # as LangChain's own for chat models
             run=[info for result in results for info in result.run or []],
         )
 

@@ -166,7 +166,7 @@ class AmuletSettings(FunctionCallingLLM):
         stated = stated_in(messages)
         said = [m for m in messages if not (m.role == MARK_ROLE and MARK in m.additional_kwargs)]
         if self.system_prompt and not _begins_with(said, self.system_prompt):
-            said = self._extend_messages(said)
+            said = [ChatMessage(role=MessageRole.SYSTEM, content=self.system_prompt), *said]
         if self._has_template and self._default_messages_to_prompt:
             source: dict[str, Any] = {"messages": to_chat(said)}
         elif fields.get("tools"):

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from amulet.backends.transformers.cpu import native
+from amulet.backends.transformers.masks import attention_kind
 from amulet.errors import is_out_of_memory, one_line
 
 logger = logging.getLogger("amulet")
@@ -355,7 +356,7 @@ def causal_behind_cached(model: PreTrainedModel) -> bool:
     through Transformers' interface would attend without any mask.
     """
     config = model.config.get_text_config()
-    asked = config._attn_implementation == "sdpa" and model._supports_attention_backend
+    asked = attention_kind(config) == "sdpa" and model.is_backend_compatible()
     ours = ALL_ATTENTION_FUNCTIONS["sdpa"] is _sdpa  # or whose it was registered as since
     return bool(asked and ours and model.device.type == "cpu")
 

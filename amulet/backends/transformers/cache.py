@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from amulet.backends.transformers.masks import Masks, by_kind, column_mask, reach
+from amulet.backends.transformers.masks import Masks, additive_dtype, by_kind, column_mask, reach
 
 COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
 GPU_COLUMN_STEP = 512  # each growth invalidates the CUDA graphs
@@ -232,7 +232,7 @@ class RowCache(ColumnCache):
         full and sliding attention; None where plain causal attention is already right.
         """
         text = config.get_text_config()
-        additive = dtype if config._attn_implementation == "eager" else None
+        additive = additive_dtype(config, dtype)
         level = len(set(self._starts)) == 1  # all rows at the same position
         causal = level and (self._width == 1 or self._starts[0] == 0 or causal_behind_cached)
 

@@ -23,7 +23,13 @@ from amulet.backends.transformers.cache import ColumnCache, StepCache
 from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cuda.siblings import join_siblings, joint_products
-from amulet.backends.transformers.masks import Masks, by_kind, column_mask
+from amulet.backends.transformers.masks import (
+    Masks,
+    additive_dtype,
+    attention_kind,
+    by_kind,
+    column_mask,
+)
 from amulet.backends.transformers.support import cache_argument
 from amulet.cache_folder import cache_folder
 from amulet.errors import is_out_of_memory, one_line
@@ -80,7 +86,7 @@ def forward_step(
         columns: how many of them the pass attends over.
     """
     text = model.config.get_text_config()
-    additive = model.dtype if model.config._attn_implementation == "eager" else None
+    additive = additive_dtype(model.config, model.dtype)
     masks = by_kind(text, lambda kind: column_mask(kind, text, positions, columns, additive))
     return forward_pass(model, ids, positions, masks, StepCache(keys, values, targets, columns))
 
@@ -100,7 +106,7 @@ class CompiledStep:
         self._model = model
         self._by_layer = model.device.type == "cuda" if by_layer is None else by_layer
         self._compiled: Any = None
-        self.broken = model.config._attn_implementation != "sdpa"
+        self.broken = attention_kind(model.config) != "sdpa"
 
     def prepare(self) -> None:
         """Bring the weights into the order that compiled layers read; again if they were moved."""

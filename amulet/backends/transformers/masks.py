@@ -57,6 +57,23 @@ def reach(kind: str, config: PretrainedConfig) -> int | None:
     return int(config.attention_chunk_size) if kind == "chunked_attention" else None
 
 
+def attention_kind(config: PretrainedConfig) -> str:
+    """Return Transformers' name of the attention that a model was loaded with, such as "sdpa"."""
+    # It is set by public names, and has none itself.
+    kind: str = config._attn_implementation
+    return kind
+
+
+def additive_dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of a model's masks where its attention adds them; None where it takes bool.
+
+    Args:
+        config: of the model.
+        dtype: of its numbers.
+    """
+    return dtype if attention_kind(config) == "eager" else None
+
+
 SUPPORTED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from amulet.backends.transformers.masks import SUPPORTED_KINDS, layer_kinds
+from amulet.backends.transformers.masks import SUPPORTED_KINDS, attention_kind, layer_kinds
 from amulet.errors import ModelError
 
 
@@ -32,7 +32,7 @@ def why_not_in_rows(model: PreTrainedModel) -> str | None:
     unknown = set(layer_kinds(config.get_text_config())) - SUPPORTED_KINDS
     if unknown:
         return f"it has layers of the kind {', '.join(sorted(unknown))}"
-    attention = config._attn_implementation
+    attention = attention_kind(config)
     if attention not in ("sdpa", "eager"):
         return (
             f"its attention {attention!r} takes no mask per row (load it with "

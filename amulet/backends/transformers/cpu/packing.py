@@ -144,6 +144,5 @@ def _can_pack(model: nn.Module) -> bool:
         and all(parameter.device.type == "cpu" for parameter in model.parameters())
         and bool(_dtypes(model))
         and _dtypes(model) <= set(PACKED_DTYPES)
-        and not getattr(model, "_hf_peft_config_loaded", False)
         and not any(map(is_adapter, model.modules()))
     )
