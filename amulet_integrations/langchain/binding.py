@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, cast
 
-from langchain_core.language_models import LanguageModelInput
-from langchain_core.outputs import LLMResult
-from langchain_core.prompt_values import PromptValue
+from langchain_core.language_models import BaseChatModel, BaseLanguageModel, LanguageModelInput
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase, RunnableSerializable
 from langchain_core.runnables.config import ensure_config, merge_configs
@@ -26,32 +24,70 @@ from amulet_integrations.langchain.structured import structured_output
 from amulet_integrations.langchain.tools import bound_tools
 
 
+def _call(name: str) -> Any:
+    """Return a way of calling a Runnable, with the config and keywords that `_asked_as` makes."""
+
+    @wraps(getattr(Runnable, name), updated=())  # without the mark of an abstract method
+    def call(self: Composable, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        config, kwargs = self._asked_as(name, config, kwargs)
+        return in_its_run(getattr(super(Composable, self), name)(input, config, **kwargs))
+
+    return call
+
+
+def _composing(name: str) -> Any:
+    """Return a method that composes, with its outcome as a binding."""
+
+    @wraps(getattr(Runnable, name, None) or getattr(RunnableSerializable, name), updated=())
+    def compose(self: Composable, *args: Any, **options: Any) -> Any:
+        return self._composed(getattr(super(Composable, self), name)(*args, **options))
+
+    return compose
+
+
 class Composable(RunnableSerializable[Any, Any]):
-    """Composes into an `AmuletBinding`, so that the next composition still knows the model."""
+    """What the models and their bindings share: every way of being called or composed.
+
+    What is composed is an `AmuletBinding`, so that the next composition still knows the model. A
+    stream belongs to the run that asks for it.
+    """
 
     def _composed(self, runnable: Any) -> Any:
         """Return what was composed of this as a binding."""
         raise NotImplementedError
 
-    def with_retry(self, **options: Any) -> Any:
-        """See `Runnable.with_retry`."""
-        return self._composed(super().with_retry(**options))
+    def _asked_as(
+        self, name: str, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the config and keywords with which LangChain's own method is to be called."""
+        raise NotImplementedError
 
-    def with_fallbacks(self, fallbacks: Any, **options: Any) -> Any:
-        """See `Runnable.with_fallbacks`."""
-        return self._composed(super().with_fallbacks(fallbacks, **options))
+    invoke, ainvoke = _call("invoke"), _call("ainvoke")
+    stream, astream = _call("stream"), _call("astream")
+    transform, atransform = _call("transform"), _call("atransform")
+    batch, abatch = _call("batch"), _call("abatch")
+    batch_as_completed = _call("batch_as_completed")
+    abatch_as_completed = _call("abatch_as_completed")
+    stream_events, astream_events = _call("stream_events"), _call("astream_events")
+    astream_log = _call("astream_log")
 
-    def with_alisteners(self, **listeners: Any) -> Any:
-        """See `Runnable.with_alisteners`."""
-        return self._composed(super().with_alisteners(**listeners))
+    with_retry, with_fallbacks = _composing("with_retry"), _composing("with_fallbacks")
+    with_alisteners = _composing("with_alisteners")
+    configurable_fields = _composing("configurable_fields")
+    configurable_alternatives = _composing("configurable_alternatives")
 
-    def configurable_fields(self, **fields: Any) -> Any:
-        """See `Runnable.configurable_fields`."""
-        return self._composed(super().configurable_fields(**fields))
 
-    def configurable_alternatives(self, which: Any, **options: Any) -> Any:
-        """See `Runnable.configurable_alternatives`."""
-        return self._composed(super().configurable_alternatives(which, **options))
+def _generate(name: str) -> Any:
+    """Return a method of LangChain's models that a binding lacks, with what is bound."""
+
+    @wraps(getattr(BaseLanguageModel, name, None) or getattr(BaseChatModel, name), updated=())
+    def generate(
+        self: AmuletBinding, prompts: Any, stop: Any = None, callbacks: Any = None, **kwargs: Any
+    ) -> Any:
+        model, options = self._for_generate(stop, callbacks, kwargs)
+        return getattr(model, name)(prompts, **options)
+
+    return generate
 
 
 class AmuletBinding(Composable, RunnableBinding[Any, Any]):
@@ -92,41 +128,8 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
             return self._over(several, kept)
         return self._over(self.bound, {**kept, **given})
 
-    def generate(
-        self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
-    ) -> LLMResult:
-        """Answer many prompts with what is bound; see the model's `generate`."""
-        model, options = self._for_generate(stop, callbacks, kwargs)
-        return cast("LLMResult", model.generate(messages, **options))
-
-    async def agenerate(
-        self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
-    ) -> LLMResult:
-        """See `generate`."""
-        model, options = self._for_generate(stop, callbacks, kwargs)
-        return cast("LLMResult", await model.agenerate(messages, **options))
-
-    def generate_prompt(
-        self,
-        prompts: list[PromptValue],
-        stop: list[str] | None = None,
-        callbacks: Any = None,
-        **kwargs: Any,
-    ) -> LLMResult:
-        """See `generate`."""
-        model, options = self._for_generate(stop, callbacks, kwargs)
-        return cast("LLMResult", model.generate_prompt(prompts, **options))
-
-    async def agenerate_prompt(
-        self,
-        prompts: list[PromptValue],
-        stop: list[str] | None = None,
-        callbacks: Any = None,
-        **kwargs: Any,
-    ) -> LLMResult:
-        """See `generate`."""
-        model, options = self._for_generate(stop, callbacks, kwargs)
-        return cast("LLMResult", await model.agenerate_prompt(prompts, **options))
+    generate, agenerate = _generate("generate"), _generate("agenerate")
+    generate_prompt, agenerate_prompt = _generate("generate_prompt"), _generate("agenerate_prompt")
 
     def _for_generate(
         self, stop: list[str] | None, callbacks: Any, kwargs: Mapping[str, Any]
@@ -142,6 +145,15 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
             if (value := config.get(name)) and name not in options:
                 options[name] = value
         return model, options
+
+    def _asked_as(
+        self, name: str, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        # A call's keywords are added to the bound ones by name, so both have to be spelled alike;
+        # and what is bound in `configurable` would hide all that the run has there.
+        if isinstance(config, list | tuple):
+            return [self._in_run(one) for one in config], normal(kwargs)
+        return self._in_run(config), normal(kwargs)
 
     def _in_run(self, config: RunnableConfig | None) -> RunnableConfig | None:
         """Return a call's config with what the run around it says and nothing nearer does."""
@@ -182,33 +194,6 @@ class ChatBinding(AmuletBinding):
         if several is not None:
             return cast("Runnable[LanguageModelInput, Any]", self._over(several))
         return structured_output(self, schema, **options)
-
-
-def _in_one_form(name: str) -> Callable[..., Any]:
-    """Return a method of `RunnableBinding` for what it would lose.
-
-    It adds a call's keywords to the bound ones by name, so both have to be spelled alike; and what
-    is bound in `configurable` would hide all that the run has there.
-    """
-    method = getattr(RunnableBinding, name)
-
-    @wraps(method)
-    def call(self: AmuletBinding, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        if isinstance(config, list | tuple):
-            config = [self._in_run(one) for one in config]
-        else:
-            config = self._in_run(config)
-        return in_its_run(method(self, input, config, **normal(kwargs)))
-
-    return call
-
-
-for _name in (
-    *("invoke", "ainvoke", "stream", "astream", "batch", "abatch", "transform", "atransform"),
-    *("batch_as_completed", "abatch_as_completed", "stream_events", "astream_events"),
-    "astream_log",
-):
-    setattr(AmuletBinding, _name, _in_one_form(_name))
 
 
 def unbound(runnable: Any) -> tuple[Any, RunnableConfig, dict[str, Any]]:

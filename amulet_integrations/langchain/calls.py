@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar, copy_context
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from typing import Any, cast
 
@@ -29,6 +29,16 @@ _under_way: ContextVar[list[tuple[Amulet, Request, ReplyStream]] | None] = Conte
 )
 
 
+def _bound(name: str) -> Any:
+    """Return a method of `Runnable` that binds, as that of an empty binding of the model."""
+
+    @wraps(getattr(Runnable, name), updated=())
+    def bind(self: AmuletCalls, *args: Any, **options: Any) -> Any:
+        return getattr(self._composed(self), name)(*args, **options)
+
+    return bind
+
+
 class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     """How both models are called and composed.
 
@@ -37,58 +47,13 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     under way what it asks for. An interrupt ends all of it.
     """
 
-    def invoke(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Any:
-        """Answer one input; keywords are the call's options."""
-        folded = self.folded(config, kwargs)
-        return super().invoke(input, config, **folded)  # type: ignore[safe-super]
-
-    async def ainvoke(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Any:
-        """See `invoke`."""
-        return await super().ainvoke(input, config, **self.folded(config, kwargs))
-
-    def stream(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[Any]:
-        """Answer one input piece by piece."""
-        return cast(
-            "Iterator[Any]",
-            in_its_run(super().stream(input, config, **self.folded(config, kwargs))),
-        )
-
-    def astream(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Any]:
-        """See `stream`."""
-        return cast(
-            "AsyncIterator[Any]",
-            in_its_run(super().astream(input, config, **self.folded(config, kwargs))),
-        )
-
-    def transform(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """See `Runnable.transform`."""
-        return in_its_run(super().transform(input, config, **kwargs))
-
-    def atransform(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """See `Runnable.atransform`."""
-        return in_its_run(super().atransform(input, config, **kwargs))
-
-    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """See `Runnable.stream_events`."""
-        return in_its_run(super().stream_events(input, config, **kwargs))
-
-    def astream_events(
-        self, input: Any, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Any:
-        """See `Runnable.astream_events`."""
-        return in_its_run(super().astream_events(input, config, **kwargs))
-
-    def astream_log(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """See `Runnable.astream_log`."""
-        return in_its_run(super().astream_log(input, config, **kwargs))
+    def _asked_as(
+        self, name: str, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        # The others call one of these; events of version "v3" don't.
+        if name in ("invoke", "ainvoke", "stream", "astream") or kwargs.get("version") == "v3":
+            return config, self.folded(config, kwargs)
+        return config, kwargs
 
     def batch(
         self,
@@ -134,21 +99,8 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     def _composed(self, runnable: Any) -> Any:
         return AmuletBinding(bound=runnable)
 
-    def bind(self, **kwargs: Any) -> Any:
-        """Bind options to every call; `bind_tools` and `with_structured_output` keep them."""
-        return self._composed(self).bind(**kwargs)
-
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """Bind config to every call; see `Runnable.with_config`."""
-        return self._composed(self).with_config(config, **kwargs)
-
-    def with_listeners(self, **listeners: Any) -> Any:
-        """See `Runnable.with_listeners`."""
-        return self._composed(self).with_listeners(**listeners)
-
-    def with_types(self, **types: Any) -> Any:
-        """See `Runnable.with_types`."""
-        return self._composed(self).with_types(**types)
+    bind, with_config = _bound("bind"), _bound("with_config")
+    with_listeners, with_types = _bound("with_listeners"), _bound("with_types")
 
     # --- decoding together
 

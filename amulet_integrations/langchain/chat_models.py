@@ -66,22 +66,6 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
     template_options: dict[str, Any] = Field(default_factory=dict)
     streaming: bool | None = None
 
-    def stream_events(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Any:
-        """Stream events; version "v3" does not pass through `stream`, so it is folded here."""
-        if kwargs.get("version") == "v3":
-            kwargs = self.folded(config, kwargs)
-        return super().stream_events(input, config, **kwargs)
-
-    def astream_events(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Any:
-        """See `stream_events`."""
-        if kwargs.get("version") == "v3":
-            kwargs = self.folded(config, kwargs)
-        return super().astream_events(input, config, **kwargs)
-
     def generate(
         self,
         messages: list[list[BaseMessage]],
