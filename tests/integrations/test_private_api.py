@@ -1,0 +1,107 @@
+"""Names of LangChain and LlamaIndex that are not public, and that the integrations rely on.
+
+What a name does is tested where it is used; here a renamed or removed one is told by its name.
+ARCHITECTURE.md lists them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models.llms import BaseLLM, get_prompts
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import var_child_runnable_config
+from llama_index.core.evaluation import CorrectnessEvaluator
+from llama_index.core.indices import TreeIndex
+from llama_index.core.instrumentation.span import active_span_id
+from llama_index.core.llms import LLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.memory import ChatSummaryMemoryBuffer
+from llama_index.core.schema import Document
+
+from amulet_integrations.llama_index import askers, preference
+from tests.llama_index.doubles import scripted
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "arguments"),
+    [
+        (BaseChatModel, "_convert_input", ["self", "model_input"]),
+        (BaseChatModel, "_get_llm_string", ["self", "stop", "kwargs"]),
+        (BaseChatModel, "_get_ls_params", ["self", "stop", "kwargs"]),
+        (BaseChatModel, "_resolve_model_profile", ["self"]),
+        (BaseChatModel, "_should_stream", ["self", "async_api", "run_manager", "kwargs"]),
+        (BaseChatModel, "_should_use_protocol_streaming", None),
+        (BaseLLM, "_convert_input", ["self", "model_input"]),
+        (LLM, "_extend_prompt", ["self", "formatted_prompt"]),
+        (LLM, "_get_messages", ["self", "prompt", "prompt_args"]),
+        (LLM, "_structured_stream_call", ["self", "output_cls", "prompt", "llm_kwargs"]),
+        (LLM, "_structured_astream_call", ["self", "output_cls", "prompt", "llm_kwargs"]),
+        (FunctionCallingLLM, "_prepare_chat_with_tools", ["self", "tools", "user_msg"]),
+        (FunctionCallingLLM, "_validate_chat_with_tools_response", ["self", "response", "tools"]),
+    ],
+)
+def test_the_method_is_there(kind: Any, name: str, arguments: list[str] | None) -> None:
+    parameters = list(inspect.signature(getattr(kind, name)).parameters)
+    if arguments is not None:
+        assert parameters[: len(arguments)] == arguments
+
+
+def test_langchain_keeps_the_run_in_this_variable() -> None:
+    assert var_child_runnable_config.get() is None
+    assert list(inspect.signature(get_prompts).parameters) == ["params", "prompts", "cache"]
+    assert "config_factories" in RunnableBindingBase.model_fields
+
+
+def test_llama_indexs_huggingface_llm_keeps_model_and_tokenizer_under_these_names() -> None:
+    module = pytest.importorskip("llama_index.llms.huggingface")
+    private = module.HuggingFaceLLM.__private_attributes__
+    assert {"_model", "_tokenizer"} <= set(private)
+
+
+# ---- where stack frames are read, because LlamaIndex opens no span ----
+
+
+def evaluate(llm: Any) -> None:
+    judge = CorrectnessEvaluator(llm=llm, parser_function=lambda text: (5.0, text))
+    judge.evaluate(query="q", response="r", reference="r")
+
+
+def summarize(llm: Any) -> None:
+    memory = ChatSummaryMemoryBuffer.from_defaults(
+        [askers.ChatMessage("moss " * 9)] * 6, llm=llm, token_limit=20, tokenizer_fn=str.split
+    )
+    memory.get()
+
+
+def build_an_index(llm: Any) -> None:
+    TreeIndex.from_documents(
+        [Document(text=f"Note {n}.") for n in range(3)], llm=llm, num_children=2
+    )
+
+
+@pytest.mark.parametrize("asks", [evaluate, summarize, build_an_index])
+def test_llama_index_opens_no_span_here(
+    asks: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this fails LlamaIndex opens one: then no stack frame needs to be read any longer."""
+    spans: list[Any] = []
+    frames: list[Any] = []
+    find = askers.askers
+
+    def found() -> list[askers.Asker]:
+        spans.extend(span.asker.role for span in askers._open_spans(active_span_id.get()))
+        frames.extend(asker.role for asker in askers._running())
+        return find()
+
+    monkeypatch.setattr("amulet_integrations.llama_index.stage.askers", found)
+    llm = scripted(preference="Rhyme.")
+    with preference():  # registers the span handler
+        asks(llm)
+    assert set(spans) == {"llm"}
+    assert "plain" in frames
+    assert not any(llm.amulet.steered)
