@@ -356,7 +356,8 @@ def causal_behind_cached(model: PreTrainedModel) -> bool:
     through Transformers' interface would attend without any mask.
     """
     config = model.config.get_text_config()
-    asked = attention_kind(config) == "sdpa" and model.is_backend_compatible()
+    is_asked: bool = model.is_backend_compatible()  # type: ignore[no-untyped-call]
+    asked = attention_kind(config) == "sdpa" and is_asked
     ours = ALL_ATTENTION_FUNCTIONS["sdpa"] is _sdpa  # or whose it was registered as since
     return bool(asked and ours and model.device.type == "cpu")
 
