@@ -165,9 +165,9 @@ def compare(
         amulet = load(model, device, dtype)
         gain = amulet.steering.strength if strength is None else strength
         answers = [
-            Answer("plain", shared),
-            Answer("prompt only (strength 0)", {**prompted, "strength": 0.0}),
-            Answer(f"steered (strength {gain:g})", steered),
+            LiveAnswer("plain", shared),
+            LiveAnswer("prompt only (strength 0)", {**prompted, "strength": 0.0}),
+            LiveAnswer(f"steered (strength {gain:g})", steered),
         ]
         messages = [{"role": "user", "content": question}]
         with Live(_side_by_side(answers), console=Console(), refresh_per_second=8) as live:
@@ -200,7 +200,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-class Answer:
+class LiveAnswer:
     """One answer while it is decoded: its text so far, and its pace once the prefill is over."""
 
     def __init__(self, title: str, options: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ class Answer:
         return f"{len(self.text.split())} words · {self.tokens} tokens{pace}"
 
 
-def _side_by_side(answers: list[Answer]) -> Table:
+def _side_by_side(answers: list[LiveAnswer]) -> Table:
     table = Table(expand=True, show_footer=True)
     for answer in answers:
         table.add_column(answer.title, footer=Text(answer.figures, style="dim"), ratio=1)
@@ -307,7 +307,7 @@ class Chat:
     def _answer(self, question: str) -> None:
         """Stream one answer; what Ctrl-C leaves of it stays in the conversation."""
         messages = [*self._messages, {"role": "user", "content": question}]
-        answer = Answer("", self._options)
+        answer = LiveAnswer("", self._options)
         stopped = ""
         pieces = answer.decode(self._amulet, messages)
         try:

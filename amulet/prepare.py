@@ -161,7 +161,7 @@ class Preparer:
                 if knows
                 else "The chat template ignores tools: the model would never see them."
             )
-        default = template.dialect().default_system
+        default = template.traits().default_system
         chat = with_instructions(calls_as_text(messages), schemas, default)
         return _Tools(chat, [], functions, FALLBACK, is_fallback=True)
 

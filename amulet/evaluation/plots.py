@@ -34,7 +34,7 @@ _SETTINGS: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Point:
+class PlotPoint:
     """One method in the plane of quality and adherence; both are means."""
 
     log_probability: float
@@ -47,7 +47,7 @@ class Curve:
     """Methods that differ in strength alone, weakest first; `is_mark` draws a single sign."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[PlotPoint]
     is_mark: bool = False
 
 

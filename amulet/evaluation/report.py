@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amulet.errors import EvaluationError
-from amulet.evaluation.plots import Curve, Point, save_plot, strength_plot
+from amulet.evaluation.plots import Curve, PlotPoint, save_plot, strength_plot
 from amulet.evaluation.run import Answer, Run
 from amulet.evaluation.tables import (
     PLAIN,
@@ -169,9 +169,9 @@ def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
     The prompt alone, which is strength 0, is where the curves of its placement begin.
     """
     scored = [e for e in entries if name in e.values and "guards.log_probability" in e.values]
-    signs: dict[str, Point] = {}
-    starts: dict[tuple[str, str], Point] = {}
-    groups: dict[tuple[str, str, str], list[tuple[float, Point]]] = defaultdict(list)
+    signs: dict[str, PlotPoint] = {}
+    starts: dict[tuple[str, str], PlotPoint] = {}
+    groups: dict[tuple[str, str, str], list[tuple[float, PlotPoint]]] = defaultdict(list)
     for arm in dict.fromkeys(entry.arm for entry in scored):
         own = [entry for entry in scored if entry.arm == arm]
         answer = own[0].answer
@@ -180,11 +180,11 @@ def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
         run = f"{own[0].run}: " if own[0].run else ""
         placement = answer.placement or "system"
         if answer.strength is None or answer.method == "beam":
-            signs[f"{run}no preference" if answer.method == PLAIN else arm] = Point(x, y, "")
+            signs[f"{run}no preference" if answer.method == PLAIN else arm] = PlotPoint(x, y, "")
         elif not answer.strength and not answer.adapt:
-            starts[run, placement] = Point(x, y, "")
+            starts[run, placement] = PlotPoint(x, y, "")
         else:
-            point = Point(x, y, f"{answer.strength:g}")
+            point = PlotPoint(x, y, f"{answer.strength:g}")
             groups[run, placement, _setting(answer)].append((answer.strength, point))
     curves = [Curve(title, [point], True) for title, point in signs.items()]
     curves += [

@@ -1,6 +1,6 @@
 """A chat template: rendering it, what it can do, and control tokens of contents kept as text.
 
-What a template can do (`Dialect`) is found by rendering sentinels, never by its name.
+What a template can do (`TemplateTraits`) is found by rendering sentinels, never by its name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THINKING: tuple[tuple[str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Dialect:
+class TemplateTraits:
     """What a chat template does, as far as prompts care.
 
     Attributes:
@@ -131,11 +131,11 @@ class ChatTemplate:
             return message
         return {**message, "content": [{"type": "text", "text": content}]}
 
-    def dialect(self) -> Dialect:
+    def traits(self) -> TemplateTraits:
         """Return what the template does; probed once per template, options and day."""
         # The day: a default system text may state today's date.
         key = (self.source, repr(self.options), bool(self.tools), len(self.tokenizer), date.today())
-        known = _dialects.setdefault(self.tokenizer, {})
+        known = _known_traits.setdefault(self.tokenizer, {})
         if key not in known:
             if len(known) >= 64:
                 known.clear()
@@ -143,10 +143,12 @@ class ChatTemplate:
         return known[key]
 
 
-_dialects: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, Dialect]] = WeakKeyDictionary()
+_known_traits: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, TemplateTraits]] = (
+    WeakKeyDictionary()
+)
 
 
-def _probe(template: ChatTemplate) -> Dialect:
+def _probe(template: ChatTemplate) -> TemplateTraits:
     system = {"role": "system", "content": SYSTEM}
     user = {"role": "user", "content": USER}
     answer = {"role": "assistant", "content": ANSWER}
@@ -192,7 +194,7 @@ def _probe(template: ChatTemplate) -> Dialect:
     special.update(template.tokenizer.all_special_tokens)
     any_case = is_uncased(template.tokenizer)
     pattern = token_pattern(special | control, any_case)
-    return Dialect(
+    return TemplateTraits(
         has_system,
         default,
         pattern,
@@ -252,12 +254,12 @@ def _spaced(match: re.Match[str]) -> str:
 # ---- control tokens as text ----
 
 
-def break_message(message: Message, dialect: Dialect) -> Message:
+def break_message(message: Message, traits: TemplateTraits) -> Message:
     """Put `BREAK` into the control tokens of a message, those of the assistant's texts excepted."""
-    broken: Message = break_all(message, dialect.control, dialect.folds)
+    broken: Message = break_all(message, traits.control, traits.folds)
     if message["role"] == "assistant":
         own = {key: text for key, text in message.items() if isinstance(text, str)}
-        broken.update(break_all(own, dialect.special, dialect.folds))
+        broken.update(break_all(own, traits.special, traits.folds))
     return {**broken, "role": message["role"]}
 
 

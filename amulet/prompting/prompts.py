@@ -19,7 +19,7 @@ from amulet.preference import Placement, Preference
 from amulet.prompting.chat_template import (
     BREAK,
     ChatTemplate,
-    Dialect,
+    TemplateTraits,
     break_all,
     break_message,
     encode,
@@ -97,22 +97,22 @@ def encode_chat(
     if not given:
         raise RequestError("messages is empty: expected at least one, such as a user message.")
     template = ChatTemplate(tokenizer, list(tools or ()) or None, dict(template_options or {}))
-    dialect = template.dialect()
+    traits = template.traits()
     template = replace(
         template,
-        tools=break_all(template.tools, dialect.control, dialect.folds),
-        options=break_all(template.options, dialect.control, dialect.folds),
-        lists=dialect.lists,
+        tools=break_all(template.tools, traits.control, traits.folds),
+        options=break_all(template.options, traits.control, traits.folds),
+        lists=traits.lists,
     )
-    chat = [break_message(message, dialect) for message in given]
-    fitted = _fitted(template, dialect, chat, placement if preferences else None)
+    chat = [break_message(message, traits) for message in given]
+    fitted = _fitted(template, traits, chat, placement if preferences else None)
     base = encode(tokenizer, fitted.text)
     if not base:
         raise TemplateError("The chat template renders these messages to an empty prompt.")
     preferred = []
     for preference in preferences:
-        text = dialect.defuse(preference.text)
-        arranged = _arrange(fitted.chat, dialect, fitted.changes, text, placement)
+        text = traits.defuse(preference.text)
+        arranged = _arrange(fitted.chat, traits, fitted.changes, text, placement)
         # The preference is private: a template error that quotes it must not reach a log.
         preferred.append(encode(tokenizer, template.render(arranged, quiet=True)))
     return _told_apart(Prompts(tuple(preferred), base))
@@ -171,12 +171,12 @@ def encode_text(
     if not isinstance(prompt, str):
         raise RequestError(f"prompt is a {type(prompt).__name__}: expected text.")
     if getattr(tokenizer, "chat_template", None):
-        dialect = ChatTemplate(tokenizer, None, {}).dialect()
+        traits = ChatTemplate(tokenizer, None, {}).traits()
     else:
         known = tokenizer.added_tokens_decoder.values()
         special = [token.content for token in known if token.special]
         control = token_pattern([*tokenizer.all_special_tokens, *special], is_uncased(tokenizer))
-        dialect = Dialect(control=control, special=control)
+        traits = TemplateTraits(control=control, special=control)
     bos = tokenizer.bos_token or ""
     # SmolLM2 declares <|im_start|> as BOS but never adds it; only a BOS that is added can double.
     added = bool(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -187,7 +187,7 @@ def encode_text(
     if not base:
         raise RequestError("prompt is empty, and the tokenizer has no BOS token to start from.")
     preferred = [
-        encode(tokenizer, f"{dialect.defuse(preference.text)}\n\n{body}", special=True)
+        encode(tokenizer, f"{traits.defuse(preference.text)}\n\n{body}", special=True)
         for preference in preferences
     ]
     return _told_apart(Prompts(tuple(preferred), base))
@@ -222,7 +222,10 @@ class _Fitted(NamedTuple):
 
 
 def _fitted(
-    template: ChatTemplate, dialect: Dialect, chat: list[Message], placement: Placement | None
+    template: ChatTemplate,
+    traits: TemplateTraits,
+    chat: list[Message],
+    placement: Placement | None,
 ) -> _Fitted:
     """Return the chat with the fewest changes with which the template shows all of it.
 
@@ -232,13 +235,13 @@ def _fitted(
     refused: TemplateError | None = None
     dropped: list[str] = []
     unchecked: _Fitted | None = None
-    all_changes = _all_changes(dialect)
+    all_changes = _all_changes(traits)
     for form, changes in ((form, changes) for form in call_forms(chat) for changes in all_changes):
-        base = _arrange(form, dialect, changes)
+        base = _arrange(form, traits, changes)
         marked, marks = _marked(form)
         if placement is not None:
             marks[PREFERENCE] = "the preference"
-        twin = _arrange(marked, dialect, changes, PREFERENCE if placement else "", placement)
+        twin = _arrange(marked, traits, changes, PREFERENCE if placement else "", placement)
         try:
             text, shown = template.render_all([base, twin])
         except TemplateError:
@@ -265,8 +268,8 @@ def _fitted(
     raise refused
 
 
-def _all_changes(dialect: Dialect) -> list[_Changes]:
-    if not dialect.has_system:
+def _all_changes(traits: TemplateTraits) -> list[_Changes]:
+    if not traits.has_system:
         return [_Changes(True, merge, True) for merge in (False, True)]
     merged = [_Changes(True, merge, fold) for merge in (False, True) for fold in (False, True)]
     return [_Changes(False, False, False), *merged]
@@ -302,7 +305,7 @@ def _named(call: Message, name: str) -> Message:
 
 def _arrange(
     chat: list[Message],
-    dialect: Dialect,
+    traits: TemplateTraits,
     changes: _Changes,
     preference: str = "",
     placement: Placement | None = None,
@@ -311,7 +314,7 @@ def _arrange(
         chat = [{**message, "content": message.get("content") or ""} for message in chat]
         chat = _with_system(_late_system_as_user(chat), first=True)
     if preference:
-        chat = _place(chat, preference, placement, dialect.default_system)
+        chat = _place(chat, preference, placement, traits.default_system)
     if changes.fold_system:
         chat = _with_system(chat, first=False)
     return _merge_turns(chat) if changes.merge_turns else chat

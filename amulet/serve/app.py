@@ -37,7 +37,7 @@ from amulet.serve.schema import (
     chat,
     check_settings,
 )
-from amulet.serve.service import GRACE, ClientGone, Job, Service
+from amulet.serve.service import GRACE, ClientGone, ServedRequest, Service
 from amulet.serve.store import Store
 from amulet.serve.thumbs import add_thumbs
 
@@ -307,7 +307,7 @@ def _no_route(http: HttpRequest) -> str:
 class EventStream(StreamingResponse):
     """Server-sent events of a job; the job is closed however the response ends."""
 
-    def __init__(self, chunks: AsyncIterator[str], job: Job, seconds: float) -> None:
+    def __init__(self, chunks: AsyncIterator[str], job: ServedRequest, seconds: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(chunks, headers=headers, media_type="text/event-stream")
         self._job = job
@@ -321,7 +321,9 @@ class EventStream(StreamingResponse):
             self._job.close()
 
 
-async def _chunks(job: Job, writer: Writer, usage: bool, fields: list[str]) -> AsyncIterator[str]:
+async def _chunks(
+    job: ServedRequest, writer: Writer, usage: bool, fields: list[str]
+) -> AsyncIterator[str]:
     begun: set[int] = set()
     try:
         async for item in job.events(PING):

@@ -90,7 +90,7 @@ class Service:
 
     async def start(
         self, requests: Sequence[Request], http: HttpRequest, seconds: float | None = None
-    ) -> Job:
+    ) -> ServedRequest:
         """Queue requests for the engine; return their answers once there is a first event.
 
         Args:
@@ -103,7 +103,7 @@ class Service:
             AmuletError: a request can't be decoded.
             ClientGone: the client has closed its connection.
         """
-        job = Job(self, requests)
+        job = ServedRequest(self, requests)
         try:
             await job.start(http, seconds)
         except BaseException:
@@ -112,7 +112,7 @@ class Service:
         return job
 
 
-class Job:
+class ServedRequest:
     """The answers to one HTTP request while they are decoded. `close` it, however it ends."""
 
     def __init__(self, service: Service, requests: Sequence[Request]) -> None:

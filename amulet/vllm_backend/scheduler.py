@@ -63,7 +63,7 @@ class Group:
 
 
 @dataclass
-class _Plan:
+class _StepPlan:
     """What a group may do in this step.
 
     Attributes:
@@ -86,7 +86,7 @@ class PairScheduler(Scheduler):
         self._groups: dict[str, Group] = {}  # by the ids of all of their rows
         self._ended: list[Group] = []
         self._failed: set[str] = set()
-        self._plans: dict[Group, _Plan] = {}
+        self._plans: dict[Group, _StepPlan] = {}
         self._spent = 0  # tokens given away in this step
         self._allocating: Request | None = None
         self._allocate_slots = self.kv_cache_manager.allocate_slots
@@ -160,12 +160,12 @@ class PairScheduler(Scheduler):
         self._check(output)
         return output
 
-    def _plan(self, group: Group) -> _Plan:
+    def _plan(self, group: Group) -> _StepPlan:
         if (plan := self._plans.get(group)) is None:
             plan = self._plans[group] = self._new_plan(group)
         return plan
 
-    def _new_plan(self, group: Group) -> _Plan:
+    def _new_plan(self, group: Group) -> _StepPlan:
         left = [_tokens_left(row) for row in group.rows]
         if not group.is_running:
             # What later rows find in the cache may be gone once the first one has its blocks.
@@ -173,13 +173,13 @@ class PairScheduler(Scheduler):
         threshold = self.scheduler_config.long_prefill_token_threshold
         budget = self._budget
         if min(left) < 1:  # nothing to do before the last step's tokens are back
-            return _Plan(is_whole=False, is_held=True)
+            return _StepPlan(is_whole=False, is_held=True)
         if sum(left) <= budget and (not threshold or max(left) <= threshold):
-            return _Plan(is_whole=True)
+            return _StepPlan(is_whole=True)
         if group.is_running:
-            return _Plan(is_whole=False)
+            return _StepPlan(is_whole=False)
         can_wait = min(row.num_tokens for row in group.rows) > 1 and budget >= len(group.rows)
-        return _Plan(
+        return _StepPlan(
             is_whole=False,
             is_held=not (can_wait and self.scheduler_config.enable_chunked_prefill),
         )
@@ -227,7 +227,7 @@ class PairScheduler(Scheduler):
             self._spent += num_new_tokens
         return blocks
 
-    def _has_room(self, group: Group, plan: _Plan) -> bool:
+    def _has_room(self, group: Group, plan: _StepPlan) -> bool:
         """Tell whether there are blocks for what all rows may take now, or to admit all of them."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         if group.is_running:

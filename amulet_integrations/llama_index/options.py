@@ -51,7 +51,7 @@ HINTS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedCall:
     """What goes to the engine for one call.
 
     Attributes:

@@ -31,7 +31,7 @@ from amulet_integrations.llama_index.messages import (
     to_chat,
     without_marks,
 )
-from amulet_integrations.llama_index.options import SAMPLING, Plan
+from amulet_integrations.llama_index.options import SAMPLING, PreparedCall
 from amulet_integrations.llama_index.scope import checked, scopes
 from amulet_integrations.llama_index.stage import Stage, stage_of_call
 
@@ -161,7 +161,7 @@ class AmuletSettings(FunctionCallingLLM):
         messages: Sequence[ChatMessage],
         kwargs: dict[str, Any],
         kind: Literal["chat", "complete"] = "chat",
-    ) -> Plan:
+    ) -> PreparedCall:
         fields = options.request_fields(kwargs, self._defaults())
         stated = stated_in(messages)
         said = [m for m in messages if not (m.role == MARK_ROLE and MARK in m.additional_kwargs)]
@@ -176,7 +176,7 @@ class AmuletSettings(FunctionCallingLLM):
             source = {"prompt": without_marks(to_prompt(said))}
         return self._plan(source, fields, kwargs, stage_of_call(kind), stated)
 
-    def _plan_complete(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Plan:
+    def _plan_complete(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> PreparedCall:
         own = self.completion_to_prompt is not default_completion_to_prompt
         if self._chats and not formatted and not own:
             message = ChatMessage(role="user", content=prompt)
@@ -195,7 +195,7 @@ class AmuletSettings(FunctionCallingLLM):
         kwargs: dict[str, Any],
         stage: Stage,
         stated: dict[str, Any],
-    ) -> Plan:
+    ) -> PreparedCall:
         chosen = self._chosen(kwargs, stated)
         if fields.get("grammar") is not None and not fields.get("steer_grammar"):
             stage, chosen = "internal", Chosen()  # read by a program, whoever asks
@@ -203,7 +203,7 @@ class AmuletSettings(FunctionCallingLLM):
             chosen = Chosen()
         raw = {"model": self.model, "stage": stage, "preference_source": chosen.source}
         request = Request(**source, **fields, **chosen.as_dict())
-        return Plan(request, raw, stage == "react" and bool(request.preference))
+        return PreparedCall(request, raw, stage == "react" and bool(request.preference))
 
     def _chosen(self, kwargs: Mapping[str, Any], stated: Mapping[str, Any]) -> Chosen:
         call = {name: kwargs[name] for name in SETTINGS if kwargs.get(name) is not None}

@@ -18,7 +18,7 @@ from amulet_integrations.llama_index.messages import (
     to_chat_response,
     to_completion_response,
 )
-from amulet_integrations.llama_index.options import Plan
+from amulet_integrations.llama_index.options import PreparedCall
 
 ANSWER = "Answer:"  # after it a ReAct agent says what the user reads
 
@@ -41,17 +41,17 @@ class AsyncDecode(Protocol):
     def reply(self) -> Reply: ...
 
 
-def start(amulet: Amulet, plan: Plan) -> Decode:
+def start(amulet: Amulet, plan: PreparedCall) -> Decode:
     """Begin to decode."""
     return ReactStream(amulet, plan.request) if plan.react else amulet.start(plan.request)
 
 
-def astart(amulet: Amulet, plan: Plan) -> AsyncDecode:
+def astart(amulet: Amulet, plan: PreparedCall) -> AsyncDecode:
     """Begin to decode, in the running event loop."""
     return AsyncReactStream(amulet, plan.request) if plan.react else amulet.astart(plan.request)
 
 
-def read(amulet: Amulet, plan: Plan) -> Reply:
+def read(amulet: Amulet, plan: PreparedCall) -> Reply:
     """Decode to the end."""
     stream = start(amulet, plan)
     try:
@@ -62,7 +62,7 @@ def read(amulet: Amulet, plan: Plan) -> Reply:
         stream.close()
 
 
-async def aread(amulet: Amulet, plan: Plan) -> Reply:
+async def aread(amulet: Amulet, plan: PreparedCall) -> Reply:
     """Decode to the end; cancelling the task ends the decode."""
     stream = astart(amulet, plan)
     try:

@@ -10,7 +10,7 @@ import pytest
 
 from amulet.errors import EvaluationError
 from amulet.evaluation.judges.comparisons import Pair, append_pair
-from amulet.evaluation.plots import Curve, Point, strength_plot
+from amulet.evaluation.plots import Curve, PlotPoint, strength_plot
 from amulet.evaluation.report import Report, read_report, write_html, write_markdown, write_plot
 from amulet.evaluation.run import Answer, Meta, MethodMeta, PreferenceMeta, Run, SetMeta
 
@@ -158,8 +158,8 @@ def test_beams_are_not_where_a_curve_begins(tmp_path: Path) -> None:
         run.append_scores("guards", key, {"log_probability": -5.0})
     [(_, curves)] = read_report([folder]).curves
     by_title = {curve.name: curve.points for curve in curves}
-    assert by_title["beam (system)"] == [Point(-5.0, 1.0, "")]
-    assert by_title["floor 0.1, system"][0] == Point(0.0, 0.0, "")
+    assert by_title["beam (system)"] == [PlotPoint(-5.0, 1.0, "")]
+    assert by_title["floor 0.1, system"][0] == PlotPoint(0.0, 0.0, "")
 
 
 def test_facts_are_compared_with_the_prompt_alone_in_the_same_place(tmp_path: Path) -> None:
@@ -295,11 +295,11 @@ def test_the_curves_are_written_as_a_picture(report: Report, tmp_path: Path) -> 
 def test_curves_begin_at_the_prompt_of_their_placement(report: Report) -> None:
     [(title, curves)] = report.curves
     assert title == "Adherence"
-    prompt = Point(-1.0, 0.5, "")
+    prompt = PlotPoint(-1.0, 0.5, "")
     assert curves == (
-        Curve("no preference", [Point(-1.0, 0.0, "")], is_mark=True),
+        Curve("no preference", [PlotPoint(-1.0, 0.0, "")], is_mark=True),
         Curve("prompt only, system", [prompt], is_mark=True),
-        Curve("floor 0.1, system", [prompt, Point(-3.0, 1.0, "2")]),
+        Curve("floor 0.1, system", [prompt, PlotPoint(-3.0, 1.0, "2")]),
     )
 
 
@@ -312,7 +312,9 @@ def test_what_was_written_in_any_order_is_shown_in_the_plans(tmp_path: Path) -> 
 
 
 def test_curves_beyond_the_colours_differ_in_dash() -> None:
-    curves = [Curve(f"c{i}", [Point(-1.0, 0.1 * i, ""), Point(-2.0, 0.2, "")]) for i in range(9)]
+    curves = [
+        Curve(f"c{i}", [PlotPoint(-1.0, 0.1 * i, ""), PlotPoint(-2.0, 0.2, "")]) for i in range(9)
+    ]
     styles = re.findall(
         r'<path d="M[^"]*" clip-path[^>]*style="([^"]*)"', strength_plot(curves, "x")
     )
@@ -320,7 +322,7 @@ def test_curves_beyond_the_colours_differ_in_dash() -> None:
 
 
 def test_a_plot_takes_any_text_and_two_plots_share_no_id() -> None:
-    curves = [Curve("$\\frac{ <b> 日本", [Point(-1.0, 0.5, "$"), Point(-2.0, 0.7, "2")])]
+    curves = [Curve("$\\frac{ <b> 日本", [PlotPoint(-1.0, 0.5, "$"), PlotPoint(-2.0, 0.7, "2")])]
     plots = [strength_plot(curves, "adherence", number) for number in (1, 2)]
     ids = [set(re.findall(r'\bid="([^"]+)"', plot)) for plot in plots]
     assert ids[0] & ids[1] == set()

@@ -26,7 +26,7 @@ logger = logging.getLogger("amulet")
 
 _recording_lock = threading.Lock()  # one at a time in a process, or PyTorch fails both
 
-Shape = tuple[int, int, bool]  # rows, tokens per row, and whether it is compiled
+GraphShape = tuple[int, int, bool]  # rows, tokens per row, and whether it is compiled
 
 
 class Graph(NamedTuple):
@@ -47,8 +47,8 @@ class StepGraphs:
 
     def __init__(self, model: PreTrainedModel, compiled: CompiledStep) -> None:
         self._model, self._compiled = model, compiled
-        self._graphs: dict[Shape, Graph] = {}
-        self._asked: set[Shape] = set()
+        self._graphs: dict[GraphShape, Graph] = {}
+        self._asked: set[GraphShape] = set()
         self._layout: object = None  # of the cache that the graphs are over
         self._recorded: Any = []  # what of the model they depend on; None if it can't be
         self._pool: Any = None  # their intermediate results share memory
