@@ -11,7 +11,7 @@ SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-sanitize eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
+.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -53,6 +53,9 @@ test-sanitize: install ## Run the C code's tests under AddressSanitizer and UBSa
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so) $$(cc -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python -m pytest -s -m "not slow" -o timeout=1800 $(SANITIZED:%=tests/core/test_%.py) \
 	-k "(not test_native and not any_allocation) or team or forked" $(ARGS)
+
+coverage: install ## Compare every decoder of Transformers with `generate`; writes docs/models-table.md, ten minutes.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.coverage.scan $(ARGS)
 
 eval-smoke: install ## Show that the default setting still steers and keeps the text sound.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/evaluation/test_smoke.py

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+PROCESSOR_TEMPLATE = "chat_template.json"  # of models that read images, as older versions saved it
+_OTHER_CLASS = "Unrecognized configuration class"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # Where the tokenizer lies is where the model lies, so it takes these of the model's options.
 TOKENIZER_OPTIONS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "subfolder")
@@ -45,7 +47,7 @@ def load_pretrained(
 
     Args:
         name_or_path: a hub name such as "Qwen/Qwen3-0.6B", or the folder of a saved model or
-            PEFT adapter.
+            PEFT adapter. Of models that read images, too, the text is used.
         device: where the whole model goes. None, without `device_map` and
             `quantization_config`, takes cuda, else mps, else cpu.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16" or a floating `torch.dtype`.
@@ -87,7 +89,7 @@ def load_pretrained(
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         # The tokenizer first: it is small, and a fault found here spares loading the weights.
@@ -96,7 +98,8 @@ def load_pretrained(
             **shared,
             **{name: options[name] for name in TOKENIZER_OPTIONS if name in options},
         )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        _take_processor_template(tokenizer, source, shared, options)
+        loaded = _load_model(
             source,
             dtype=dtype,
             use_safetensors=True,
@@ -121,6 +124,40 @@ def load_pretrained(
 
         pack_linears(model, pack)
     return model, tokenizer
+
+
+def _load_model(source: str, **options: Any) -> Any:
+    """Load the causal class of a checkpoint, or where there is none the one that reads images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    except ValueError as error:
+        if _OTHER_CLASS not in str(error):
+            raise
+    return AutoModelForImageTextToText.from_pretrained(source, **options)
+
+
+def _take_processor_template(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    shared: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Give a tokenizer without a chat template the one of its processor, if there is one."""
+    from transformers.utils.hub import cached_file
+
+    if tokenizer.chat_template is not None or "gguf_file" in options:
+        return
+    places = {name: options[name] for name in TOKENIZER_OPTIONS if name in options} | {
+        name: shared[name] for name in ("revision", "token") if name in shared
+    }
+    try:
+        file = cached_file(source, PROCESSOR_TEMPLATE, **places)
+    except OSError:  # there is none
+        return
+    told = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    tokenizer.chat_template = told.get("chat_template")
 
 
 def default_device() -> str:
@@ -254,7 +291,7 @@ def _explain(source: str, error: Exception) -> str:
         return f"{source}: unknown option; check its spelling ({_first_lines(error)})."
     if "file named model.safetensors" in said:
         return f"{source} has no *.safetensors weights, or {_ONLY_PICKLE} Look for another copy."
-    if "Unrecognized configuration class" in said:
+    if _OTHER_CLASS in said:
         return f"{source} is not a causal language model (a decoder that writes text)."
     if isinstance(error, OSError) and not Path(source).is_dir():
         return (

@@ -326,10 +326,10 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    """Return a head's dimension; 0 where the layers' heads differ."""
+    """Return a head's dimension; 0 where the layers' heads differ, or the config names none."""
     try:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         return 0
     return int(dim)
 

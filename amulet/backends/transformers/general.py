@@ -48,6 +48,7 @@ CACHES = {
     "past_buckets_states": "past_key_values",  # Reformer
 }
 WHOLE = 2**40  # ids in one pass: all
+BIDIRECTIONAL = {"cpmant"}  # model types whose prompt attends to all of itself
 
 
 @dataclass
@@ -97,11 +98,12 @@ class GeneralBackend:
         self.chunk, self.worth_sharing = CHUNK, WORTH_SHARING
         if on_gpu:
             self.chunk, self.worth_sharing = GPU_CHUNK, GPU_WORTH_SHARING
-        # What was computed by one rotary embedding is of no use where another one has begun.
-        self._switches = switches_rope(model)
-        if self._switches:
+        # A prompt passes at once where its ids attend to later ones; and what one rotary embedding
+        # computed is of no use where another one has begun.
+        self._at_once = bool(switches_rope(model)) or model.config.model_type in BIDIRECTIONAL
+        if self._at_once:
             self.chunk = self.worth_sharing = WHOLE
-        self.any_length = can_cut(expected_cache(model)) and not self._switches
+        self.any_length = can_cut(expected_cache(model)) and not self._at_once
 
     @property
     def device(self) -> torch.device:
@@ -230,7 +232,7 @@ class GeneralBackend:
 
     def _goes_on(self, cache: Any) -> bool:
         """Whether a pass of several ids behind others is what one pass of all would be."""
-        return isinstance(cache, Cache) and not self._switches
+        return isinstance(cache, Cache) and not self._at_once
 
 
 def expected_cache(model: PreTrainedModel) -> Cache | None:

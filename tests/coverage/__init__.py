@@ -1,0 +1,1 @@
+"""Every decoder of Transformers as a tiny random model, compared with `generate`."""

@@ -1,0 +1,243 @@
+"""Compares answers with those of Transformers' `generate`, token by token."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.transformers.general import backend_of
+from amulet.decoding.engine import Engine
+from amulet.decoding.generation import Generation
+from amulet.errors import ModelError
+from tests.coverage.models import END, Entry, build
+
+TOKENS, STRENGTH = 14, 2.0
+CHUNK = 24  # ids in one pass of a prefill: prompts take several
+DRAWS = ((0, 1.6), (1, 2.5), (2, 4.0))  # seed and gain: a model that repeats itself tells little
+VARIETY = 6
+
+_numbers = random.Random(7)
+
+
+def _ids(count: int) -> list[int]:
+    return [_numbers.randrange(8, 256) for _ in range(count)]
+
+
+BEGINNING = _ids(21)
+SHORT, PLAIN, BASE, LONG = _ids(4), _ids(37), [*BEGINNING, *_ids(12)], [*BEGINNING, *_ids(44)]
+PREFERRED, LONG_PREFERRED = [*BEGINNING, *_ids(19)], [*_ids(9), *LONG]
+
+
+class Result(NamedTuple):
+    """What was found of a model type.
+
+    Attributes:
+        label: its name.
+        verdict: "exact", "wrong", "fails", "refused" or "no reference".
+        way: "in rows" or "row after row"; "" where it is not decoded.
+        kinds: of its layers.
+        note: why, or which of the checks.
+    """
+
+    label: str
+    verdict: str
+    way: str = ""
+    kinds: str = ""
+    note: str = ""
+
+
+def examine(entry: Entry) -> Result:
+    """Build a model and compare all that it decodes with `generate`."""
+    try:
+        model = _varied(entry)
+    except Exception as error:
+        return Result(entry.label, "no reference", note=f"can't be built: {_said(error)}")
+    kinds = ", ".join(_kinds(model.config))
+    try:
+        backend_of(model)
+    except ModelError as error:
+        return Result(entry.label, "refused", kinds=kinds, note=_said(error))
+    wide = copy.deepcopy(model)
+    wide.set_experts_implementation("eager")  # the others take no float64
+    wide = wide.double()
+    reference = Reference(wide)
+    if reference.failed:  # it makes float32 tensors of its own
+        wide, reference = model, Reference(model)
+    if reference.failed:
+        return Result(entry.label, "no reference", kinds=kinds, note=reference.failed)
+    way, failed = "", []
+    for name, check in CHECKS.items():
+        backend = backend_of(wide)
+        backend.chunk, backend.worth_sharing = min(backend.chunk, CHUNK), 8
+        way = "in rows" if isinstance(backend, TransformersBackend) else "row after row"
+        try:
+            if not check(Engine(backend, prefix_bytes=2**26, drafts=True), reference):
+                failed.append(name)
+        except Exception as error:
+            return Result(entry.label, "fails", way, kinds, f"{name}: {_said(error)}")
+    return Result(entry.label, "wrong" if failed else "exact", way, kinds, ", ".join(failed))
+
+
+def _varied(entry: Entry) -> Any:
+    """Return the model whose plain answer has most different tokens."""
+    best, most = None, -1
+    for seed, gain in DRAWS:
+        model = build(entry, seed, gain)
+        try:
+            variety = len(set(generate(model, [PLAIN])))
+        except Exception:
+            return model
+        if variety > most:
+            best, most = model, variety
+        if most >= VARIETY:
+            break
+    return best
+
+
+def _kinds(config: Any) -> list[str]:
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return sorted(set(kinds or ()))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def generate(model: Any, prompts: list[list[int]]) -> list[int]:
+    """Return Transformers' greedy answer, guided where there is a second prompt."""
+    ids, guided = torch.tensor([prompts[0]]), {}
+    if len(prompts) == 2:
+        base = torch.tensor([prompts[1]])
+        guided = {
+            "guidance_scale": 1 + STRENGTH,
+            "negative_prompt_ids": base,
+            "negative_prompt_attention_mask": torch.ones_like(base),
+        }
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            **guided,
+        )
+    answer: list[int] = out[0, len(prompts[0]) :].tolist()
+    return answer
+
+
+def whole_passes(model: Any, prompts: list[list[int]], positions: bool = False) -> list[int]:
+    """Return the same by passes of all ids, without a cache."""
+    options: dict[str, Any] = {"logits_to_keep": 1}
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        options = {}
+    answer: list[int] = []
+    while len(answer) < TOKENS and END not in answer:
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([[*prompt, *answer]])
+            if positions:
+                options["position_ids"] = torch.arange(ids.shape[1])[None]
+            with torch.no_grad():
+                out = model(input_ids=ids, use_cache=False, **options)
+            rows.append(out.logits[0, -1].double().log_softmax(-1))
+        mixed = rows[-1] + (1 + STRENGTH) * (rows[0] - rows[-1])
+        answer.append(int(mixed.argmax()))
+    return answer
+
+
+class Reference:
+    """What a model answers, as Transformers decodes it.
+
+    Attributes:
+        failed: why it can't, or "".
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._known: dict[str, list[list[int]]] = {}  # by the prompts
+        self.failed = ""
+        self.answers([PLAIN])
+
+    def answers(self, prompts: list[list[int]], all_ways: bool = False) -> list[list[int]]:
+        """Return the answer to a prompt, or to a preferred and a base one, by each way.
+
+        Guidance drops the cache of some models (Mamba), leaves the positions to the model where
+        `generate` doesn't (RoBERTa), or fails: passes without a cache then tell what is right.
+        """
+        known = self._known.setdefault(repr((prompts, all_ways)), [])
+        for way in (generate, whole_passes, partial(whole_passes, positions=True)):
+            if known and not all_ways:
+                break
+            try:
+                known.append(way(self.model, prompts))
+            except Exception as error:
+                self.failed = self.failed or _said(error)
+        if known:
+            self.failed = ""
+        return known
+
+    def agrees(self, generation: Generation) -> bool:
+        """Whether an answer is the right one."""
+        prompts = generation.prompts
+        found = generation.token_ids
+        return found in self.answers(prompts) or found in self.answers(prompts, all_ways=True)
+
+
+def _asked(*prompts: list[int]) -> Generation:
+    weights = [1 + STRENGTH] if len(prompts) == 2 else []
+    return Generation(
+        prompts=[list(prompt) for prompt in prompts],
+        weights=weights,
+        max_new_tokens=TOKENS,
+        end_ids=frozenset({END}),
+    )
+
+
+def _alone(*prompts: list[int]) -> Callable[[Engine, Reference], bool]:
+    def check(engine: Engine, reference: Reference) -> bool:
+        generation = _asked(*prompts)
+        engine.admit(generation)
+        _run(engine)
+        return reference.agrees(generation)
+
+    return check
+
+
+def _batch(engine: Engine, reference: Reference) -> bool:
+    asked = [_asked(SHORT), _asked(PREFERRED, BASE), _asked(LONG_PREFERRED, LONG), _asked(PLAIN)]
+    for generation in asked:
+        engine.admit(generation)
+        engine.step()
+    _run(engine)
+    return all(reference.agrees(generation) for generation in asked)
+
+
+def _next_turn(engine: Engine, reference: Reference) -> bool:
+    first = _asked(PLAIN)
+    engine.admit(first)
+    _run(engine)
+    second = _asked([*PLAIN, *first.token_ids, *SHORT])
+    engine.admit(second)
+    _run(engine)
+    return reference.agrees(second)
+
+
+def _run(engine: Engine) -> None:
+    while engine.running:
+        engine.step()
+
+
+CHECKS = {
+    "plain": _alone(PLAIN),
+    "steered": _alone(PREFERRED, BASE),
+    "batch": _batch,
+    "next turn": _next_turn,
+}

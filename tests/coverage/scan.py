@@ -1,0 +1,119 @@
+"""Compares every decoder of Transformers with `generate`; writes docs/models-table.md.
+
+python -m tests.coverage.scan            all of them
+python -m tests.coverage.scan llama ...  some, without writing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.coverage.check import Result, examine
+from tests.coverage.models import Entry, entries
+
+LIMIT = 120  # seconds for one model
+PAGE = Path(__file__).parents[2] / "docs" / "models-table.md"
+HEAD = """# Model types
+
+Written by `make coverage` with Transformers {version}: {count} model types and variants, each as
+a tiny model with random weights in float64 (float32 where it can't be). What is decoded on a CPU is
+compared token by token with Transformers' `generate`: a plain answer, a steered one (with its
+guidance), four answers of unlike lengths in one batch, and a conversation's second turn over what
+was kept of the first. Two ways of decoding: [in rows, and row after row](models.md#which-models).
+
+{summary}
+
+| model type | tokens | decoded | kinds of layers |
+|---|---|---|---|
+"""
+VERDICTS = {
+    "exact": "the same",
+    "wrong": "**others**",
+    "fails": "**fails**",
+    "refused": "refused",
+    "no reference": "not compared",
+}
+
+
+def guarded(entry: Entry, limit: float = LIMIT) -> Result:
+    """Examine in a child process: what the model loads, leaks or breaks is its own."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            said = json.dumps(examine(entry))
+        except BaseException as error:
+            said = json.dumps(
+                Result(entry.label, "fails", note="".join(traceback.format_exception(error)[-3:]))
+            )
+        os.write(writing, said[:60000].encode())
+        os._exit(0)
+    os.close(writing)
+    end = time.monotonic() + limit
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.02)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    if not said:
+        return Result(entry.label, "fails", note=f"no result after {limit:.0f} s, or it crashed")
+    return Result(*json.loads(said))
+
+
+def page(results: list[Result]) -> str:
+    """Return the table as a page of the documentation."""
+    counts = Counter(result.verdict for result in results)
+    ways = Counter(result.way for result in results if result.verdict == "exact")
+    summary = (
+        f"The same tokens: {counts['exact']} ({ways['in rows']} in rows, {ways['row after row']} "
+        f"row after row). Others: {counts['wrong']}. Fails: {counts['fails']}. Refused, since "
+        f"they don't write token by token: {counts['refused']}. Not compared, since Transformers "
+        f"can't decode the tiny model: {counts['no reference']}."
+    )
+    lines = [
+        f"| {r.label} | {VERDICTS[r.verdict]} | {r.way} | {r.kinds.replace('_', ' ')} |"
+        for r in results
+    ]
+    version = transformers.__version__
+    head = HEAD.format(version=version, count=len(results), summary=summary)
+    return head + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Examine all model types, or those named."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:]
+    results, begun = [], time.monotonic()
+    for entry in entries():
+        if wanted and entry.label not in wanted:
+            continue
+        result = guarded(entry)
+        results.append(result)
+        print(f"{result.label:36} {result.verdict:13} {result.way:14} {result.note}", flush=True)
+    counts = Counter(result.verdict for result in results)
+    print(dict(counts), f"{len(results)} in all, {time.monotonic() - begun:.0f} s")
+    if not wanted:
+        PAGE.write_text(page(results), encoding="utf-8")
+        print(PAGE)
+    if counts["wrong"] or counts["fails"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
