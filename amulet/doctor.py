@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from amulet import __version__
 from amulet.cache_folder import cache_folder
+from amulet.errors import MissingPackageError, one_line
 from amulet.models.embedded import HUB_NAME, INSTALL, PACKAGE
 
 DISTRIBUTION = "amulet-integrations"
@@ -49,6 +50,7 @@ def examine() -> list[Finding]:
         _device(),
         _native(),
         *_embedded(),
+        _gguf(),
         _hub(),
         *_extras(),
     ]
@@ -146,6 +148,25 @@ def _embedded() -> list[Finding]:
         fix = "make room, or set AMULET_CACHE to another folder"
         return [Finding("embedded model", "note", f"{text}; {_size(room)} are free there", fix)]
     return [Finding("embedded model", "ok", text)]
+
+
+def _gguf() -> Finding:
+    from amulet.backends.llamacpp.model import INSTALL as INSTALL_GGUF
+    from amulet.backends.llamacpp.model import library
+    from amulet.models.gguf import ollama_names
+
+    try:
+        lib = library()
+    except MissingPackageError as error:
+        return Finding("GGUF", "note", one_line(error), INSTALL_GGUF)
+    processor = lib.llama_print_system_info().decode().partition(":")[2]
+    flags = [part.split() for part in processor.split("|")]
+    used = ", ".join(flag[0] for flag in flags if flag[-1:] == ["1"])
+    device = "a GPU" if lib.llama_supports_gpu_offload() else "the CPU alone"
+    version = metadata.version("llama_cpp_python")
+    count = len(ollama_names())
+    text = f"llama-cpp-python {version}, built for {device} ({used}); {count} models in Ollama"
+    return Finding("GGUF", "ok", text)
 
 
 def _hub() -> Finding:

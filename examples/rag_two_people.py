@@ -1,10 +1,13 @@
 """One LangChain RAG chain, two people: answers plain, preference in the prompt only, and steered.
 
-Everything is local: SmolLM2-135M-Instruct answers, MiniLM finds the passages. Run `make demo`.
+Everything is local: SmolLM2-135M-Instruct answers, MiniLM finds the passages. Run `make demo`; with
+`make demo MODEL=gguf` llama.cpp computes SmolLM2, and `MODEL=file.gguf`, a folder or a hub id is
+another model.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,14 +109,23 @@ def summary(name: str, answers: dict[str, str]) -> str:
     )
 
 
-def main() -> dict[str, dict[str, str]]:
+def load(model: str | None) -> Amulet:
+    """Return the embedded model, through Transformers (None) or llama.cpp ("gguf"), or another."""
+    if model is None:
+        return Amulet.embedded()
+    if model == "gguf":
+        return Amulet.embedded(backend="gguf")
+    return Amulet.from_pretrained(model)
+
+
+def main(model: str | None = None) -> dict[str, dict[str, str]]:
     """Load the two models, index the documents, ask; return each person's answers."""
     console = Console()
     with console.status("Loading MiniLM and indexing the documents ..."):
         store = InMemoryVectorStore.from_documents(load_passages(), MiniLM())
         retriever = store.as_retriever(search_kwargs={"k": 1})  # so small a model reads no more
-    with console.status("Loading SmolLM2 ..."):
-        chain = build_chain(retriever, Amulet.embedded())
+    with console.status(f"Loading {model or 'SmolLM2'} ..."):
+        chain = build_chain(retriever, load(model))
     console.print(f"Question: {QUESTION}", style="bold", highlight=False)
     titles = "; ".join(title(passage) for passage in retriever.invoke(QUESTION))
     console.print(f"Passages: {titles}\n", highlight=False)
@@ -125,4 +137,4 @@ def main() -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

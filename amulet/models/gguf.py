@@ -114,7 +114,7 @@ def find_gguf(
         return _downloaded(hub["repo"], hub["file"], revision, token), given.removesuffix(SUFFIX)
     if given.endswith(SUFFIX):
         raise ModelError(
-            f"{given}: there is no such file. Of a file on the hub give the repository too: "
+            f"{given}: there is no such file. For a file on the hub, give the repository too: "
             '"owner/name:file.gguf".'
         )
     name = given.removeprefix(OLLAMA)

@@ -87,6 +87,16 @@ def serve(
     pack: Annotated[
         Literal["int8", "int4"] | None, typer.Option(help="Round weights: on a CPU, in bfloat16.")
     ] = None,
+    gpu_layers: Annotated[
+        int | None, typer.Option(help="GGUF: layers on the GPU; default: all, if there is one.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="GGUF: threads of a pass.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="GGUF: tokens that all rows together may hold.")
+    ] = None,
+    kv_type: Annotated[
+        str | None, typer.Option(help="GGUF: type of keys and values: f16, q8_0, q4_0, ...")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step, which a GPU gains by.")
     ] = False,
@@ -113,6 +123,13 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the model to OpenAI clients, each request steered by its own `preference`."""
+    further = {
+        "pack": pack,
+        "gpu_layers": gpu_layers,
+        "threads": threads,
+        "context": context,
+        "kv_type": kv_type,
+    }
     with readable_errors():
         start(
             {
@@ -121,7 +138,7 @@ def serve(
                 "dtype": dtype,
                 "max_rows": max_rows,
                 "compile": compile,
-                **({"pack": pack} if pack else {}),
+                **{name: value for name, value in further.items() if value is not None},
             },
             host=host,
             port=port,

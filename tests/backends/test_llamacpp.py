@@ -11,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from llama_index.core.llms import ChatMessage
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
-from amulet import Amulet, Grammar, Request
+from amulet import Amulet, Grammar, Request, doctor
 from amulet.backends.llamacpp.backend import CELLS, LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel, library
+from amulet.cli import app
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from amulet.errors import ModelError, OutOfMemoryError, RequestError
+from amulet.fingerprint import fingerprint
 from amulet.models import gguf
 from amulet.models.embedded import embedded_folder, load_embedded_gguf
+from amulet_integrations.langchain import ChatAmulet
+from amulet_integrations.llama_index import AmuletLLM
 from tests.gguf_files import write_llama
 from tests.models import IM_END, byte_tokenizer, random_model
 from tests.oracles import llamacpp as oracle
@@ -445,3 +451,41 @@ def test_what_ollama_has_not_is_said(ollama: Path) -> None:
         assert "expected a .gguf file" in said(name)
     (ollama / "blobs" / f"sha256-{'a' * 64}").unlink()
     assert "is missing; get it again" in said("tiny")
+
+
+# ---- wherever a model is named ----
+
+
+def test_the_frameworks_take_a_file(tiny: Path) -> None:
+    options = {"threads": 1}
+    chat_model = ChatAmulet(model=str(tiny), model_kwargs=options, max_tokens=4)
+    llm = AmuletLLM(model=str(tiny), model_kwargs=options, max_tokens=4)
+    amulet = Amulet.from_gguf(tiny, threads=1)
+    expected = amulet.chat(chat("Hi"), preference="Be brief.", max_new_tokens=4).text
+    assert chat_model.invoke("Hi", preference="Be brief.").text == expected
+    message = ChatMessage(role="user", content="Hi")
+    assert llm.chat([message], preference="Be brief.").message.content == expected
+
+
+def test_the_command_line_takes_a_file(tiny: Path) -> None:
+    run = CliRunner().invoke(app, ["compare", "Hi", "-p", "Be brief.", "-m", str(tiny), "-n", "4"])
+    assert run.exit_code == 0, run.output
+    refused = CliRunner().invoke(app, ["chat", "-m", "no.gguf"])
+    assert refused.exit_code == 1
+    assert "no.gguf: there is no such file." in refused.output
+
+
+def test_doctor_tells_what_llama_cpp_was_built_for(ollama: Path) -> None:
+    found = next(finding for finding in doctor.examine() if finding.topic == "GGUF")
+    assert found.state == "ok"
+    assert found.text.startswith("llama-cpp-python 0.3.")
+    assert found.text.endswith("1 models in Ollama")
+
+
+def test_two_files_of_one_name_have_two_fingerprints(tiny: Path, tmp_path: Path) -> None:
+    other = write_llama(
+        tmp_path / "tiny.gguf", random_model("llama", seed=1, vocab_size=TOKENS), byte_tokenizer()
+    )
+    one, two = (Amulet.from_gguf(path, threads=1) for path in (tiny, other))
+    assert one.name == two.name
+    assert fingerprint(one) == fingerprint(Amulet.from_gguf(tiny, threads=1)) != fingerprint(two)
