@@ -14,7 +14,7 @@ from tests.core.test_repeats import literal as repeated
 from tests.models import random_model
 
 QUESTION = "Why is the sky blue?"
-TOKENS = 24
+TOKENS = 12
 OFF = {"floor": 0.0, "focus": 0.0, "loop_guard": 0}
 DEFAULT = {"strength": 0.35, "focus": 1.0, "floor": 0.1, "loop_guard": 4}
 
@@ -33,7 +33,6 @@ def written_out(
     loop_guard: int = 0,
     system: str = "",
     begun: str = "",
-    tokens: int = TOKENS,
 ) -> list[int]:
     """Decode with one forward pass per row and token, each prompt a chat of its own."""
 
@@ -55,7 +54,7 @@ def written_out(
     prompts = [prompt(f"{QUESTION}\n\n{wish.text}") for wish in wishes]
     prompts += [prompt(QUESTION), prompt(wanted or "-")]
     answer: list[int] = []
-    while len(answer) < tokens and tokenizer.eos_token_id not in answer:
+    while len(answer) < TOKENS and tokenizer.eos_token_id not in answer:
         *own, r, u = (
             model(torch.tensor([ids + answer])).logits[0, -1].double().log_softmax(-1)
             for ids in prompts
@@ -76,15 +75,14 @@ def written_out(
     return answer
 
 
-@pytest.mark.parametrize("wish", ["Talk like a pirate.", "Answer in one short sentence."])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("wish", "options"),
     [
-        DEFAULT,
-        {"strength": 1.5, "focus": 0.5},
-        {"strength": 2.0},  # Linear Alignment
+        ("Talk like a pirate.", DEFAULT),
+        ("Answer in one short sentence.", {"strength": 2.0}),  # Linear Alignment
     ],
-    ids=str,
+    ids=["default", "linear alignment"],
 )
 def test_an_answer_follows_the_formula(
     smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], wish: str, options: dict[str, Any]
@@ -93,11 +91,10 @@ def test_an_answer_follows_the_formula(
     expected = written_out(model, tokenizer, [Preference(wish)], **options)
     chat = [{"role": "user", "content": QUESTION}]
     settings = {**OFF, **options, "placement": "user", "max_new_tokens": TOKENS}
-    amulet = Amulet(model, tokenizer)
-    assert list(amulet.chat(chat, preference=wish, **settings).token_ids) == expected
+    plain = {"messages": chat, "max_new_tokens": TOKENS}
     # A plain answer beside it changes nothing.
-    both = amulet.batch([{"messages": chat, "preference": wish, **settings}, {"messages": chat}])
-    assert [list(both[0].token_ids)] == [expected]  # type: ignore[union-attr]
+    both = Amulet(model, tokenizer).batch([{**plain, "preference": wish, **settings}, plain])
+    assert list(both[0].token_ids) == expected  # type: ignore[union-attr]
 
 
 BRIEF, RUDE, KIND = Preference("Be brief."), Preference("Be rude.", -0.5), Preference("Be kind.", 2)
