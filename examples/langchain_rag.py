@@ -45,10 +45,9 @@ chain = (
     | StrOutputParser()
 )
 memory = PreferenceMemory(InMemoryStore())  # or SqliteStore, PostgresStore, ...
-memory.set("Answer in one short sentence.", thread_id="monday")
-memory.set("Answer as a bullet list.", thread_id="tuesday")
+memory.set("Answer as a bullet list.", thread_id="monday")  # tuesday has none
 chat = with_memory(chain, memory)
-for thread in ("monday", "tuesday", "wednesday"):
+for thread in ("monday", "tuesday"):
     print(thread)
     inputs = {"question": "What can I eat at the Saturday market?"}
     print(chat.invoke(inputs, {"configurable": {"thread_id": thread}}))

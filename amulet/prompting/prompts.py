@@ -128,8 +128,8 @@ def encode_alone(
 ) -> list[int]:
     """Return the prompt for focus: the preferences without what was asked.
 
-    It has the chat's system messages, then the preferences as the user's message, then the
-    assistant's message if one is continued.
+    It has the chat's system messages, then the preferences as the user's message, then what
+    followed the user's last message: calls and their results, or an answer that is continued.
 
     Args:
         tokenizer, messages, tools, template_options: as for `encode_chat`.
@@ -139,9 +139,10 @@ def encode_alone(
         TemplateError: the template refuses these messages.
     """
     system = [message for message in messages if message.get("role") in ("system", "developer")]
-    begun = [message for message in messages[-1:] if message.get("role") == "assistant"]
+    users = [place for place, message in enumerate(messages) if message.get("role") == "user"]
+    since = messages[users[-1] + 1 :] if users else ()
     wanted = Preference("\n".join(one.text for one in preferences if one.weight > 0))
-    chat = [*system, {"role": "user", "content": ""}, *begun]
+    chat = [*system, {"role": "user", "content": ""}, *since]
     prompts = encode_chat(
         tokenizer, chat, [wanted], "user", tools=tools, template_options=template_options
     )

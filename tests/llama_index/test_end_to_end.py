@@ -71,7 +71,7 @@ async def test_eight_users_at_once_get_what_they_get_alone(llm: AmuletLLM, minil
     )
 
     async def ask(wish: str) -> str:
-        with preference(wish, placement="both"):
+        with preference(wish, placement="both", strength=0.5, focus=0, loop_guard=0):
             return str(await engine.aquery("What can I eat at the market?"))
 
     alone = [await ask(wish) for wish in WISHES]

@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 #ifndef __AVX512F__
-#error "Amulet's C code is for processors with AVX-512; for others it would be slower than PyTorch's"
+#error "Amulet's C code needs a processor with AVX-512; on others it would be slower than PyTorch's"
 #endif
 #include <immintrin.h>
 
