@@ -48,6 +48,27 @@ CACHES = {
     "past_buckets_states": "past_key_values",  # Reformer
 }
 WHOLE = 2**40  # ids in one pass: all
+# Layers of caches behind which any pass is what it is in one pass of all ids.
+CONTINUED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
+# Model types that carry a recurrent state through a pass of several ids; Mamba begins it anew.
+CARRYING = {
+    "bailing_hybrid",
+    "bamba",
+    "deepseek_v4",
+    "falcon_h1",
+    "granitemoehybrid",
+    "hy_v4",
+    "inkling2_text",
+    "inkling_text",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "mamba2",
+    "nemotron_h",
+    "qwen3_5_text",
+    "qwen3_next",
+}
 BIDIRECTIONAL = {"cpmant"}  # model types whose prompt attends to all of itself
 
 
@@ -100,10 +121,12 @@ class GeneralBackend:
             self.chunk, self.worth_sharing = GPU_CHUNK, GPU_WORTH_SHARING
         # A prompt passes at once where its ids attend to later ones; and what one rotary embedding
         # computed is of no use where another one has begun.
-        self._at_once = bool(switches_rope(model)) or model.config.model_type in BIDIRECTIONAL
-        if self._at_once:
+        self._type = model.config.get_text_config().model_type
+        self._at_once = bool(switches_rope(model)) or self._type in BIDIRECTIONAL
+        expected = expected_cache(model)
+        if not self._goes_on(expected):
             self.chunk = self.worth_sharing = WHOLE
-        self.any_length = can_cut(expected_cache(model)) and not self._at_once
+        self.any_length = can_cut(expected) and not self._at_once
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +255,10 @@ class GeneralBackend:
 
     def _goes_on(self, cache: Any) -> bool:
         """Whether a pass of several ids behind others is what one pass of all would be."""
-        return isinstance(cache, Cache) and not self._at_once
+        if self._at_once or not isinstance(cache, Cache):
+            return False
+        kinds = {type(layer).__name__ for layer in cache.layers}
+        return kinds <= CONTINUED or self._type in CARRYING
 
 
 def expected_cache(model: PreTrainedModel) -> Cache | None:
