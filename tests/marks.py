@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -25,4 +26,7 @@ needs_code = pytest.mark.skipif(
 needs_bfloat16_code = pytest.mark.skipif(
     "avx512_bf16" not in INSTRUCTIONS and not products.serves(products.INT4),
     reason="needs Linux, a C compiler, and a processor with AVX-512's bfloat16",
+)
+needs_llamacpp = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="needs llama.cpp, which `make test-gguf` compiles"
 )

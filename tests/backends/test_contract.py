@@ -32,6 +32,7 @@ from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from tests.backends.scripted import ScriptedBackend, scores
 from tests.gguf_files import write_llama
+from tests.marks import needs_llamacpp
 from tests.models import byte_tokenizer, random_model
 from tests.oracles import llamacpp as oracle
 
@@ -127,7 +128,11 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 
 
-@pytest.fixture(params=SUBJECTS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=needs_llamacpp if name == "llama.cpp" else ()) for name in SUBJECTS
+    ]
+)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]()
 

@@ -28,11 +28,13 @@ from amulet.models.embedded import embedded_folder, load_embedded_gguf
 from amulet_integrations.langchain import ChatAmulet
 from amulet_integrations.llama_index import AmuletLLM
 from tests.gguf_files import write_llama
+from tests.marks import needs_llamacpp
 from tests.models import IM_END, byte_tokenizer, random_model
 from tests.oracles import llamacpp as oracle
 
 QUESTION = [{"role": "user", "content": "What is a mammal?"}]
 TOKENS = 259  # of the byte tokenizer: no more, or a grammar's share of what is permitted differs
+pytestmark = needs_llamacpp
 PREFERENCE = "Answer in one short sentence."
 # r + (1 + g)·(p − r) alone, of two rows
 PLAINEST: dict[str, Any] = {
