@@ -75,13 +75,13 @@ def test_all_columns_in_one_batch(visit: Open, url: str, amulet: Amulet) -> None
     before = len(amulet.model.calls)
     ask(page, "What is a black hole?")
     assert answers(page) == [LONG, SHORT, SHORT]
-    # A plain row, a preferred one, and the pair of the steered answer: one forward pass.
-    assert (4, 1) in amulet.model.calls[before:]
+    # A plain row, a preferred one, and the three of the steered answer: one forward pass.
+    assert (5, 1) in amulet.model.calls[before:]
     headers = page.locator("section.answer header").all_inner_texts()
     assert [header.split("\n")[-1] for header in headers] == [
         "No preference",
         "Preference in the prompt, no steering (strength 0)",
-        "Be brief. (strength 0.5, floor 0.1)",
+        "Be brief. (strength 0.35, floor 0.1)",
     ]
     settled(page)
     # This model does all that it is asked for, so steering adds nothing, and the page says so.
@@ -99,9 +99,9 @@ def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
     assert page.get_by_text("The settings have changed").count() == 0
     slider = page.get_by_label("Strength", exact=True)
     number = page.get_by_label("Strength as a number")
-    expect(number).to_have_value("0.5")  # the model's own, which the slider marks
+    expect(number).to_have_value("0.35")  # the model's own, which the slider marks
     mark = page.locator(f"#{slider.get_attribute('list')} option")
-    assert [one.get_attribute("value") for one in mark.all()] == ["0.5"]
+    assert [one.get_attribute("value") for one in mark.all()] == ["0.35"]
     for key, value in (("Home", "0"), ("End", "2")):
         slider.press(key)
         expect(number).to_have_value(value)
@@ -117,7 +117,7 @@ def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
     assert page.locator("section.prompted .part").inner_text() == "hole"
     assert page.locator("section.plain .part").count() == 0
     page.get_by_role("button", name="Reset to the model's defaults").click()
-    expect(number).to_have_value("0.5")
+    expect(number).to_have_value("0.35")
 
 
 def test_what_is_sent(visit: Open, url: str) -> None:
