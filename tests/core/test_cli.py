@@ -238,6 +238,7 @@ def test_doctor_names_the_command_for_what_is_missing(
     declared = ["torch>=99", "no-such-package>=1", 'no-such-extra; extra == "serve"', "packaging"]
     monkeypatch.setattr(doctor, "_declared", lambda: [Requirement(line) for line in declared])
     monkeypatch.setattr(doctor, "PACKAGE", "no-such-model")
+    monkeypatch.setattr(doctor, "_gguf", lambda: doctor.Finding("GGUF", "ok", "is there"))
     monkeypatch.setenv("AMULET_CACHE", str(tmp_path / "absent"))
     found = [f for f in doctor.examine() if f.state != "ok"]
     torch_version = metadata.version("torch")

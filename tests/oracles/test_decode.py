@@ -24,6 +24,7 @@ from tests.oracles.reference import generate
 
 STRENGTHS = (0.5, 2.0, 4.6487)
 TOKENS = 64
+SMOLLM_TOKENS = 20
 
 
 def run(engine: Engine, generations: list[Generation]) -> None:
@@ -200,15 +201,18 @@ def test_smollm_equals_guidance_in_float32(
         weights = [] if strength is None else [1.0 + strength]
         end = frozenset({tokenizer.eos_token_id})
         generations.append(
-            Generation(prompts=rows, weights=weights, max_new_tokens=TOKENS, end_ids=end)
+            Generation(prompts=rows, weights=weights, max_new_tokens=SMOLLM_TOKENS, end_ids=end)
         )
         base = None if strength is None else prompts.base
-        expected.append(generate(model, rows[0], TOKENS, base=base, strength=strength))
+        expected.append(generate(model, rows[0], SMOLLM_TOKENS, base=base, strength=strength))
 
     def copies() -> list[Generation]:
         return [
             Generation(
-                prompts=g.prompts, weights=g.weights, max_new_tokens=TOKENS, end_ids=g.end_ids
+                prompts=g.prompts,
+                weights=g.weights,
+                max_new_tokens=SMOLLM_TOKENS,
+                end_ids=g.end_ids,
             )
             for g in generations
         ]
