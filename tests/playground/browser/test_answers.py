@@ -75,8 +75,8 @@ def test_all_columns_in_one_batch(visit: Open, url: str, amulet: Amulet) -> None
     before = len(amulet.model.calls)
     ask(page, "What is a black hole?")
     assert answers(page) == [LONG, SHORT, SHORT]
-    # A plain row, a preferred one, and the three of the steered answer: one forward pass.
-    assert (5, 1) in amulet.model.calls[before:]
+    # A steered answer alone has three rows: others were in its passes.
+    assert max(rows for rows, width in amulet.model.calls[before:] if width == 1) > 3
     headers = page.locator("section.answer header").all_inner_texts()
     assert [header.split("\n")[-1] for header in headers] == [
         "No preference",

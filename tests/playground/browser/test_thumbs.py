@@ -68,7 +68,7 @@ def test_thumbs_from_the_page_to_a_fit(visit: Open, tokenizer: Any, tmp_path: Pa
         assert plain["settings"] == {"preference": "", "max_tokens": 256}
         assert steered["settings"] == {
             "preference": "Be brief.",
-            "strength": 0.5,
+            "strength": 0.35,
             "floor": 0.1,
             "placement": "user",
             "max_tokens": 256,
