@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from amulet import Amulet
 from amulet.playground import page as playground
@@ -63,6 +63,7 @@ def visit(browser: Browser) -> Iterator[Open]:
     def visit(url: str, *, expected: str = "^$", **options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         contexts.append(context)
+        expect.set_options(timeout=TIMEOUT)
         context.set_default_timeout(TIMEOUT)
         page = context.new_page()
 

@@ -52,8 +52,10 @@ def test_thumbs_from_the_page_to_a_fit(visit: Open, tokenizer: Any, tmp_path: Pa
         for pressed in ("true", "false"):  # given and taken back
             disliked.click()
             expect(disliked).to_have_attribute("aria-pressed", pressed)
+            page.wait_for_load_state("networkidle")
         thumb(page, "Like the steered answer").click()
         expect(thumb(page, "Like the steered answer")).to_have_attribute("aria-pressed", "true")
+        page.wait_for_load_state("networkidle")
         thumb(page, "Like the plain answer").click()
         thumb(page, "Dislike the plain answer").click()  # changed
         expect(thumb(page, "Like the plain answer")).to_have_attribute("aria-pressed", "false")
