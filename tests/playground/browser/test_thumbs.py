@@ -88,6 +88,7 @@ def test_thumbs_from_the_page_to_a_fit(visit: Open, tokenizer: Any, tmp_path: Pa
         ]
         assert read_thumbs(file, plain["user"]) == [pair]
 
+        page.wait_for_timeout(2000)  # the browser's copy is written 0.4 s after a change
         page.reload()  # they are shown again
         expect(thumb(page, "Like the steered answer")).to_have_attribute("aria-pressed", "true")
         expect(panel.get_by_role("status")).to_have_text("1 pair")
