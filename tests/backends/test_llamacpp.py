@@ -437,7 +437,8 @@ def test_a_model_of_ollamas_is_found_by_its_name(ollama: Path, name: str) -> Non
     assert path == ollama / "blobs" / f"sha256-{'a' * 64}"
 
 
-def test_what_ollama_has_not_is_said(ollama: Path) -> None:
+def test_what_ollama_has_not_is_said(ollama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ollama)  # no file of the machine lies two folders up
     write_manifest(ollama, "hf.co/owner/other/Q4", [])
     write_manifest(
         ollama,
