@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-from collections.abc import Sequence
 from typing import Any
 
 from amulet import Amulet, Steering
+from amulet.evaluation.bootstrap import difference
 from amulet.evaluation.grounded import answered, memory, passages
 from amulet.evaluation.rules import RULES
 from benchmarks.measure import machine
@@ -29,14 +28,6 @@ SETTINGS = {
         update={"strength": 0.5, "focus": 0.0, "loop_guard": 0}
     ),
 }
-DRAWS = 2000
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean and the 95 % interval of a bootstrap."""
-    rng, count = random.Random(0), len(differences)
-    means = sorted(sum(rng.choices(differences, k=count)) / count for _ in range(DRAWS))
-    return sum(differences) / count, means[DRAWS // 40], means[-DRAWS // 40]
 
 
 def main() -> dict[str, Any]:
@@ -58,8 +49,7 @@ def main() -> dict[str, Any]:
         print(f"## {title}: {len(asked)} questions, preferences {', '.join(names)}\n")
         print("| | fact held | against the prompt alone |\n|---|---|---|")
         for way, own in means.items():
-            pairs = zip(own, means["prompt alone"], strict=True)
-            mean, low, high = interval([one - other for one, other in pairs])
+            mean, low, high = difference(own, means["prompt alone"])
             print(f"| {way} | {sum(own) / len(own):.3f} | {mean:+.3f} ({low:+.3f}, {high:+.3f}) |")
         print(flush=True)
         shares[title] = {way: sum(own) / len(own) for way, own in means.items()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
-from amulet.backends.transformers.backend import WORTH_SHARING
 from amulet.backends.transformers.cache import COLUMN_STEP, RowCache
+from amulet.backends.transformers.model_backend import WORTH_SHARING
 from amulet.decoding.engine import Engine, common_prefix
 from amulet.decoding.generation import Generation
 from amulet.decoding.sampling import Sampling

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.backends.transformers.backend import CHUNK, SavedRow
+from amulet.backends.transformers.backend import SavedRow
+from amulet.backends.transformers.model_backend import CHUNK
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from amulet.decoding.prefix_cache import LEAST, KeptRow, Prefixes, shared_length

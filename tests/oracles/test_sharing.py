@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet
-from amulet.backends.transformers.backend import CHUNK
+from amulet.backends.transformers.model_backend import CHUNK
 from tests.models import random_model
 
 PREFERENCES: list[Any] = [

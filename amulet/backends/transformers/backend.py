@@ -23,18 +23,13 @@ from amulet.backends.transformers.attention import (
 from amulet.backends.transformers.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache
 from amulet.backends.transformers.compiled import LEAST_ROWS, CompiledStep, forward_pass
 from amulet.backends.transformers.cpu import native
-from amulet.backends.transformers.cpu.layers import are_native, renew_packed
-from amulet.backends.transformers.cpu.openmp import release
+from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cpu.packed_layers import native_rows
 from amulet.backends.transformers.cuda.graphs import StepGraphs
+from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.support import check_supported, forward_parameters
-from amulet.backends.transformers.weights import execution_device, weights_state
 
-CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
-GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
-WORTH_SHARING = 64  # tokens spared, from which a shared beginning is worth a pass of its own
-GPU_WORTH_SHARING = 512  # the same on a GPU
 KEPT_FOR_GRAPHS = 1 / 8  # of a GPU's memory: so much KV cache stays for its CUDA graphs when idle
 TOO_LONG = 4  # times the columns that an answer needs: kept rows that are longer are made anew
 TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no second thread
@@ -52,7 +47,7 @@ class SavedRow:
         return sum(buffer.nbytes for buffer in self.buffers)
 
 
-class TransformersBackend:
+class TransformersBackend(ModelBackend):
     """See `Backend`.
 
     Args:
@@ -65,18 +60,14 @@ class TransformersBackend:
 
     def __init__(self, model: PreTrainedModel, compile: bool | Literal["auto"] = False) -> None:
         check_supported(model)
-        execution_device(model)
-        self.model = model
+        super().__init__(model)
         self._compile = False if compile == "auto" and are_native(model) else compile
         self._compiled = CompiledStep(model)
         self._graphs = StepGraphs(model, self._compiled)
         self._seconds = 0.0  # spent on steps
         on_gpu = model.device.type == "cuda"
-        self.chunk = GPU_CHUNK if on_gpu else CHUNK
-        self.worth_sharing = GPU_WORTH_SHARING if on_gpu else WORTH_SHARING
         self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
         self._kind = model.dtype, model.device  # of what the cache holds
-        self._weights = weights_state(model)
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
         rows = native_rows(model) if steps_are_native(model) else 0
@@ -88,18 +79,9 @@ class TransformersBackend:
             self._kept_bytes = int(KEPT_FOR_GRAPHS * memory)
 
     @property
-    def device(self) -> torch.device:
-        """Where token ids are expected, and logits are."""
-        return execution_device(self.model)
-
-    @property
     def nbytes(self) -> int:
         """Bytes held by the KV cache."""
         return self._cache.nbytes
-
-    def queued(self) -> None:
-        """Let go of the caller's OpenMP helpers, which would make the decode thread slow."""
-        release()
 
     def renew(self, tokens: int, idle: bool) -> None:
         """See `Backend.renew`: graphs over another model's weights, and rows of another dtype."""
@@ -113,14 +95,6 @@ class TransformersBackend:
         # What an idle GPU kept may be on another one, or as long as somebody's long answer.
         if changed or self._cache.capacity[1] > TOO_LONG * tokens:
             self._cache.clear()
-
-    def state(self) -> object:
-        """Return the weights' state, as `weights_state` tells it."""
-        now = weights_state(self.model)
-        if now != self._weights:
-            renew_packed(self.model)
-            self._weights = weights_state(self.model)
-        return self._weights
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for `rows` rows of `tokens` ids; see `Backend.reserve`."""

@@ -19,22 +19,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from amulet.backends.base import Backend
-from amulet.backends.transformers.backend import (
-    CHUNK,
-    GPU_CHUNK,
-    GPU_WORTH_SHARING,
-    WORTH_SHARING,
-    TransformersBackend,
-)
-from amulet.backends.transformers.cpu.layers import renew_packed
-from amulet.backends.transformers.cpu.openmp import release
+from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.support import (
     check_decoder,
     forward_parameters,
     switches_rope,
     why_not_in_rows,
 )
-from amulet.backends.transformers.weights import execution_device, weights_state
 
 logger = logging.getLogger("amulet")
 
@@ -99,7 +91,7 @@ class Row:
         return Row(list(self.ids), self.name, copy.deepcopy(self.cache, known))
 
 
-class GeneralBackend:
+class GeneralBackend(ModelBackend):
     """See `Backend`. A pass takes as long as its rows one after the other.
 
     Args:
@@ -108,17 +100,11 @@ class GeneralBackend:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_decoder(model)
-        execution_device(model)
-        self.model = model
+        super().__init__(model)
         parameters = forward_parameters(model)
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
         self._rows: dict[int, Row] = {}
-        self._weights = weights_state(model)
-        on_gpu = model.device.type == "cuda"
-        self.chunk, self.worth_sharing = CHUNK, WORTH_SHARING
-        if on_gpu:
-            self.chunk, self.worth_sharing = GPU_CHUNK, GPU_WORTH_SHARING
         # A prompt passes at once where its ids attend to later ones; and what one rotary embedding
         # computed is of no use where another one has begun.
         self._type = model.config.get_text_config().model_type
@@ -129,29 +115,12 @@ class GeneralBackend:
         self.any_length = can_cut(expected) and not self._at_once
 
     @property
-    def device(self) -> torch.device:
-        """Where token ids are expected, and logits are."""
-        return execution_device(self.model)
-
-    @property
     def nbytes(self) -> int:
         """Bytes held by the rows' caches."""
         return sum(row.nbytes for row in list(self._rows.values()))
 
-    def queued(self) -> None:
-        """Let go of the caller's OpenMP helpers, which would make the decode thread slow."""
-        release()
-
     def renew(self, tokens: int, idle: bool) -> None:
         """See `Backend.renew`; nothing is kept from one answer to the next."""
-
-    def state(self) -> object:
-        """Return the weights' state, as `weights_state` tells it."""
-        now = weights_state(self.model)
-        if now != self._weights:
-            renew_packed(self.model)
-            self._weights = weights_state(self.model)
-        return self._weights
 
     def reserve(self, rows: int, tokens: int) -> None:
         """See `Backend.reserve`; these caches grow by themselves."""
