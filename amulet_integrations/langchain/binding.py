@@ -25,11 +25,11 @@ from amulet_integrations.langchain.tools import bound_tools
 
 
 def _call(name: str) -> Any:
-    """Return a way of calling a Runnable, with the config and keywords that `_asked_as` makes."""
+    """Return a way of calling a Runnable with what `_asked_as` makes of the call."""
 
     @wraps(getattr(Runnable, name), updated=())  # without the mark of an abstract method
     def call(self: Composable, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        config, kwargs = self._asked_as(name, config, kwargs)
+        input, config, kwargs = self._asked_as(name, input, config, kwargs)
         return in_its_run(getattr(super(Composable, self), name)(input, config, **kwargs))
 
     return call
@@ -57,9 +57,9 @@ class Composable(RunnableSerializable[Any, Any]):
         raise NotImplementedError
 
     def _asked_as(
-        self, name: str, config: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Return the config and keywords with which LangChain's own method is to be called."""
+        self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Return what LangChain's own method is to be called with: input, config and keywords."""
         raise NotImplementedError
 
     invoke, ainvoke = _call("invoke"), _call("ainvoke")
@@ -138,22 +138,22 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
         if not isinstance(model, AmuletOptions):
             raise RequestError(f"generate: a {type(model).__name__} is bound; call invoke().")
         config = merge_configs(config, {"callbacks": callbacks} if callbacks else None)
-        options = model.folded(config, {**bound, **normal(kwargs)})
+        options = {**bound, **normal(kwargs)}
         if stop is not None:
             options["stop"] = stop
-        for name in ("callbacks", "tags", "metadata", "run_name"):
+        for name in ("callbacks", "tags", "metadata", "run_name", "configurable"):
             if (value := config.get(name)) and name not in options:
                 options[name] = value
         return model, options
 
     def _asked_as(
-        self, name: str, config: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, dict[str, Any]]:
         # A call's keywords are added to the bound ones by name, so both have to be spelled alike;
         # and what is bound in `configurable` would hide all that the run has there.
         if isinstance(config, list | tuple):
-            return [self._in_run(one) for one in config], normal(kwargs)
-        return self._in_run(config), normal(kwargs)
+            return input, [self._in_run(one) for one in config], normal(kwargs)
+        return input, self._in_run(config), normal(kwargs)
 
     def _in_run(self, config: RunnableConfig | None) -> RunnableConfig | None:
         """Return a call's config with what the run around it says and nothing nearer does."""

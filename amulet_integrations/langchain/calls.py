@@ -9,7 +9,8 @@ from functools import partial, wraps
 from itertools import islice
 from typing import Any, cast
 
-from langchain_core.language_models import BaseLanguageModel, LanguageModelInput
+from langchain_core.language_models import BaseChatModel, BaseLanguageModel, LanguageModelInput
+from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
@@ -49,12 +50,14 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     """
 
     def _asked_as(
-        self, name: str, config: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, dict[str, Any]]:
         # The others call one of these; events of version "v3" don't.
         if name in ("invoke", "ainvoke", "stream", "astream") or kwargs.get("version") == "v3":
-            return config, self.folded(config, kwargs)
-        return config, kwargs
+            input = cast("Any", self)._convert_input(input)
+            messages = input.to_messages() if isinstance(self, BaseChatModel) else ()
+            kwargs = self.settled(config, kwargs, messages)
+        return input, config, kwargs
 
     def batch(
         self,
@@ -105,10 +108,8 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
 
     # --- decoding together
 
-    def _asked(
-        self, input: LanguageModelInput, stop: Any, kwargs: dict[str, Any]
-    ) -> Sequence[Request]:
-        """Return what an input with these folded keywords asks for; nothing if it is cached."""
+    def _asked(self, prompt: PromptValue, stop: Any, kwargs: dict[str, Any]) -> Sequence[Request]:
+        """Return what a prompt with settled keywords asks for; nothing if it is cached."""
         raise NotImplementedError
 
     def _answered(
@@ -122,18 +123,24 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         if not inputs:
             return
         configs = get_config_list(config, len(inputs))
+        settled: dict[int, tuple[PromptValue, dict[str, Any]]] = {}
 
         def answer(position: int) -> Any:
+            given, options = settled.get(position, (inputs[position], kwargs))
             try:
-                return self.invoke(inputs[position], configs[position], **kwargs)
+                return self.invoke(given, configs[position], **options)
             except Exception as error:
                 if not return_exceptions:
                     raise
                 return error
 
         def asked(position: int) -> Sequence[Request]:
-            folded = self.folded(configs[position], kwargs)
-            return self._asked(inputs[position], folded.pop("stop", None), folded)
+            prompt, _, options = self._asked_as(
+                "invoke", inputs[position], configs[position], kwargs
+            )
+            settled[position] = prompt, options
+            unstopped = {name: options[name] for name in options if name != "stop"}
+            return self._asked(prompt, options.get("stop"), unstopped)
 
         limit = configs[0].get("max_concurrency") or len(inputs)
         yield from self._together(len(inputs), limit, answer, asked, as_completed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -13,29 +14,23 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.load import dumps
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from pydantic import Field
 
-from amulet.errors import RequestError
 from amulet.grammar import Grammar
-from amulet.reply import Reply
 from amulet.request import Request
 from amulet_integrations import _options
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
 from amulet_integrations.langchain.binding import ChatBinding
 from amulet_integrations.langchain.calls import AmuletCalls
-from amulet_integrations.langchain.messages import countable, stated_settings, to_chat
-from amulet_integrations.langchain.options import (
-    CHAT_OPTIONS,
-    given,
-    refuse_unknown,
-)
+from amulet_integrations.langchain.messages import countable, to_chat
+from amulet_integrations.langchain.options import CHAT_OPTIONS, given, refuse_unknown
 from amulet_integrations.langchain.structured import structured_output
 from amulet_integrations.langchain.tools import (
     bound_tools,
-    named_format,
     normal_choice,
     response_schema,
     tool_schemas,
@@ -74,26 +69,18 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer many chats in shared forward passes."""
-        kwargs = self.folded(None, kwargs)
-        run_id = kwargs.pop("run_id", None)
-        generate = super().generate
+        each, generate = self._each(messages, kwargs), super().generate
 
         def one(position: int) -> LLMResult:
-            own = {"run_id": run_id} if position == 0 else {}
-            return generate([messages[position]], stop, callbacks, **own, **kwargs)
+            return generate([messages[position]], stop, callbacks, **each[position])
 
         def asked(position: int) -> Sequence[Request]:
-            options = {name: kwargs[name] for name in kwargs if name in CHAT_OPTIONS}
-            return self._asked(messages[position], stop, options)
+            options = {k: value for k, value in each[position].items() if k in CHAT_OPTIONS}
+            return self._asked(ChatPromptValue(messages=messages[position]), stop, options)
 
         count = len(messages)
         answered = sorted(self._together(count, count, one, asked), key=lambda pair: pair[0])
-        results = [result for _, result in answered]
-        return LLMResult(
-            generations=[result.generations[0] for result in results],
-            llm_output={},  # as LangChain's own for chat models
-            run=[info for result in results for info in result.run or []],
-        )
+        return _joined([result for _, result in answered])
 
     async def agenerate(
         self,
@@ -103,16 +90,19 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer many chats in shared forward passes."""
-        return await super().agenerate(messages, stop, callbacks, **self.folded(None, kwargs))
+        each, generate = self._each(messages, kwargs), super().agenerate
+        pairs = zip(messages, each, strict=True)
+        tasks = (generate([chat], stop, callbacks, **options) for chat, options in pairs)
+        return _joined(await asyncio.gather(*tasks, return_exceptions=True))
 
-    def folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """See `AmuletOptions.folded`; tools and schemas are written out, for the cache's keys."""
-        folded = super().folded(config, kwargs)
-        if folded.get("tools") is not None:
-            folded["tools"] = tool_schemas(folded["tools"])
-        if isinstance(folded.get("response_format"), type):
-            folded["response_format"] = named_format(folded["response_format"])
-        return folded
+    def _each(
+        self, messages: list[list[BaseMessage]], kwargs: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the settled keywords of each chat; a binding's `configurable` comes along."""
+        config: RunnableConfig = {"configurable": kwargs.pop("configurable", {})}
+        run_ids = [kwargs.pop("run_id", None), *[None] * len(messages)]  # of the first chat
+        pairs = zip(messages, run_ids, strict=False)
+        return [{**self.settled(config, kwargs, chat), "run_id": id} for chat, id in pairs]
 
     def _composed(self, runnable: Any) -> ChatBinding:
         return ChatBinding(bound=runnable)
@@ -202,28 +192,23 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         kwargs: Mapping[str, Any],
         streaming: bool = False,
     ) -> tuple[list[Request], Chosen]:
-        refuse_unknown(kwargs, CHAT_OPTIONS, "The call")
-        choices = self._choices(kwargs)
-        if streaming and choices > 1:
-            raise RequestError(f"n={choices}: a stream has one answer; use generate().")
-        chosen = self.chosen(kwargs, stated_settings(messages))
-        fields = self._request_fields(kwargs, stop, chosen)
-        fields |= self._tool_fields(kwargs)
-        if options := self._template_options(kwargs):
+        call = self.settled(None, kwargs, messages)
+        refuse_unknown(call, CHAT_OPTIONS, "The call")
+        choices, chosen = self._choices(call, streaming), call["chosen"]
+        fields = self._request_fields(call, stop, chosen) | self._tool_fields(call)
+        if options := self._template_options(call):
             fields["template_options"] = options
         fields["messages"] = to_chat(messages)
         return self._each_choice(Request(**fields), choices), chosen
 
-    def _asked(
-        self, input: LanguageModelInput, stop: Any, kwargs: dict[str, Any]
-    ) -> Sequence[Request]:
-        messages = self._convert_input(input).to_messages()
+    def _asked(self, prompt: PromptValue, stop: Any, kwargs: dict[str, Any]) -> Sequence[Request]:
+        messages = prompt.to_messages()
         cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
         if cache is not None and self.cache is not False:
             traced = ("ls_structured_output_format", "structured_output_format")
             seen = {name: kwargs[name] for name in kwargs if name not in traced}
-            prompt = dumps([message.model_copy(update={"id": None}) for message in messages])
-            if cache.lookup(prompt, self._get_llm_string(stop=stop, **seen)):
+            key = dumps([message.model_copy(update={"id": None}) for message in messages])
+            if cache.lookup(key, self._get_llm_string(stop=stop, **seen)):
                 return []
         return self._requests(messages, stop, kwargs)[0]
 
@@ -231,7 +216,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         call = given(kwargs)
         # Without tools too: the history may hold calls and results that the template can't show.
         fields: dict[str, Any] = {"tools_prompt": self.tools_prompt}
-        tools = tool_schemas(call.get("tools", ()))
+        tools = call.get("tools", ())
         choice = normal_choice(call.get("tool_choice"), tools)
         if choice is not None:
             fields["tool_choice"] = choice
@@ -257,20 +242,10 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         return {**self.template_options, **own}
 
     def _result(self, answers: Sequence[Any], chosen: Chosen) -> ChatResult:
-        given_answers = cast("Sequence[Reply]", answers)
         model = str(self.model)
-        return ChatResult(
-            generations=[replies.generation(reply, model, chosen) for reply in given_answers]
-        )
+        return ChatResult(generations=[replies.generation(one, model, chosen) for one in answers])
 
     # --- what LangChain asks about the model
-
-    def _should_stream(self, **kwargs: Any) -> bool:
-        several = self._choices(kwargs) > 1 and not kwargs.get("stream")  # stream() itself refuses
-        return not several and super()._should_stream(**kwargs)
-
-    def _should_use_protocol_streaming(self, **kwargs: Any) -> bool:
-        return self._choices(kwargs) == 1 and super()._should_use_protocol_streaming(**kwargs)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
@@ -295,7 +270,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
 
         Any part of a chat can be counted; images and the like count for nothing.
         """
-        fields = self._tool_fields({"tools": tools})
+        fields = self._tool_fields({"tools": tool_schemas(tools or ())})
         options = self._template_options({})
         return self.engine.count_chat(countable(messages), template_options=options, **fields)
 
@@ -312,3 +287,14 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         if self.engine.window is not None:
             profile["max_input_tokens"] = self.engine.window
         return profile
+
+
+def _joined(results: Sequence[Any]) -> LLMResult:
+    """Return the results of several chats as one; the first error among them is raised."""
+    for error in (result for result in results if isinstance(result, BaseException)):
+        raise error
+    return LLMResult(
+        generations=[result.generations[0] for result in results],
+        llm_output={},  # as LangChain's own for chat models
+        run=[info for result in results for info in result.run or []],
+    )

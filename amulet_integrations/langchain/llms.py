@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM, get_prompts
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables import RunnableConfig
 from pydantic import Field
 
-from amulet.errors import RequestError
 from amulet.reply import Reply
 from amulet.request import Request
 from amulet_integrations._preference import Chosen
@@ -85,7 +85,7 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        request, chosen = self._one_request(prompt, stop, kwargs)
+        (request,), chosen, _ = self._requests([prompt], stop, kwargs, streaming=True)
         with self._begun_earlier(request) or self.engine.start(request) as stream:
             for event in filter(replies.says_something, stream.events()):
                 piece = replies.text_chunk(event)
@@ -102,7 +102,7 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        request, chosen = self._one_request(prompt, stop, kwargs)
+        (request,), chosen, _ = self._requests([prompt], stop, kwargs, streaming=True)
         stream = self.engine.astart(request)
         try:
             async for event in stream.events():
@@ -117,21 +117,16 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         finally:
             await stream.aclose()
 
-    def _one_request(
-        self, prompt: str, stop: list[str] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[Request, Chosen]:
-        requests, chosen, choices = self._requests([prompt], stop, kwargs)
-        if choices > 1:
-            raise RequestError(f"n={choices}: a stream has one answer; use generate().")
-        return requests[0], chosen
-
     def _requests(
-        self, prompts: Sequence[str], stop: list[str] | None, kwargs: Mapping[str, Any]
+        self,
+        prompts: Sequence[str],
+        stop: list[str] | None,
+        kwargs: Mapping[str, Any],
+        streaming: bool = False,
     ) -> tuple[list[Request], Chosen, int]:
-        options = {**self.call, **kwargs}
+        options = self.settled(None, {**self.call, **kwargs})
         refuse_unknown(options, LLM_OPTIONS, "The call")
-        choices = self._choices(options)
-        chosen = self.chosen(options, {})
+        choices, chosen = self._choices(options, streaming), options["chosen"]
         fields = self._request_fields(options, stop, chosen)
         requests = [
             request
@@ -140,14 +135,11 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         ]
         return requests, chosen, choices
 
-    def _asked(
-        self, input: LanguageModelInput, stop: Any, kwargs: dict[str, Any]
-    ) -> Sequence[Request]:
-        prompt = self._convert_input(input).to_string()
+    def _asked(self, prompt: PromptValue, stop: Any, kwargs: dict[str, Any]) -> Sequence[Request]:
         model, _ = self._for_call(kwargs)
         params = {**model._identifying_params, "_type": model._llm_type, "stop": stop}
-        cached, _, _, _ = get_prompts(params, [prompt], self.cache)
-        return [] if cached else self._requests([prompt], stop, kwargs)[0]
+        cached, _, _, _ = get_prompts(params, [text := prompt.to_string()], self.cache)
+        return [] if cached else model._requests([text], stop, {})[0]
 
     def _result(self, answers: Sequence[Any], chosen: Chosen, choices: int) -> LLMResult:
         model = str(self.model)
@@ -161,10 +153,12 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         )
 
     def _for_call(self, kwargs: Mapping[str, Any]) -> tuple[AmuletLLM, dict[str, Any]]:
-        folded = self.folded(None, kwargs)
-        tracing = {name: folded.pop(name) for name in TRACING if name in folded}
-        refuse_unknown(folded, LLM_OPTIONS, "The call")
-        return self.model_copy(update={"call": {**self.call, **folded}}), tracing
+        call = dict(kwargs)
+        tracing = {name: call.pop(name) for name in TRACING if name in call}
+        config: RunnableConfig = {"configurable": call.pop("configurable", {})}
+        settled = self.settled(config, call)
+        refuse_unknown(settled, LLM_OPTIONS, "The call")
+        return self.model_copy(update={"call": settled}), tracing
 
     @property
     def _llm_type(self) -> str:

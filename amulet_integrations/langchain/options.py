@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, ensure_config
 from pydantic import (
     BaseModel,
@@ -33,6 +34,8 @@ from amulet_integrations._preference import (
     plain,
     warn_of_typos,
 )
+from amulet_integrations.langchain.messages import stated_settings
+from amulet_integrations.langchain.tools import named_format, tool_schemas
 
 Self = TypeVar("Self", bound="AmuletOptions")
 
@@ -50,7 +53,7 @@ PASSED_BY_LANGCHAIN = (
     "structured_output_format",
 )
 LLM_OPTIONS = (
-    *(*SETTINGS, "preference_source", "max_new_tokens"),
+    *(*SETTINGS, "preference_source", "chosen", "max_new_tokens"),
     *(*SAMPLING, *OUTPUT, *PASSED_BY_LANGCHAIN),
 )
 CHAT_OPTIONS = (*LLM_OPTIONS, *CHAT)
@@ -210,29 +213,45 @@ class AmuletOptions(BaseModel):
 
     # --- a call's settings
 
-    def folded(self, config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the call's keywords with the conversation's settings from the config in them.
+    def settled(
+        self,
+        config: RunnableConfig | None,
+        kwargs: Mapping[str, Any],
+        messages: Sequence[BaseMessage] = (),
+    ) -> dict[str, Any]:
+        """Return a call's keywords with one `chosen` in the place of its settings.
 
-        LangChain's cache and callbacks see the keywords of a call, not its config: what is folded
-        in here can't leak from one user's cached answer to another's. A config that a call or a
-        binding gives inside of a run adds to the run's own.
+        The settings are looked up only here; keywords that are settled already stay as they are.
+        LangChain's caches and callbacks see the keywords of a call, not its config: with `chosen`
+        and the schemas of tools among them, no cached answer leaks from one user to another.
+        A config that a call or a binding gives inside of a run adds to the run's own.
         """
         call = normal(kwargs)
+        rest = {name: call[name] for name in call if name not in (*SETTINGS, "preference_source")}
+        if "chosen" in rest:
+            if not isinstance(rest["chosen"], Chosen):
+                raise RequestError("chosen: leave it out, and give preference, strength, ...")
+            return rest
+        if self._choices(call) > 1:
+            rest.setdefault("stream", False)  # for handlers of tokens; stream() itself refuses
+        if rest.get("tools") is not None:
+            rest["tools"] = tool_schemas(rest["tools"])
+        if isinstance(rest.get("response_format"), type):
+            rest["response_format"] = named_format(rest["response_format"])
         configurable = ensure_config().get("configurable") or {}
         configurable |= given(ensure_config(config).get("configurable") or {})
         warn_of_typos(configurable, 'config["configurable"]')
-        chosen = choose(**_levels(self.pinned, call, configurable))
-        folded = {name: value for name, value in call.items() if name not in SETTINGS}
-        folded.update(chosen.as_dict())
-        if chosen.source is not None:
-            folded["preference_source"] = chosen.source
-        return folded
-
-    def chosen(self, kwargs: Mapping[str, Any], conversation: Mapping[str, Any]) -> Chosen:
-        """Return the settings in force for a call whose keywords went through `folded`."""
-        levels = _levels(self.pinned, kwargs, conversation)
-        own = {**self._settings(), **given(levels.pop("constructor", {}))}
-        return choose(**levels, constructor=own)
+        levels: dict[Source, Mapping[str, Any]] = {
+            "call": self.pinned,
+            "conversation": {**stated_settings(messages), **given(configurable)},
+            "constructor": self._settings(),
+        }
+        source = call.get("preference_source") or "call"
+        if source not in SOURCES:
+            expected = ", ".join(SOURCES)
+            raise RequestError(f"preference_source={source!r}: expected one of {expected}.")
+        levels[source] = {**levels.get(source, {}), **given(call)}
+        return {**rest, "chosen": choose(**levels)}
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SETTINGS}
@@ -259,12 +278,14 @@ class AmuletOptions(BaseModel):
             fields.update(trace=True, top_logprobs=top or 0)
         return fields
 
-    def _choices(self, kwargs: Mapping[str, Any]) -> int:
+    def _choices(self, kwargs: Mapping[str, Any], streaming: bool = False) -> int:
         n = given(kwargs).get("n", self.n)
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_CHOICES:
             raise RequestError(
                 f"n={n!r}: expected a whole number, 1 or more, and at most {MOST_CHOICES}."
             )
+        if streaming and n > 1:
+            raise RequestError(f"n={n}: a stream has one answer; use generate().")
         return n
 
     @staticmethod
@@ -339,16 +360,3 @@ def checked(preference: Any = None, **settings: Any) -> dict[str, Any]:
 def refuse_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Refuse options with the hints for users of this framework; see the shared function."""
     _options.refuse_unknown(options, known, where, HINTS)
-
-
-def _levels(
-    pinned: Mapping[str, Any], kwargs: Mapping[str, Any], conversation: Mapping[str, Any]
-) -> dict[Source, Mapping[str, Any]]:
-    """Put the call's settings at the level that `preference_source` names, the config's below."""
-    call = given(kwargs)
-    source = call.get("preference_source", "call")
-    if source not in SOURCES:
-        raise RequestError(f"preference_source={source!r}: expected one of {', '.join(SOURCES)}.")
-    levels: dict[Source, Mapping[str, Any]] = {"call": pinned, "conversation": conversation}
-    levels[source] = {**given(levels.get(source, {})), **call}
-    return levels

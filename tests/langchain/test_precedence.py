@@ -14,6 +14,8 @@ from langchain_core.runnables import RunnableLambda, RunnableParallel
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel
 
+from amulet import RequestError
+from amulet_integrations._preference import choose
 from amulet_integrations.langchain.middleware import PreferenceMiddleware
 from tests.langchain.scripted import preferring, scripted_chat
 
@@ -281,3 +283,25 @@ def test_a_misspelt_key_of_a_message_or_a_context_is_told() -> None:
     agent = create_agent(preferring("near"), middleware=[PreferenceMiddleware()])
     with pytest.warns(UserWarning, match="the run's context: nobody reads the key 'preferance'"):
         agent.invoke({"messages": "Hi"}, context={"preferance": "near"})
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+async def test_settings_are_looked_up_once_per_answer(
+    surface: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(model(preference="wrong").with_preference("near"), OUTER)
+    looked: list[None] = []
+
+    def counted(**levels: Any) -> Any:
+        looked.append(None)
+        return choose(**levels)
+
+    monkeypatch.setattr("amulet_integrations.langchain.options.choose", counted)
+    assert (await SURFACES[surface](case)).content == "near!"
+    two = ("parallel", "batch", "abatch", "with_fallbacks")  # answers; the last makes a model
+    assert len(looked) == (2 if surface in two else 1)
+
+
+async def test_what_was_looked_up_can_not_be_forged() -> None:
+    with pytest.raises(RequestError, match="chosen: leave it out"):
+        model().invoke("Hi", chosen={"preference": "near"})
