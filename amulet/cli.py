@@ -1,6 +1,6 @@
-"""The command line: chat, compare and doctor here, and what the sub-packages add; no logic.
+"""The `amulet` command: chat, compare and doctor, and the commands that sub-packages register.
 
-Torch is imported once a command needs the model, so that `amulet --help` answers at once.
+Torch is imported only when a command needs the model, so `amulet --help` is quick.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="amulet",
-    help="Decode a local language model your own way: a preference steers every token.",
+    help="Steer a local language model: your preference acts on every token of an answer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,45 +47,46 @@ _PREFERENCE = typer.Option(
     "--preference",
     "-p",
     metavar="TEXT",
-    help="What you want of the answer; give it again for more than one.",
+    help="What the answer should be like; repeatable.",
 )
 Strength = Annotated[
     float | None,
     typer.Option(
-        help=f"How hard to steer: 0 is the prompt alone; default {DEFAULT_STEERING.strength:g}."
+        help="How strongly to steer; 0 uses the prompt alone. Default: "
+        f"{DEFAULT_STEERING.strength:g}."
     ),
 ]
 Floor = Annotated[
     float | None,
     typer.Option(
-        help="Plausibility floor, 0 (off) to 1: keeps the text readable; default "
+        help="Plausibility floor, 0 (off) to 1; keeps answers coherent. Default: "
         f"{DEFAULT_STEERING.floor:g}."
     ),
 ]
 Placement = Annotated[
     str | None,
     typer.Option(
-        help="Where the preference stands: user, system or both; default "
+        help="Where the preference goes: user, system or both. Default: "
         f"{DEFAULT_STEERING.placement}."
     ),
 ]
 Focus = Annotated[
     float | None,
     typer.Option(
-        help="How hard to hold the answer to the question, 0 (off, one row less) to 10; default "
-        f"{DEFAULT_STEERING.focus:g}."
+        help="How strongly to hold the answer to the question, 0 (off, one row less) to 10. "
+        f"Default: {DEFAULT_STEERING.focus:g}."
     ),
 ]
 LoopGuard = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that an answer may repeat of itself freely; 0 is off; default "
+        help="Tokens of itself that an answer may repeat freely; 0 is off. Default: "
         f"{DEFAULT_STEERING.loop_guard}."
     ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling, for reproducible answers.")]
+Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens per answer.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -99,11 +100,11 @@ def main(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Decode a local language model your own way: a preference steers every token."""
+    """Steer a local language model: your preference acts on every token of an answer."""
 
 
 @app.command()
@@ -121,7 +122,7 @@ def chat(
     device: Device = None,
     dtype: DType = "auto",
 ) -> None:
-    """Talk to the model; /help lists what can be changed on the way, Ctrl-C stops an answer."""
+    """Chat with the model. /help lists the commands; Ctrl-C stops an answer."""
     options = {
         "preference": preference,
         "strength": strength,
@@ -140,7 +141,7 @@ def chat(
 
 @app.command()
 def compare(
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question to ask.")],
     preference: Annotated[list[str], _PREFERENCE],
     model: Model = None,
     strength: Strength = None,
@@ -154,11 +155,11 @@ def compare(
     device: Device = None,
     dtype: DType = "auto",
 ) -> None:
-    """Answer one question three ways, side by side: plain, preference in the prompt, steered."""
+    """Show three answers to a question: plain, preference in the prompt only, and steered."""
     shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     prompted = {**shared, "preference": preference, "placement": placement, "floor": floor}
     steered = {**prompted, "strength": strength, "focus": focus, "loop_guard": loop_guard}
-    steered["trace"] = True  # for its colours
+    steered["trace"] = True  # the colours come from it
     with readable_errors():
         _check(steered)
         wished(preference)
@@ -180,9 +181,9 @@ def compare(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, device and models, and what is missing with the command that fixes it.
+    """Show versions, device, models and extras, and the command that installs what is missing.
 
-    The exit code is 1 where something that Amulet needs is missing.
+    The exit code is 1 if a requirement is missing.
     """
     from amulet.doctor import examine
 
@@ -201,7 +202,7 @@ def doctor() -> None:
 
 
 class LiveAnswer:
-    """One answer while it is decoded: its text so far, and its pace once the prefill is over."""
+    """One answer while it is decoded: its text so far, and its speed after the prefill."""
 
     def __init__(self, title: str, options: dict[str, Any]) -> None:
         self.title = title
@@ -213,7 +214,7 @@ class LiveAnswer:
         self._last = 0.0
 
     def decode(self, amulet: Amulet, messages: list[dict[str, Any]]) -> Iterator[str]:
-        """Yield the pieces as they come; leaving early stops the decode."""
+        """Yield the pieces as they arrive; closing the generator stops the decode."""
         with amulet.stream(messages, **self.options) as stream:
             yield from self._follow(stream)
             self.reply = stream.reply
@@ -222,7 +223,7 @@ class LiveAnswer:
         try:
             for piece in stream:
                 self._tick(stream)
-                piece = harmless(piece)  # a model must not drive the terminal
+                piece = harmless(piece)  # a model must not send control codes to the terminal
                 self.text += piece
                 yield piece
         finally:
@@ -235,7 +236,7 @@ class LiveAnswer:
 
     @property
     def figures(self) -> str:
-        """Words, tokens and milliseconds per token; the prefill and the first token left out."""
+        """Words, tokens, and milliseconds per token without the prefill and the first token."""
         if self._first is None:
             return "–"
         started, tokens = self._first
@@ -259,18 +260,18 @@ def _side_by_side(answers: list[LiveAnswer]) -> Table:
 
 
 class Chat:
-    """A conversation on the terminal."""
+    """A conversation in the terminal."""
 
     COMMANDS = (
-        ("/preference TEXT", "what you want of the answers; `off` answers plainly"),
-        ("/strength NUMBER", "how hard to steer: 0 is the prompt alone"),
+        ("/preference TEXT", "what answers should be like; `off` answers plainly"),
+        ("/strength NUMBER", "how strongly to steer; 0 uses the prompt alone"),
         ("/floor NUMBER", "plausibility floor, 0 (off) to 1"),
-        ("/placement WHERE", "where the preference stands: system, user or both"),
-        ("/focus NUMBER", "how hard to hold the answer to the question, 0 (off) to 10"),
-        ("/loop_guard NUMBER", "tokens that an answer may repeat of itself; 0 is off"),
+        ("/placement WHERE", "where the preference goes: system, user or both"),
+        ("/focus NUMBER", "how strongly to hold the answer to the question, 0 (off) to 10"),
+        ("/loop_guard NUMBER", "tokens of itself that an answer may repeat; 0 is off"),
         ("/clear", "forget the conversation so far"),
         ("/help", "show this"),
-        ("/quit", "leave; so does Ctrl-D. Ctrl-C stops an answer"),
+        ("/quit", "quit, as Ctrl-D does; Ctrl-C only stops an answer"),
     )
 
     def __init__(self, amulet: Amulet, options: dict[str, Any]) -> None:
@@ -280,15 +281,17 @@ class Chat:
         self._console = Console(highlight=False)
 
     def run(self) -> None:
-        """Read lines until /quit or the end of the input."""
+        """Read lines until /quit or the end of input."""
         with suppress(ImportError):
             import readline  # noqa: F401  (gives `input` a history; Windows has none)
-        self._note(f"{self._amulet.name.rpartition('/')[2]}. {self._state()} /help shows more.")
+        self._note(
+            f"{self._amulet.name.rpartition('/')[2]}. {self._state()} /help lists the commands."
+        )
         while True:
             try:
                 line = input("you> ").strip()
             except KeyboardInterrupt:
-                self._note("\n/quit leaves.")
+                self._note("\nType /quit to quit.")
                 continue
             except EOFError:
                 self._console.print()
@@ -305,7 +308,7 @@ class Chat:
                 self._note(where_to_read(error))
 
     def _answer(self, question: str) -> None:
-        """Stream one answer; what Ctrl-C leaves of it stays in the conversation."""
+        """Stream one answer. If Ctrl-C stops it, the text so far stays in the conversation."""
         messages = [*self._messages, {"role": "user", "content": question}]
         answer = LiveAnswer("", self._options)
         stopped = ""
@@ -328,14 +331,14 @@ class Chat:
             self._note("\n".join(f"{usage:<{width}}  {text}" for usage, text in self.COMMANDS))
         elif name == "/clear":
             self._messages = []
-            self._note("The conversation is forgotten.")
+            self._note("The conversation is cleared.")
         elif name in ("/preference", *(f"/{setting}" for setting in Steering.model_fields)):
             self._set(name[1:], value.strip())
         else:
-            self._note(f"{name} is no command; /help lists them.", style="red")
+            self._note(f"{name} is not a command; /help lists them.", style="red")
 
     def _set(self, option: str, value: str) -> None:
-        """Change an option, once it is known to be valid; without a value just show it."""
+        """Change an option if the value is valid; without a value, show the settings."""
         if value:
             given = None if option == "preference" and value.lower() == "off" else value
             changed = {**self._options, option: given}
@@ -360,7 +363,7 @@ class Chat:
 
 
 def _check(options: dict[str, Any]) -> Request:
-    """Raise RequestError for an option out of its range, before a model is loaded."""
+    """Return the options as a request; raises RequestError for one that is out of range."""
     return Request(messages=({"role": "user", "content": "?"},), **options)
 
 

@@ -1,6 +1,6 @@
-"""What the commands share: options, loading with a note, progress, errors as one red line.
+"""Shared parts of the commands: options, model loading, progress bars, one-line errors.
 
-Torch is imported once a command needs the model, so that `amulet --help` answers at once.
+Torch is imported only when a command needs the model, so `amulet --help` is quick.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Hub id, folder or GGUF file; without it the embedded SmolLM2-135M-Instruct.",
+        help="Hub id, folder or GGUF file. Default: the embedded SmolLM2-135M-Instruct.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: the best available.")
+]
 DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
 def load(model: str | None, device: str | None, dtype: str, **options: Any) -> Amulet:
-    """Load a model, or the embedded one, and say so on standard error.
+    """Load a model, or the embedded one, with a message on standard error.
 
     Args:
-        model, device, dtype: as the options of that name.
-        options: what else `Amulet.from_pretrained` takes.
+        model, device, dtype: as the options of the same names.
+        options: further options of `Amulet.from_pretrained`.
     """
     Console(stderr=True).print(f"Loading {model or 'the embedded model'} ...", style="dim")
     from amulet import Amulet
@@ -56,9 +58,9 @@ def load(model: str | None, device: str | None, dtype: str, **options: Any) -> A
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left on standard error; yields `tell(done, total)`.
+    """Show a progress bar with the time left on standard error; yields `tell(done, total)`.
 
-    What was done before the first `tell` doesn't count towards the pace.
+    Work done before the first `tell` does not count towards the speed.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -68,7 +70,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    # A batch ends its answers in bursts: half a minute, the default, says little of the pace.
+    # A batch finishes its answers in bursts, so the default window of half a minute is too short.
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as progress:
         task = progress.add_task(what, total=None)
         started = False
@@ -85,13 +87,13 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def where_to_read(error: AmuletError) -> str:
-    """Return the line that names the page and section on which an error is explained."""
+    """Return the line that names the page and section that explain an error."""
     return f"More: {error.help_page}"
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Print an `AmuletError` as one red line and its help page; leave with exit code 1."""
+    """Print an `AmuletError` as one red line with its help page, and exit with code 1."""
     try:
         yield
     except AmuletError as error:

@@ -1,4 +1,4 @@
-"""The command `amulet eval`: decode a run and judge it; arguments to functions, no logic."""
+"""The command `amulet eval`: decodes a run and judges it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 Out = Annotated[
     Path,
-    typer.Option(
-        metavar="FOLDER", help="The run's folder; a run that was cut short goes on there."
-    ),
+    typer.Option(metavar="FOLDER", help="The run's folder; an interrupted run resumes there."),
 ]
 Questions = Annotated[
     list[str],
@@ -31,8 +29,8 @@ Questions = Annotated[
         "--questions",
         "-q",
         metavar="SOURCE",
-        help='A .json file of [{"index": 0, "question": "..."}], a folder of them, or a data '
-        "set's hub id; again for more.",
+        help='A .json file of [{"index": 0, "question": "..."}], a folder of such files, or the '
+        "hub id of a data set; repeatable.",
     ),
 ]
 Preferences = Annotated[
@@ -41,8 +39,8 @@ Preferences = Annotated[
         "--preferences",
         "-p",
         metavar="NAMES",
-        help="paper (its eight, the default), rules, rules-dev, rules-heldout, or names, "
-        "separated by commas; concise+formal asks for both at once.",
+        help="paper (its eight preferences, the default), rules, rules-dev, rules-heldout, or "
+        "names, separated by commas; concise+formal combines two.",
     ),
 ]
 Methods = Annotated[
@@ -50,43 +48,49 @@ Methods = Annotated[
     typer.Option(
         "--method",
         metavar="METHOD",
-        help="base, pref, beam, linear_alignment, amulet, amulet_literal, or such as "
-        "ours:strength=2,floor=0.1,placement=user,adapt=decay; again for more. ours brings pref "
-        f"with its placement along. Default: {', '.join(METHODS)}.",
+        help="base, pref, beam, linear_alignment, amulet, amulet_literal, or a setting, e.g. "
+        "ours:strength=2,floor=0.1,placement=user,adapt=decay; repeatable. ours adds pref with "
+        f"the same placement. Default: {', '.join(METHODS)}.",
     ),
 ]
 Judges = Annotated[
     list[str] | None,
-    typer.Option("--judge", metavar="NAME", help=f"{', '.join(JUDGES)}; again for more than one."),
+    typer.Option("--judge", metavar="NAME", help=f"{', '.join(JUDGES)}; repeatable."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Questions per set, drawn by the seed; else all.")]
-Seed = Annotated[int, typer.Option(help="Of the questions drawn and of sampling.")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Questions per set, drawn by the seed. Default: all.")
+]
+Seed = Annotated[int, typer.Option(help="Seed for drawing questions and for sampling.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens per answer.")]
 SystemPrompt = Annotated[
-    str, typer.Option(metavar="TEXT", help="Stands before every question; '' is none.")
+    str, typer.Option(metavar="TEXT", help="System message for every question; '' for none.")
 ]
-Temperature = Annotated[float, typer.Option(help="For every method alike; 0 is greedy.")]
+Temperature = Annotated[float, typer.Option(help="Temperature of every method; 0 is greedy.")]
 AsPublished = Annotated[
     bool,
     typer.Option(
         "--as-published",
-        help="The authors' decoding: base and pref sampled, the others greedy; ArmoRM reads the "
-        "first 128 tokens of question and answer together.",
+        help="Decode as the authors did: base and pref sampled, the others greedy; ArmoRM reads "
+        "the first 128 tokens of question and answer together.",
     ),
 ]
 Facts = Annotated[
     bool,
     typer.Option(
         "--facts",
-        help="Ask 76 plain facts under every method and preference: does steering make the model "
-        "prefer false answers?",
+        help="Ask 76 plain facts under every method and preference, to see whether steering makes "
+        "the model prefer false answers.",
     ),
 ]
-Trace = Annotated[bool, typer.Option("--trace", help="Keep what each token gained by steering.")]
-MaxRows = Annotated[int, typer.Option(help="Rows decoded at once; a steered answer takes two.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Store how much steering raised each token.")]
+MaxRows = Annotated[
+    int, typer.Option(help="Maximum rows in a batch; a steered answer takes two or more.")
+]
 JudgeModel = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="For armorm a hub id or folder, for llm its name."),
+    typer.Option(
+        metavar="NAME", help="The judge's model: a hub id or folder for armorm, a name for llm."
+    ),
 ]
 JudgeUrl = Annotated[
     str | None, typer.Option(metavar="URL", help="The llm judge's OpenAI-compatible endpoint.")
@@ -95,10 +99,11 @@ JudgeUrl = Annotated[
 JudgePrice = Annotated[
     tuple[float, float] | None,
     typer.Option(
-        metavar="READ WRITTEN", help="Dollars per million tokens at the llm judge's endpoint."
+        metavar="READ WRITTEN",
+        help="Dollars per million tokens of the llm judge, read and written.",
     ),
 ]
-JudgeConcurrency = Annotated[int, typer.Option(min=1, help="Requests to it under way at once.")]
+JudgeConcurrency = Annotated[int, typer.Option(min=1, help="Concurrent requests to the llm judge.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -129,9 +134,9 @@ def eval_command(
     device: Device = None,
     dtype: DType = "auto",
 ) -> None:
-    """Compare ways of decoding: every question, preference and method; a run resumes if killed.
+    """Compare decoding methods on questions and preferences; an interrupted run can resume.
 
-    The answers, their settings and scores are kept in FOLDER, which can be moved.
+    The answers, settings and scores are stored in FOLDER, which can be moved.
     """
     with readable_errors():
         judges = judge or []
@@ -186,14 +191,14 @@ def eval_command(
 
 
 def _model_name(model: str | None) -> str | None:
-    """Return what the run calls the model: never a path of this machine."""
+    """Return the run's name for the model, never a local path."""
     if model is None:
         return "embedded"
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _verdicts(run: Run) -> str:
-    """Return the llm judge's win rates, a line each, and what they cost."""
+    """Return the llm judge's win rates, one per line, and their cost."""
     from amulet.evaluation.judges.comparisons import spent, win_rates
 
     lines = [
@@ -205,7 +210,7 @@ def _verdicts(run: Run) -> str:
 def _summary(run: Run) -> Table:
     """Return a table with a column per method: answers, tokens, time, and each judge's means.
 
-    The columns are numbered, as the names of methods are long.
+    The columns are numbered because names of methods are long.
     """
     answers = run.answers()
     scores = [run.scores(name) for name in run.score_names() if not name.endswith("-pairs")]
@@ -238,7 +243,7 @@ def _summary(run: Run) -> Table:
 
 
 def _print(table: Table) -> None:
-    """Print a table whole: a terminal that is too narrow breaks its lines, and no number is cut."""
+    """Print a table at full width: a narrow terminal wraps lines, but no number is cut."""
     console = Console()
     wide = console.options.update(max_width=1000)
     console.width = max(console.width, console.measure(table, options=wide).maximum)
@@ -250,13 +255,13 @@ def _say(text: str) -> None:
 
 
 def _names(run: Run) -> str:
-    """Return what the numbers over the summary's columns stand for."""
+    """Return the methods behind the numbers of the summary's columns."""
     names = (label(method.name, method.placement) for method in run.meta.methods)
     return "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
 
 
 def _facts_right(run: Run) -> dict[str, list[bool]]:
-    """Return by method which facts it got right, under all preferences; empty if none was asked."""
+    """Return which facts each method got right, over all preferences; empty if none was asked."""
     found: dict[str, list[bool]] = {}
     for (method, _), right in run.facts().items():
         found.setdefault(method, []).extend(right.values())

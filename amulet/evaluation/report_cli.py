@@ -1,4 +1,4 @@
-"""The command `amulet report`: runs to one HTML page and a Markdown table; no logic."""
+"""The command `amulet report`: writes runs as an HTML page, Markdown tables and a plot."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from rich.console import Console
 
 from amulet.console import readable_errors
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of `amulet eval`.")]
-Out = Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")]
-Markdown = Annotated[Path | None, typer.Option(metavar="FILE", help="A Markdown file of tables.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of `amulet eval`.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="HTML page to write.")]
+Markdown = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Markdown file for the tables.")
+]
 Plot = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A picture of the strength curves, .svg or .png."),
+    typer.Option(metavar="FILE", help="Image file for the strength curves, .svg or .png."),
 ]
-Examples = Annotated[int, typer.Option(min=0, help="Questions whose answers are shown.")]
+Examples = Annotated[int, typer.Option(min=0, help="Number of questions whose answers are shown.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +34,7 @@ def report_command(
     plot: Plot = None,
     examples: Examples = 6,
 ) -> None:
-    """Show runs of `amulet eval` side by side: scores with intervals, curves, guards, answers."""
+    """Compare runs of `amulet eval` on one page: scores, curves, guards and answers."""
     with readable_errors():
         from amulet.evaluation.report import read_report, write_html, write_markdown, write_plot
 

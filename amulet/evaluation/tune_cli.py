@@ -1,4 +1,4 @@
-"""The command `amulet tune`: rules or thumbs to a `Steering` file; no logic."""
+"""The command `amulet tune`: writes the `Steering` file that rules or thumbs suggest."""
 
 from __future__ import annotations
 
@@ -30,35 +30,54 @@ Questions = Annotated[
 Preferences = Annotated[
     list[str] | None,
     typer.Option(
-        "--preferences", "-p", metavar="NAMES", help="Rules, separated by commas; see --list-rules."
+        "--preferences",
+        "-p",
+        metavar="NAMES",
+        help="Names of rules, separated by commas; see --list-rules.",
     ),
 ]
 Thumbs = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSON lines of answer pairs, or a server's file of thumbs."),
+    typer.Option(metavar="FILE", help="JSON lines of answer pairs, or a server's thumbs file."),
 ]
-User = Annotated[str | None, typer.Option(help="Whose thumbs of a server's file; else all users'.")]
-Strengths = Annotated[list[float] | None, typer.Option("--strength", help="To try; repeat.")]
-Floors = Annotated[list[float] | None, typer.Option("--floor", help="To try; repeat.")]
-Placements = Annotated[list[str] | None, typer.Option("--placement", help="To try; repeat.")]
+User = Annotated[
+    str | None,
+    typer.Option(help="User whose thumbs are read from a server's file. Default: all users."),
+]
+Strengths = Annotated[
+    list[float] | None, typer.Option("--strength", help="Strength to try; repeatable.")
+]
+Floors = Annotated[list[float] | None, typer.Option("--floor", help="Floor to try; repeatable.")]
+Placements = Annotated[
+    list[str] | None, typer.Option("--placement", help="Placement to try; repeatable.")
+]
 Focuses = Annotated[
-    list[float] | None, typer.Option("--focus", help="To try; repeat. Else the default alone.")
+    list[float] | None,
+    typer.Option("--focus", help="Focus to try; repeatable. Default: only the default."),
 ]
 LoopGuards = Annotated[
-    list[int] | None, typer.Option("--loop-guard", help="To try; repeat. Else the default alone.")
+    list[int] | None,
+    typer.Option("--loop-guard", help="Loop guard to try; repeatable. Default: only the default."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Questions per set, drawn by the seed; else all.")]
-Seed = Annotated[int, typer.Option(help="Of the questions drawn and of their order.")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer, at most.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Questions per set, drawn by the seed. Default: all.")
+]
+Seed = Annotated[int, typer.Option(help="Seed for drawing and ordering the questions.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens per answer.")]
 LogProbability = Annotated[
-    float, typer.Option("--max-log-probability-fall", help="Below the prompt alone, nats a token.")
+    float,
+    typer.Option(
+        "--max-log-probability-fall",
+        help="Permitted loss against the prompt alone, in nats per token.",
+    ),
 ]
 Distinct = Annotated[
-    float, typer.Option("--max-distinct-3-fall", help="Below the prompt alone, 0 to 1.")
+    float,
+    typer.Option("--max-distinct-3-fall", help="Permitted loss against the prompt alone, 0 to 1."),
 ]
 ListRules = Annotated[
     bool,
-    typer.Option("--list-rules", help="List the rules with what they check, and leave."),
+    typer.Option("--list-rules", help="List the rules and what they check, and exit."),
 ]
 
 
@@ -88,10 +107,10 @@ def tune_command(
     dtype: DType = "auto",
     list_rules: ListRules = False,
 ) -> None:
-    """Find how to steer your model with your preferences; writes a steering file.
+    """Find the settings that suit your model and preferences, and write a steering file.
 
-    Give --questions and --preferences (their rules judge), or --thumbs. Several preferences in
-    thumbs get weights, in a file of their own beside FILE.
+    Give --questions and --preferences (their rules judge), or --thumbs. If thumbs have several
+    preferences, their weights go to a second file next to FILE.
     """
     if list_rules:
         Console().print(_rule_table())
@@ -153,7 +172,7 @@ def _placements(given: list[str] | None) -> tuple[Placement, ...]:
 
 
 def _rules(names: Sequence[str]) -> tuple[list[str], Score]:
-    """Return the preferences' texts, and the judge that checks their rules."""
+    """Return the texts of the preferences, and a judge that checks their rules."""
     from amulet.evaluation.paper import preferences_of
     from amulet.evaluation.rules import rule, unknown_rule
 
@@ -190,7 +209,7 @@ def _by_thumbs(
         found.preferences, fit.weights, fit.deviations, strict=True
     ):
         _say(f"{weight:+.2f} ± {deviation:.2f}  {preference.text}")
-    _say(f"{fit.agreement:.0%} of {found.thumbs} thumbs are foretold by the others.")
+    _say(f"{fit.agreement:.0%} of {found.thumbs} thumbs are predicted by the others.")
     _say(f"Written: {', '.join(written)}")
 
 

@@ -1,4 +1,4 @@
-"""The command `amulet plan`: arguments to `make_plan`, and its figures as a table; no logic."""
+"""The command `amulet plan`: prints the figures of `make_plan` as a table."""
 
 from __future__ import annotations
 
@@ -21,34 +21,41 @@ Config = Annotated[
         "--model-config",
         "-m",
         metavar="PATH",
-        help="config.json, model folder, hub id, or a known name such as llama-3.1-8b.",
+        help="config.json, model folder, hub id, or a known name, e.g. llama-3.1-8b.",
     ),
 ]
-GpuName = Annotated[str | None, typer.Option(metavar="NAME", help="Such as H100, L40S, RTX 4090.")]
-Memory = Annotated[
-    float | None, typer.Option(metavar="GB", help="In place of --gpu: memory of one GPU.")
+GpuName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="GPU, e.g. H100, L40S or RTX 4090.")
 ]
-Users = Annotated[int, typer.Option(help="Users whose answers are decoded at once.")]
-Prompt = Annotated[int, typer.Option(metavar="TOKENS", help="Of the prompt, without preference.")]
-AnswerTokens = Annotated[int, typer.Option("--answer", metavar="TOKENS", help="Of the answer.")]
-Preferences = Annotated[int, typer.Option(help="Per user; 0 is plain.")]
-PreferenceTokens = Annotated[int, typer.Option(metavar="TOKENS", help="What one adds.")]
+Memory = Annotated[
+    float | None, typer.Option(metavar="GB", help="Memory of one GPU, instead of --gpu.")
+]
+Users = Annotated[int, typer.Option(help="Users whose answers are decoded at the same time.")]
+Prompt = Annotated[
+    int, typer.Option(metavar="TOKENS", help="Length of the prompt, without preferences.")
+]
+AnswerTokens = Annotated[
+    int, typer.Option("--answer", metavar="TOKENS", help="Length of the answer.")
+]
+Preferences = Annotated[int, typer.Option(help="Preferences per user; 0 is plain decoding.")]
+PreferenceTokens = Annotated[int, typer.Option(metavar="TOKENS", help="Length of a preference.")]
 Shared = Annotated[
     int,
     typer.Option(
         metavar="TOKENS",
-        help="Of the prompt, before the preference; with placement `user` nearly all.",
+        help="Tokens of the prompt before the preference; with placement `user`, nearly all.",
     ),
 ]
 Alone = Annotated[
     int,
     typer.Option(
-        metavar="TOKENS", help="Of the row that focus takes: preferences alone; 0 is no focus."
+        metavar="TOKENS",
+        help="Length of the focus row, which reads only preferences; 0 turns focus off.",
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Utilization = Annotated[
-    float, typer.Option(help="Share of the memory for weights and cache, 0 to 1.")
+    float, typer.Option(help="Share of the memory for weights and KV cache, 0 to 1.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
@@ -73,7 +80,7 @@ def plan_command(
     utilization: Utilization = 0.9,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how many GPUs a number of steered users need, and what steering costs there."""
+    """Estimate how many GPUs a number of steered users need, and what steering costs."""
     with readable_errors():
         from amulet.plan.costs import Work
         from amulet.plan.gpus import Gpu, find_gpu
@@ -81,7 +88,7 @@ def plan_command(
         from amulet.plan.shapes import find_shape
 
         if (gpu is None) == (memory is None):
-            raise RequestError("Give --gpu NAME or --memory GB, one of them.")
+            raise RequestError("Give either --gpu NAME or --memory GB.")
         if memory is not None and not memory > 0:
             raise RequestError(f"memory={memory:g}: expected GB above 0.")
         device = find_gpu(gpu) if gpu is not None else Gpu("", (memory or 0) * 2**30)
@@ -96,7 +103,7 @@ def plan_command(
 
 
 def show(plan: Plan, model: str, console: Console) -> None:
-    """Print a plan for people."""
+    """Print a plan as tables and advice."""
     shape, gpu, work = plan.shape, plan.gpu, plan.work
     console.print(
         f"[b]{shape.name}[/b] {plan.dtype}: {_count(shape.parameters)} parameters, "
@@ -129,22 +136,22 @@ def show(plan: Plan, model: str, console: Console) -> None:
 
 
 def advice(plan: Plan, model: str) -> list[str]:
-    """Return what to start, as lines."""
+    """Return the commands to run, as lines."""
     from amulet.plan.shapes import KNOWN
 
     lines = [""]
     model = "MODEL" if model.lower() in KNOWN else model
     if plan.work.preferences:
         lines.append(
-            f"A steered step reads {plan.steered_over_plain:.2f} times what a plain one of as many "
-            "users does."
+            f"A steered step reads {plan.steered_over_plain:.2f} times as many bytes as a plain "
+            "step for as many users."
         )
     if not plan.vllm.fits:
-        lines.append("Not even one user fits on 8 such GPUs: take larger ones, or a smaller model.")
+        lines.append("Not even one user fits on 8 such GPUs: use larger GPUs or a smaller model.")
         return lines
     if plan.amulet.fits and plan.amulet.copies == 1:
         rows = plan.amulet.users * len(plan.work.rows)
-        lines.append("One process with Amulet's own engine does:")
+        lines.append("One process with Amulet's own engine is enough:")
         lines.append(f"  amulet serve --model {model} --dtype {plan.dtype} --max-rows {rows}")
         return lines
     options = ""
@@ -155,7 +162,7 @@ def advice(plan: Plan, model: str) -> list[str]:
     lines.append("With vLLM:")
     lines.append(f"  amulet serve --backend vllm --model {model} --dtype {plan.dtype}{options}")
     if plan.vllm.nodes > 1:
-        lines.append(f"On {plan.vllm.nodes} nodes: Amulet's documentation, Scaling, tells how.")
+        lines.append(f"On {plan.vllm.nodes} nodes: see Amulet's documentation, Scaling.")
     return lines
 
 

@@ -1,6 +1,6 @@
-"""`amulet serve`: arguments to `create_app`, and a server of it; no logic.
+"""The command `amulet serve`: runs the application of `create_app` in a server.
 
-The web framework is imported when the command runs, so that `amulet --help` answers at once.
+The web framework is imported only when the command runs, so `amulet --help` is quick.
 """
 
 from __future__ import annotations
@@ -23,42 +23,47 @@ if TYPE_CHECKING:
 
 LOOPBACK = ["localhost", "127.0.0.1", "::1"]
 
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets the network in.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 listens on all networks.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 Keys = Annotated[
     list[str] | None,
     typer.Option(
         "--api-key",
         envvar="AMULET_API_KEY",
-        help="Key that clients must send; give it again for more than one.",
+        help="Key that clients must send; repeatable.",
     ),
 ]
 Served = Annotated[
     list[str] | None,
     typer.Option(
         "--served-model-name",
-        help="What clients call the model; give it again for further names.",
+        help="Name by which clients request the model; repeatable.",
     ),
 ]
 Stored = Annotated[
     Path | None,
     typer.Option(
-        "--preferences", metavar="FILE", help="SQLite file of users' preferences; needs a key."
+        "--preferences",
+        metavar="FILE",
+        help="SQLite file for users' preferences; requires an API key.",
     ),
 ]
 Thumbs = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="SQLite file of users' thumbs on answers.")
+    Path | None, typer.Option(metavar="FILE", help="SQLite file for users' thumbs on answers.")
 ]
 Hosts = Annotated[
     list[str] | None,
-    typer.Option("--allowed-host", help="Host header to answer; loopback answers its own names."),
+    typer.Option(
+        "--allowed-host",
+        help="Accepted Host header; repeatable. Default on loopback: its own names; else any.",
+    ),
 ]
 Origins = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-origin",
         metavar="URL",
-        help="Page that may use the server from a browser (CORS), or *; give it again for more.",
+        help="Origin whose pages may call the server (CORS), or *; repeatable.",
     ),
 ]
 
@@ -85,44 +90,46 @@ def serve(
         int, typer.Option(help="Rows decoded at once; a steered request takes three or more.")
     ] = 64,
     pack: Annotated[
-        Literal["int8", "int4"] | None, typer.Option(help="Round weights: on a CPU, in bfloat16.")
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Quantise the weights; for a CPU, in bfloat16."),
     ] = None,
     gpu_layers: Annotated[
-        int | None, typer.Option(help="GGUF: layers on the GPU; default: all, if there is one.")
+        int | None, typer.Option(help="GGUF: layers on the GPU. Default: all, if there is a GPU.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="GGUF: threads of a pass.")] = None,
+    threads: Annotated[int | None, typer.Option(help="GGUF: threads per forward pass.")] = None,
     context: Annotated[
-        int | None, typer.Option(help="GGUF: tokens that all rows together may hold.")
+        int | None, typer.Option(help="GGUF: tokens in the KV cache, over all rows.")
     ] = None,
     kv_type: Annotated[
-        str | None, typer.Option(help="GGUF: type of keys and values: f16, q8_0, q4_0, ...")
+        str | None, typer.Option(help="GGUF: type of the KV cache: f16, q8_0, q4_0, ...")
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step, which a GPU gains by.")
+        bool, typer.Option("--compile", help="Compile the decode step; pays off on a GPU.")
     ] = False,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; beyond, status 429.")] = 64,
-    max_body_bytes: Annotated[int, typer.Option(help="Size of a request's body.")] = 4 * 2**20,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 64,
+    max_body_bytes: Annotated[int, typer.Option(help="Maximum size of a request body.")] = 4
+    * 2**20,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt; default: the context window.")
+        int | None, typer.Option(help="Maximum tokens of a prompt. Default: the context window.")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer, also where the request says nothing.")
+        int, typer.Option(help="Maximum tokens of an answer, and the default of requests.")
     ] = 4096,
-    max_seconds: Annotated[float, typer.Option(help="Time for one request.")] = 600.0,
-    max_preferences: Annotated[int, typer.Option(help="Preferences per request.")] = 4,
-    max_choices: Annotated[int, typer.Option(help="Answers per request (`n`).")] = 16,
+    max_seconds: Annotated[float, typer.Option(help="Maximum time for a request.")] = 600.0,
+    max_preferences: Annotated[int, typer.Option(help="Maximum preferences per request.")] = 4,
+    max_choices: Annotated[int, typer.Option(help="Maximum answers per request (`n`).")] = 16,
     max_grammar_bytes: Annotated[
-        int, typer.Option(help="Size of a grammar, a JSON schema, the tools of a forced call.")
+        int, typer.Option(help="Maximum size of a grammar, JSON schema, or tools of a forced call.")
     ] = 2**16,
-    max_thumbs: Annotated[int, typer.Option(help="Thumbs kept per user.")] = 1000,
+    max_thumbs: Annotated[int, typer.Option(help="Maximum thumbs kept per user.")] = 1000,
     drain_seconds: Annotated[
-        float, typer.Option(help="After SIGTERM, time for running requests to end.")
+        float, typer.Option(help="Time for running requests to finish after SIGTERM.")
     ] = 30.0,
     log_content: Annotated[
         bool, typer.Option("--log-content", help="Log prompts, preferences and answers.")
     ] = False,
 ) -> None:
-    """Serve the model to OpenAI clients, each request steered by its own `preference`."""
+    """Serve the model to OpenAI clients; each request is steered by its own `preference`."""
     further = {
         "pack": pack,
         "gpu_layers": gpu_layers,
@@ -181,16 +188,16 @@ def start(
     around: Callable[[ASGIApp], ASGIApp] | None = None,
     on_start: Callable[[str], None] | None = None,
 ) -> None:
-    """Run a server until a signal, or until its model can't be loaded.
+    """Run a server until a signal arrives or the model can't be loaded.
 
     Args:
         loading: arguments of `load`.
-        host, port: where it listens.
+        host, port: the address to listen on.
         api_keys, name, preferences, thumbs, allowed_hosts, allowed_origins, log_content: see
             `create_app`.
         limits: fields of `Limits`.
-        drain_seconds: time for running requests to end after the signal.
-        around: puts another application before the server's, which it is given.
+        drain_seconds: time for running requests to finish after the signal.
+        around: wraps the server's application in another one.
         on_start: called with the server's address once it listens.
 
     Raises:
@@ -224,7 +231,7 @@ def start(
     )
     if not loopback and not api_keys:
         Console(stderr=True).print(
-            f"Anybody who reaches {host}:{port} can use this server: no --api-key.",
+            f"Anyone who can reach {host}:{port} can use this server: no --api-key is set.",
             style="yellow",
         )
     whole = app if around is None else around(app)
@@ -234,8 +241,8 @@ def start(
         port,
         access_log=False,
         timeout_graceful_shutdown=5,
-        # Longer than clients and proxies keep a connection: else one is closed here at the moment
-        # at which they send a request on it.
+        # Longer than clients and proxies keep a connection. Otherwise the server may close one just
+        # as a client sends a request on it.
         timeout_keep_alive=75,
     )
     servers.append(Server(config, app.state.service, drain_seconds, on_start))

@@ -70,7 +70,7 @@ def test_a_chat_streams_answers_and_remembers_them(scripted: Scripted) -> None:
 
 def test_clear_forgets_the_conversation(scripted: Scripted) -> None:
     scripted()
-    assert chat("two", "/clear", "one")[-3:] == ["The conversation is forgotten.", *PLAIN]
+    assert chat("two", "/clear", "one")[-3:] == ["The conversation is cleared.", *PLAIN]
 
 
 def test_a_preference_can_be_set_changed_and_switched_off(scripted: Scripted) -> None:
@@ -85,7 +85,7 @@ def test_a_preference_can_be_set_changed_and_switched_off(scripted: Scripted) ->
         "Short.",
         "1 words · 7 tokens · N ms/token",
         off,
-        "The conversation is forgotten.",
+        "The conversation is cleared.",
         *PLAIN,
     ]
 
@@ -116,7 +116,7 @@ def test_settings_are_checked_and_kept(scripted: Scripted) -> None:
 
 def test_an_unknown_command_is_not_asked_of_the_model(scripted: Scripted) -> None:
     model = scripted()
-    assert chat("/prefer this") == ["/prefer is no command; /help lists them."]
+    assert chat("/prefer this") == ["/prefer is not a command; /help lists them."]
     assert model.calls == []
 
 

@@ -119,7 +119,7 @@ def test_thumbs_give_a_strength(
     steering = Steering.model_validate_json(out.read_text(encoding="utf-8"))
     assert steering.placement == "user"
     assert "Be brief." in result.stdout
-    assert "of 3 thumbs are foretold by the others." in result.stdout
+    assert "of 3 thumbs are predicted by the others." in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["steering.json", "thumbs.jsonl"]
 
 
@@ -139,7 +139,7 @@ def test_a_servers_file_gives_one_users_strength(
     for user in ("ann", "bob"):
         result = run("--thumbs", file, "--user", user, "--out", out, "--placement", "user")
         assert result.exit_code == 0, result.output
-        assert "of 1 thumbs are foretold by the others." in result.stdout
+        assert "of 1 thumbs are predicted by the others." in result.stdout
         weights[user] = Steering.model_validate_json(out.read_text(encoding="utf-8")).strength
     store.close()
     middle = tiny.steering.strength  # they like the opposite, so one pulls up and one down

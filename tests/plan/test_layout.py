@@ -100,7 +100,7 @@ def test_the_command_prints_a_table_and_what_to_start() -> None:
     assert "ms per token, at best" in shown
     split = run("-m", "llama-3.1-70b", "--gpu", "H100", "--users", "2000")
     assert "--backend vllm --model MODEL --dtype bfloat16 --tensor-parallel-size" in split
-    assert "nodes: Amulet's documentation, Scaling, tells how." in split
+    assert "nodes: see Amulet's documentation, Scaling." in split
     none = run("-m", "llama-3.1-70b", "--memory", "8", "--users", "1", "--preferences", "0")
     assert "Not even one user fits on 8 such GPUs" in none
     assert "ms per token" not in none
@@ -130,7 +130,7 @@ def test_the_command_gives_json(tmp_path: Path) -> None:
 def test_errors_are_one_line_and_where_to_read_on() -> None:
     more = f"More: {RequestError.help_page}"
     both = run("-m", "llama-3.1-8b", "--users", "1", code=1)
-    assert both == f"error: Give --gpu NAME or --memory GB, one of them. {more}"
+    assert both == f"error: Give either --gpu NAME or --memory GB. {more}"
     named = run("-m", "llama", "--users", "1", "--gpu", "H100", code=1)
     assert named.startswith("error: model-config='llama': no such file or folder; known names")
     small = run("-m", "llama-3.1-8b", "--users", "1", "--memory", "0", code=1)

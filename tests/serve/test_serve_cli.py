@@ -172,7 +172,10 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mo
 
 def test_an_open_door_is_told_of(servers: list[Server]) -> None:
     result = run("--host", "0.0.0.0")
-    assert "Anybody who reaches 0.0.0.0:8000 can use this server: no --api-key." in result.output
+    assert (
+        "Anyone who can reach 0.0.0.0:8000 can use this server: no --api-key is set."
+        in result.output
+    )
 
 
 def test_what_fails_is_one_line(
