@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over one `Amulet`; `amulet serve` starts it, docs/serving.md tells.
+"""An OpenAI-compatible server for one `Amulet`, started by `amulet serve`; see docs/serving.md.
 
-`create_app` is in `amulet.serve.app`; importing this package alone needs no web framework.
+`create_app` is in `amulet.serve.app`. Importing this package does not load the web framework.
 """

@@ -43,8 +43,8 @@ from amulet.serve.thumbs import add_thumbs
 
 _JSON = re.compile(r"application/([\w.-]+\+)?json", re.IGNORECASE)
 User = Annotated[str, InPath(min_length=1, max_length=256)]
-SLOW_READER = 60.0  # seconds to take what is decoded, beyond a request's own time
-PING = 10.0  # seconds of silence after which a stream says that it is still there
+SLOW_READER = 60.0  # seconds that a client has to read the rest, beyond the request's time limit
+PING = 10.0  # seconds of silence after which a stream sends a comment
 PATHS = ("/chat/completions", "/completions", "/models")  # below /v1
 
 
@@ -64,31 +64,31 @@ def create_app(
     """Return the ASGI application; `app.state.service` is its `Service`.
 
     Args:
-        amulet: the model, or what loads it once the server runs; until then it answers 503.
-        name: what clients call the model, one name or several; None is the last part of its own.
-        api_keys: keys of which a client must send one; none lets everybody in.
-        limits: what requests may ask for.
-        preferences: an SQLite file of stored preferences; needs an API key.
-        thumbs: an SQLite file of stored thumbs, the same one or another; ":memory:" keeps them
-            until the server stops. Without an API key a user's name has 32 characters or more.
-        allowed_hosts: names in the `Host` header that are answered; None answers all.
-        allowed_origins: origins of pages that may use the server from a browser (CORS), such as
-            "https://app.example.com"; "*" is every page.
+        amulet: the model, or a function that loads it while the server runs and answers 503.
+        name: the model's name or names for clients; None uses the last part of its own name.
+        api_keys: keys, one of which a client must send; if empty, no key is required.
+        limits: the limits of requests.
+        preferences: an SQLite file for stored preferences; requires an API key.
+        thumbs: an SQLite file for stored thumbs, which may be the same file; ":memory:" keeps them
+            until the server stops. Without an API key, user names need 32 characters or more.
+        allowed_hosts: accepted names in the `Host` header; None accepts all.
+        allowed_origins: origins whose pages may call the server (CORS), such as
+            "https://app.example.com"; "*" permits all.
         log_content: write prompts, preferences and answers to the log.
-        on_failure: called where the model can't be loaded.
+        on_failure: called if the model can't be loaded.
 
     Raises:
-        RequestError: preferences without an API key, an empty key or name, or what is no origin.
+        RequestError: preferences without an API key, an empty key or name, or an invalid origin.
     """
     names = [name] if isinstance(name, str) else list(name or ())
     if any(not one.strip() for one in names):
-        raise RequestError("name: expected what clients call the model, got an empty text.")
+        raise RequestError("name: expected the model's name for clients, got an empty text.")
     if any(not key.strip() for key in api_keys):
         raise RequestError("api_key: expected a key, got an empty text.")
     check_origins(allowed_origins)
     if preferences is not None and not api_keys:
         raise RequestError(
-            "Stored preferences need an API key: otherwise anybody could read and change them."
+            "Stored preferences need an API key: otherwise anyone could read and change them."
         )
     service = Service(limits or Limits(), log_content)
     store = None if preferences is None else Store(preferences)
@@ -116,11 +116,11 @@ def create_app(
     app = FastAPI(
         title="Amulet",
         version=__version__,
-        description="An OpenAI-compatible server that steers each answer to a preference.",
-        docs_url=None,  # these pages load their scripts from another host
+        description="An OpenAI-compatible server that steers each answer towards a preference.",
+        docs_url=None,  # the pages would load scripts from another host
         redoc_url=None,
         lifespan=lifespan,
-        redirect_slashes=False,  # a path that lacks its id is no other route
+        redirect_slashes=False,  # a path without its id must not match another route
     )
     app.state.service = service
     _add_routes(app, service, store, keeps_thumbs=thumb_store is not None)
@@ -140,7 +140,7 @@ def create_app(
 
 
 def served_name(amulet: Amulet) -> str:
-    """Return what clients call a model: its hub id, or its folder's last part."""
+    """Return a model's name for clients: the last part of its hub id or folder."""
     folder = Path(amulet.name)
     return folder.name if folder.is_dir() or folder.is_absolute() else amulet.name
 
@@ -177,7 +177,7 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
         except AmuletError as error:
             raise from_amulet(error, fields) from None
         except ClientGone:
-            return Response(status_code=499)  # nobody reads it; the log and the metrics tell
+            return Response(status_code=499)  # only for the log and the metrics
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
@@ -191,13 +191,13 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
 
     @app.get("/v1/models", responses=RESPONSES)
     async def models() -> dict[str, Any]:
-        """List the one model, by each of its names."""
+        """List the model under each of its names."""
         service.amulet  # noqa: B018  (503 while it is loaded)
         return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
     @app.get("/v1/models/{model:path}", responses=RESPONSES)
     async def model(model: str) -> dict[str, Any]:
-        """Tell what a client on the other side needs to know of the model."""
+        """Return what a client needs to know about the model."""
         _check_model(service, model)
         amulet = service.amulet
         template = getattr(amulet.tokenizer, "chat_template", None)
@@ -215,7 +215,7 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
 
     @app.post("/tokenize", responses=RESPONSES)
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        """Return the token ids of a text, or of a chat as the model's template writes it."""
+        """Return the token ids of a text, or of a chat rendered by the model's template."""
         _check_model(service, body.model)
         try:
             ids = await asyncio.to_thread(_tokens, service.amulet, body)
@@ -225,14 +225,14 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
 
     @app.get("/health", responses=RESPONSES)
     async def health() -> dict[str, str]:
-        """Tell whether requests are answered: 200, or 503 while loading or draining."""
+        """Return 200 if requests are answered, 503 while loading or draining."""
         if service.traffic.state != "ready":
             raise not_ready(service.traffic.state)
         return {"status": "ready"}
 
     @app.get("/metrics", responses=RESPONSES)
     async def metrics() -> Response:
-        """Return the figures in Prometheus's form."""
+        """Return the metrics in Prometheus's text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
@@ -257,7 +257,7 @@ def _add_store(app: FastAPI, limits: Limits, store: Store) -> None:
 
     @app.delete("/v1/preferences/{user}", responses=RESPONSES, status_code=204)
     async def delete_preference(user: User) -> Response:
-        """Forget a user's settings."""
+        """Delete a user's settings."""
         if not await asyncio.to_thread(store.delete, user):
             raise _no_preference()
         return Response(status_code=204)
@@ -286,13 +286,13 @@ def _add_errors(app: FastAPI) -> None:
             message = _no_route(http)
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
-            message = f"{http.method} {http.url.path!r:.200}: this route takes {allowed}."
+            message = f"{http.method} {http.url.path!r:.200}: this route accepts {allowed}."
         told = ApiError(error.status_code, message, code=codes.get(error.status_code))
         return JSONResponse(told.body, told.status, error.headers)
 
 
 def _no_route(http: HttpRequest) -> str:
-    """Say what is wrong with a path; mostly it is the base URL that a client was given."""
+    """Say what is wrong with a path; usually it is the client's base URL."""
     path = http.url.path
     found = next((known for known in PATHS if path.rstrip("/").endswith(known)), None)
     hint = "/openapi.json lists the routes."
@@ -300,12 +300,12 @@ def _no_route(http: HttpRequest) -> str:
         wrong = {0: "lacks /v1", 1: "has another path"}.get(path.count("/v1"), "has /v1 twice")
         hint = f"The client's base URL {wrong}: set it to {http.base_url}v1."
     elif path.endswith("/responses"):
-        hint = "There is no Responses API here: have the client use /v1/chat/completions."
+        hint = "The Responses API is not available: set the client to use /v1/chat/completions."
     return f"There is no route {path!r:.200}. {hint}"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a job; the job is closed however the response ends."""
+    """Server-sent events of a job. The job is closed in any case when the response ends."""
 
     def __init__(self, chunks: AsyncIterator[str], job: ServedRequest, seconds: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -328,7 +328,7 @@ async def _chunks(
     try:
         async for item in job.events(PING):
             if item is None:
-                yield ": the answer is on its way\n\n"  # a comment, which clients skip
+                yield ": the answer is not finished\n\n"  # a comment, which clients skip
                 continue
             index, event = item
             if index not in begun and writer.kind == "chat":
@@ -348,7 +348,7 @@ async def _chunks(
 
 
 def _sse(content: dict[str, Any]) -> str:
-    # In ASCII: some clients take U+2028 and others of Unicode's line ends for the end of a line.
+    # In ASCII, because some clients take U+2028 and other Unicode line ends for the end of a line.
     return f"data: {json.dumps(content)}\n\n"
 
 

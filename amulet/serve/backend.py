@@ -1,4 +1,4 @@
-"""`--backend vllm` hands the rest of the command line to vLLM's server: the options are vLLM's."""
+"""The option `--backend vllm`, which passes all other options to vLLM's server."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from amulet.console import readable_errors
 
 Backend = Annotated[
     Literal["amulet", "vllm"],
-    typer.Option(help="vllm: vLLM's engine and server; the other options are then vLLM's."),
+    typer.Option(help="vllm runs vLLM's engine and server; all other options are then vLLM's."),
 ]
 
 
 class ServeCommand(TyperCommand):
-    """The command `serve`, which reads its own options for Amulet's backend only."""
+    """The command `serve`, which parses its own options only for Amulet's backend."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options, or serve with vLLM and leave."""
+        """Parse the options, or run vLLM's server and exit."""
         rest = vllm_arguments(args)
         if rest is not None:
             from amulet.vllm_backend.cli import serve
@@ -32,7 +32,7 @@ class ServeCommand(TyperCommand):
 
 
 def vllm_arguments(args: Sequence[str]) -> list[str] | None:
-    """Return the arguments without `--backend vllm`; None where that is not among them."""
+    """Return the arguments without `--backend vllm`, or None if that is not given."""
     for i, argument in enumerate(args):
         if argument == "--backend=vllm":
             return [*args[:i], *args[i + 1 :]]

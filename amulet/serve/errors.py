@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status and JSON of message, type, param and code."""
+"""Errors in OpenAI's format: a status, and JSON with message, type, param and code."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from amulet.errors import (
     TemplateError,
 )
 
-# Where our name of an option is not OpenAI's.
+# Options whose name differs from OpenAI's.
 PARAMS = {
     "grammar": "response_format",
     "max_new_tokens": "max_tokens",
     "template_options": "chat_template_kwargs",
 }
-# What the OpenAPI document says of each status.
+# Descriptions of the statuses for the OpenAPI document.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": description}
     for status, description in {
-        400: "The request is not valid; `error.param` names the field.",
+        400: "The request is invalid; `error.param` names the field.",
         401: "The API key is missing or wrong.",
         404: "There is no such model, preference, thumb or route.",
         413: "The body is too large.",
-        429: "The queue is full; `Retry-After` tells when to try again.",
-        503: "The model is being loaded, or the server shuts down or is out of memory or time.",
-        507: "The file of preferences and thumbs is full.",
+        429: "The queue is full; `Retry-After` says when to retry.",
+        503: "The model is loading, or the server is shutting down or out of memory or time.",
+        507: "The file for preferences and thumbs is full.",
     }.items()
 }
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)
@@ -43,14 +43,14 @@ _NAMED = re.compile(r"([a-z_]+)(?=[\[ .=:(])")
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
         status: the HTTP status.
         message: what was given, what was expected, how to fix it.
-        param: the field of the body that it is about.
-        code: what a program tells errors apart by.
-        retry_after: in how many seconds to try again.
+        param: the field of the body that is wrong.
+        code: identifies the error for programs.
+        retry_after: seconds after which to retry.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        # A client may send lone surrogates, which no answer can carry.
+        # A client may send lone surrogates, which no response can contain.
         message = self.message.encode("utf-8", "replace").decode("utf-8")
         param = self.param and self.param.encode("utf-8", "replace").decode("utf-8")
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that belong to the status."""
+        """The headers that the status requires."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
@@ -92,11 +92,11 @@ class ApiError(Exception):
 
 
 def from_amulet(error: AmuletError, fields: Sequence[str]) -> ApiError:
-    """Return what the client is told of an `AmuletError`.
+    """Convert an `AmuletError` to the client's error.
 
     Args:
         error: the error.
-        fields: names of the body's fields; one of them at the message's beginning is the `param`.
+        fields: names of the body's fields. One at the start of the message becomes `param`.
     """
     message = str(error)
     if isinstance(error, RequestError):
@@ -108,7 +108,7 @@ def from_amulet(error: AmuletError, fields: Sequence[str]) -> ApiError:
         elif isinstance(error, TemplateError):
             code, param = "template_error", param or source
         return ApiError(400, message, param=param, code=code)
-    if type(error) is DecodeError and message.startswith("The grammar"):  # and it is the client's
+    if type(error) is DecodeError and message.startswith("The grammar"):  # the client's own grammar
         return ApiError(400, message, param=_param("grammar:", fields), code="grammar_error")
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, message, code="out_of_memory", retry_after=1)
@@ -118,12 +118,12 @@ def from_amulet(error: AmuletError, fields: Sequence[str]) -> ApiError:
 
 
 def from_validation(findings: Sequence[Mapping[str, Any]], known: Collection[str]) -> ApiError:
-    """Return what the client is told of a body that doesn't fit its schema.
+    """Convert the errors of a body that doesn't match its schema.
 
-    The message names the fields, not what they held: it may be a prompt.
+    The message names the fields but not their contents, which may be a prompt.
 
     Args:
-        findings: pydantic's.
+        findings: pydantic's errors.
         known: names of the body's fields.
     """
     told: dict[str, list[str]] = {}
@@ -138,7 +138,7 @@ def from_validation(findings: Sequence[Mapping[str, Any]], known: Collection[str
         else:
             message = str(finding["msg"]).removeprefix("Value error, ").rstrip(".")
             message = message[:1].lower() + message[1:]
-        if field == "body" and (named := _LED.match(message)):  # of the body as a whole
+        if field == "body" and (named := _LED.match(message)):  # about the body as a whole
             field, message = named.groups()
         messages = told.setdefault(field, [])
         if message not in messages:

@@ -1,8 +1,8 @@
-"""What every request passes before its route: host, API key, state, body size, a catch for errors.
+"""The checks before every route: host, API key, state and body size; also catches errors.
 
-Every response has an `x-request-id`: the request's own, or a new one.
+Every response has an `x-request-id`, taken from the request or new.
 
-Plain ASGI: Starlette's `BaseHTTPMiddleware` would hide from the routes that a client has gone.
+Plain ASGI, because Starlette's `BaseHTTPMiddleware` hides disconnects from the routes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from amulet.serve.service import Service
 
 logger = logging.getLogger("amulet.serve")
 
-OPEN = ("/health",)  # a load balancer has no key
-ALWAYS = ("/health", "/metrics")  # answered while loading and draining too
+OPEN = ("/health",)  # load balancers have no key
+ALWAYS = ("/health", "/metrics")  # also answered while loading and draining
 REQUEST_ID = "x-request-id"
-_ID = re.compile(r"[!-~]{1,200}")  # what may stand in a header and in the log
+_ID = re.compile(r"[!-~]{1,200}")  # safe in a header and in the log
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 
@@ -40,11 +40,11 @@ class Guard:
 
     Args:
         app: the routes.
-        service: for its state, limits and metrics.
-        api_keys: any of them is good; none at all lets everybody in.
-        hosts: names in the `Host` header that are answered; None answers all. A page in a browser
-            can point a name of its own at a server on loopback; the header tells.
-        origins: pages that may use the server from a browser; "*" is every page.
+        service: provides the state, limits and metrics.
+        api_keys: any of these is accepted; if empty, no key is required.
+        hosts: accepted names in the `Host` header; None accepts all. A web page can point a
+            name of its own at a server on loopback (DNS rebinding); the header reveals it.
+        origins: origins whose pages may call the server; "*" permits all.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Guard:
         self._hosts = hosts
 
         self._inner: ASGIApp = self._answer
-        if origins:  # around the checks: a page must be able to read why it was refused
+        if origins:  # outside the checks, so that a page can read why it was refused
             self._inner = CORSMiddleware(
                 self._answer,
                 allow_origins=origins,
@@ -111,19 +111,23 @@ class Guard:
         except ApiError as error:
             await answer(error)(scope, receive, send)
         except Exception as error:
-            # Without the error's own words: they may hold a prompt.
+            # Without the error's message, which may contain a prompt.
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("%s in a request:\n%s", type(error).__name__, frames)
-            if begun:  # too late for another status: break the connection off
+            if begun:  # too late for another status: drop the connection
                 raise ConnectionAbortedError("the answer broke off") from None
-            wrong = ApiError(500, "The server has made a mistake.", code="internal_error")
+            wrong = ApiError(
+                500, "The server failed while it handled the request.", code="internal_error"
+            )
             await answer(wrong)(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         path = scope["path"]
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
-            raise ApiError(403, "The Host header is not one of this server.", code="wrong_host")
+            raise ApiError(
+                403, "The Host header names none of this server's hosts.", code="wrong_host"
+            )
         if self._keys and path not in OPEN and not self._knows(headers.get("authorization", "")):
             raise ApiError(
                 401,
@@ -149,7 +153,7 @@ class Guard:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._service.limits.body_bytes:  # FastAPI lets this class alone through
+            if taken > self._service.limits.body_bytes:  # FastAPI passes only this class through
                 raise HTTPException(413, self._too_large().message)
             return message
 
@@ -159,7 +163,7 @@ class Guard:
         most = self._service.limits.body_bytes
         return ApiError(
             413,
-            f"The body is larger than {most} bytes, what this server permits.",
+            f"The body is larger than {most} bytes, the limit of this server.",
             code="too_large",
         )
 
@@ -168,7 +172,7 @@ def check_origins(origins: Sequence[str]) -> None:
     """Check origins of pages.
 
     Raises:
-        RequestError: what no browser would send as its `Origin`.
+        RequestError: a value that no browser would send as `Origin`.
     """
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
@@ -186,12 +190,12 @@ def _host(header: str) -> str | None:
 
 
 def not_ready(state: str) -> ApiError:
-    """Return the answer of a server that doesn't answer yet, or no more."""
+    """Return the error of a server that is loading or draining."""
     if state == "loading":
         return ApiError(503, "The model is still being loaded.", code="loading", retry_after=5)
     return ApiError(503, "The server is shutting down.", code="draining", retry_after=5)
 
 
 def answer(error: ApiError) -> JSONResponse:
-    """Return an error as the HTTP response that it is."""
+    """Return an error as an HTTP response."""
     return JSONResponse(error.body, error.status, error.headers)

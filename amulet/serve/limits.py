@@ -1,4 +1,4 @@
-"""What a server permits, and who is being answered or waits: `Limits` and `Traffic`."""
+"""The limits of requests, and the queue: `Limits` and `Traffic`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ State = Literal["loading", "ready", "draining"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all together, may ask for.
+    """The limits of one request, and of all requests together.
 
     Attributes:
-        queue: requests that may wait for a place in the batch; further ones get status 429.
-        body_bytes: size of a request's body.
+        queue: requests that may wait for a place in the batch; more get status 429.
+        body_bytes: size of a request body.
         prompt_tokens: tokens of a prompt, the preference included; None is the context window.
-        max_tokens: tokens of one answer, and what an answer gets that asks for no number.
-        seconds: time for one request. What is decoded by then is the answer.
+        max_tokens: tokens of an answer, and the default of requests that set no limit.
+        seconds: time for a request; the answer ends with the tokens decoded by then.
         preferences: preferences per request; each costs a row of the batch.
         choices: answers per request: prompts times `n`.
         grammar_bytes: size of a grammar, JSON schema, or the tools of a forced call.
-        thumbs: thumbs that are kept per user.
+        thumbs: thumbs kept per user.
 
     Raises:
-        RequestError: a number is out of its range.
+        RequestError: a value is out of range.
     """
 
     queue: int = 64
@@ -50,17 +50,17 @@ class Limits:
 
 
 def rows_of(request: Request, default: Steering) -> int:
-    """Return how many rows of the batch a request takes, at most; `default` steers it."""
+    """Return the maximum number of rows of a request that `default` steers."""
     steering = request.steering(default)
     return 1 + len(row_weights(request.preference, steering.strength, steering.focus))
 
 
 class Traffic:
-    """Counts the requests that are being answered; used in the event loop's thread only.
+    """Counts the requests being answered. Use it only in the event loop's thread.
 
     Args:
-        rows: rows that the engine decodes at once. It takes requests in their order.
-        limits: how many may wait.
+        rows: maximum rows of the engine, which takes requests in order.
+        limits: sets how many may wait.
     """
 
     def __init__(self, rows: int, limits: Limits) -> None:
@@ -68,14 +68,14 @@ class Traffic:
         self.rows = rows
         self._limits = limits
         self._entered: dict[object, int] = {}
-        self._seconds = 1.0  # of a usual request
+        self._seconds = 1.0  # of a typical request
 
     def __len__(self) -> int:
         return len(self._entered)
 
     @property
     def waiting(self) -> int:
-        """How many requests have no place in the batch yet."""
+        """The number of requests without a place in the batch."""
         taken = 0
         for place, rows in enumerate(self._entered.values()):
             if taken and taken + rows > self.rows:
@@ -84,7 +84,7 @@ class Traffic:
         return 0
 
     def enter(self, rows: int) -> object:
-        """Take a place in the queue for a request; return the ticket that `leave` takes.
+        """Add a request to the queue; return the ticket for `leave`.
 
         Raises:
             ApiError: the queue is full (429).
@@ -96,14 +96,14 @@ class Traffic:
             del self._entered[ticket]
             raise ApiError(
                 429,
-                f"The queue is full: {waiting} requests wait, {self._limits.queue} may. "
-                "Send the request again later.",
+                f"The queue is full: {waiting} requests wait, the limit is {self._limits.queue}. "
+                "Retry later.",
                 code="queue_full",
                 retry_after=min(60.0, self._seconds * (waiting + 1) / max(1, len(self) - waiting)),
             )
         return ticket
 
     def leave(self, ticket: object, seconds: float) -> None:
-        """Give a place back; `seconds` is how long it was taken."""
+        """Remove a request, which took `seconds`."""
         if self._entered.pop(ticket, None) is not None:
             self._seconds += 0.1 * (seconds - self._seconds)

@@ -1,7 +1,7 @@
-"""Which tokens wrote an answer's content, with their bytes and places, for `logprobs`.
+"""Finds the tokens of an answer's content, with their bytes and offsets, for `logprobs`.
 
-A client expects that the tokens add up to the content. The end of turn, thinking, tool calls and a
-stop string are decoded as well, and a character may be written by several tokens.
+Clients expect the tokens to add up to the content. But the end-of-turn token, thinking, tool calls
+and stop sequences are decoded, too, and a character may take several tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from amulet.reply import Event, TokenTrace
 
-_LOST = "\N{REPLACEMENT CHARACTER}"  # bytes that are no character; how many of these, differs
+_LOST = "\N{REPLACEMENT CHARACTER}"  # for invalid bytes; their number varies
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -26,8 +26,8 @@ class Written:
 
     Attributes:
         token: what was decoded.
-        raw: what of its bytes is in the content; a stop string may have cut it.
-        offset: of its first character, in characters from the content's beginning.
+        raw: the part of its bytes that is in the content; a stop sequence may cut a token.
+        offset: of its first character, in characters from the start of the content.
     """
 
     token: TokenTrace
@@ -36,25 +36,25 @@ class Written:
 
     @property
     def text(self) -> str:
-        """The bytes as text, U+FFFD for a part of a character."""
+        """The bytes as text, with U+FFFD for an incomplete character."""
         return readable(self.raw)
 
 
 class Content:
-    """The tokens of one answer's content, found as its events come.
+    """Finds the tokens of one answer's content from its events.
 
     Args:
-        raw: bytes of tokens.
+        raw: the bytes of the tokenizer's tokens.
     """
 
     def __init__(self, raw: TokenBytes) -> None:
         self._raw = raw
-        self._text = ""  # of the content, whose tokens are still to be found
+        self._text = ""  # content whose tokens have not been found yet
         self._waiting: list[TokenTrace] = []
         self._length = 0
 
     def take(self, event: Event) -> list[Written]:
-        """Take the next event; return the tokens of the content that are known by now."""
+        """Take the next event; return the content's tokens that are known so far."""
         if event.kind != "text":
             return self.end()
         self._text += event.text
@@ -62,7 +62,7 @@ class Content:
         return list(self._found(ended=False))
 
     def end(self) -> list[Written]:
-        """Return what is left once no more text follows what there is."""
+        """Return the remaining tokens at the end of the text."""
         found = list(self._found(ended=True))
         self._text, self._waiting = "", []
         return found
@@ -70,17 +70,17 @@ class Content:
     def _found(self, ended: bool) -> Iterator[Written]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         group: list[TokenTrace] = []
-        said, done = "", 0  # of the group, and how many of those that wait are before it
+        said, done = "", 0  # text of the group, and the number of pending tokens before it
         for place, token in enumerate(self._waiting):
             if not self._text:
                 break
             is_last = ended and place == len(self._waiting) - 1
             group.append(token)
             said += decoder.decode(self._raw.of(token.token_id) or b"", final=is_last)
-            if not is_last and (not said or decoder.getstate()[0]):  # in the middle of a character
+            if not is_last and (not said or decoder.getstate()[0]):  # inside a character
                 continue
             end = self._match(said, ended)
-            if end is None:  # more text may come
+            if end is None:  # more text may follow
                 break
             if end:
                 yield from self._written(group, self._text[:end])
@@ -88,8 +88,8 @@ class Content:
         self._waiting = self._waiting[done:]
 
     def _match(self, said: str, ended: bool) -> int | None:
-        """Return how much of the text some tokens wrote, 0 if none; None: it can't be told yet."""
-        # Some tokenizers leave off an answer's first space, and space around spans is dropped.
+        """Return how much of the text these tokens wrote, 0 if none, or None if not known yet."""
+        # Some tokenizers drop an answer's first space, and space around spans is dropped.
         for text in dict.fromkeys((said, said.removeprefix(" "), said.lstrip())):
             if not text:
                 continue
@@ -106,9 +106,9 @@ class Content:
         before, self._text = self._length, self._text[len(text) :]
         self._length += len(text)
         known = b"".join(self._raw.of(token.token_id) or b"" for token in group)
-        # Without the space that was dropped, and up to where the content was cut.
+        # Without the dropped space, and only up to where the content was cut.
         start, end = 0, len(known)
-        if _LOST not in text:  # else its bytes are not those of the tokens
+        if _LOST not in text:  # otherwise its bytes differ from the tokens'
             start = max(0, known.find(text.encode()))
             end = start + len(text.encode())
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -125,7 +125,7 @@ class Content:
 
 
 class TokenBytes:
-    """The bytes of a tokenizer's tokens: of a part of a character too, which has no text.
+    """The bytes of a tokenizer's tokens, including tokens that are only part of a character.
 
     Args:
         tokenizer: byte-level BPE, or pieces with `▁` for a space and `<0xE2>` for a byte.
@@ -142,11 +142,11 @@ class TokenBytes:
         self._is_byte_level = _byte_level(tokens).endswith("é".encode())
 
     def of(self, token_id: int) -> bytes | None:
-        """Return a token's bytes in an answer; None for a special token: it has no text there."""
+        """Return a token's bytes in an answer, or None for a special token, which has no text."""
         return None if token_id in self._silent else self.named(token_id)
 
     def named(self, token_id: int) -> bytes:
-        """Return a token's bytes, those of a special token's name too."""
+        """Return a token's bytes; for a special token, those of its name."""
         if token_id in self._added:
             return self._added[token_id]
         token = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -168,12 +168,12 @@ def _byte_level(token: str) -> bytes:
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """Byte-level BPE's letters: a printable byte is itself, the others U+0100 and up."""
+    """Return byte-level BPE's alphabet: printable bytes are themselves, others U+0100 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
 def readable(raw: bytes) -> str:
-    """Return a token's bytes as text, U+FFFD for a part of a character."""
+    """Return a token's bytes as text, with U+FFFD for an incomplete character."""
     return raw.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Counters and times of a server, in Prometheus's form; they hold no text."""
+"""A server's metrics in Prometheus's format; they contain no text of requests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """One server's figures, in a registry of their own.
+    """One server's metrics, in their own registry.
 
     Args:
-        in_flight, waiting, rows, cache_bytes: called when the figures are read.
+        in_flight, waiting, rows, cache_bytes: called when the metrics are read.
     """
 
     def __init__(
@@ -32,22 +32,24 @@ class Metrics:
             "amulet_requests", "Requests by route and status.", "route", "status"
         )
         self.answers = self._counter(
-            "amulet_answers", "Answers by how they ended.", "finish_reason", "steered"
+            "amulet_answers", "Answers by finish reason.", "finish_reason", "steered"
         )
         self.tokens = self._counter(
             "amulet_tokens",
-            "Tokens: prompt (preferred rows), base_prompt (what steering adds), completion.",
+            "Tokens: prompt (preferred rows), base_prompt (added by steering), completion.",
             "kind",
         )
-        self.seconds = self._histogram("amulet_request_seconds", "Time from request to its end.")
+        self.seconds = self._histogram("amulet_request_seconds", "Time from a request to its end.")
         self.first = self._histogram("amulet_first_token_seconds", "Time to the first token.")
         self._gauge("amulet_requests_in_flight", "Requests being answered.", in_flight)
-        self._gauge("amulet_requests_waiting", "Requests without a place yet.", waiting)
-        self._gauge("amulet_rows", "Rows of the batch being decoded.", rows)
-        self._gauge("amulet_cache_bytes", "Their keys and values.", cache_bytes)
+        self._gauge(
+            "amulet_requests_waiting", "Requests waiting for a place in the batch.", waiting
+        )
+        self._gauge("amulet_rows", "Rows in the batch.", rows)
+        self._gauge("amulet_cache_bytes", "Size of their KV cache.", cache_bytes)
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus's text form."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:

@@ -1,4 +1,4 @@
-"""Replies and events as OpenAI's JSON: chat and text completions, whole and in chunks."""
+"""Converts replies and events to OpenAI's JSON: chat and text completions, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from amulet.reply import Event, InvalidToolCall, Reply, TokenTrace, Usage
 from amulet.serve.logprobs import Content, TokenBytes, Written, readable
 
-UNLIKELY = -9999.0  # what OpenAI's API says for a token that can't come; JSON has no -inf
+UNLIKELY = -9999.0  # OpenAI's value for an impossible token; JSON has no -inf
 
 
 @dataclass
@@ -21,11 +21,11 @@ class Writer:
     """Writes one request's answer.
 
     Args:
-        kind: which endpoint answers.
+        kind: the endpoint.
         model: the served model's name.
         prompts: how many prompts the request had; usage counts each once, whatever `n` is.
-        logprobs, trace, details: what was asked for beside the text.
-        raw: bytes of tokens.
+        logprobs, trace, details: requested in addition to the text.
+        raw: the bytes of the tokenizer's tokens.
     """
 
     kind: Literal["chat", "completion"]
@@ -40,17 +40,17 @@ class Writer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        # By choice: what finds the tokens of its content, and those that it has found.
+        # By choice: the finder of its content's tokens, and the tokens found.
         self._contents: dict[int, Content] = defaultdict(lambda: Content(self.raw))
         self._written: dict[int, list[Written]] = defaultdict(list)
 
     def take(self, index: int, event: Event) -> None:
-        """Take an event of an answer that `whole` will return."""
+        """Record an event of an answer that `whole` will return."""
         if self.logprobs:
             self._written[index] += self._contents[index].take(event)
 
     def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """Return the answer to a request that doesn't stream."""
+        """Return the response to a request without streaming."""
         choices = []
         for index, reply in enumerate(replies):
             choice: dict[str, Any] = {"index": index}
@@ -72,7 +72,7 @@ class Writer:
         return {**self._head(""), "choices": choices, "usage": self.usage(usages)}
 
     def first(self, index: int) -> dict[str, Any]:
-        """Return a choice's first chunk: its role."""
+        """Return a choice's first chunk, with its role."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
     def event(self, index: int, event: Event) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Writer:
         return self._chunk(index, delta, event)
 
     def last(self, index: int, reply: Reply) -> dict[str, Any]:
-        """Return a choice's last chunk: why it ended."""
+        """Return a choice's last chunk, with its finish reason."""
         chunk = self._chunk(index, {} if self.kind == "chat" else "")
         if self.logprobs and (left := self._contents[index].end()):
             chunk["choices"][0]["logprobs"] = self._logprobs(left)
@@ -106,7 +106,7 @@ class Writer:
         return chunk
 
     def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
-        """Return the chunk that tells the usage of all choices."""
+        """Return the chunk with the usage of all choices."""
         return {**self._head(".chunk"), "choices": [], "usage": self.usage(usages)}
 
     def usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
@@ -189,14 +189,14 @@ def _message(reply: Reply) -> dict[str, Any]:
             }
             for call in reply.tool_calls
         ]
-    # Never among the calls: clients complete arguments that are cut off, or call without any.
+    # Never among the calls: clients repair truncated arguments, or call without any.
     if reply.invalid_tool_calls:
         message["invalid_tool_calls"] = [vars(call) for call in reply.invalid_tool_calls]
     return message
 
 
 def _reason(reply: Reply) -> str:
-    # Ended by the server's time limit: what there is of the answer is cut, as by a token limit.
+    # The server's time limit cuts an answer off, as a token limit does.
     return "length" if reply.finish_reason == "cancelled" else reply.finish_reason
 
 
@@ -211,7 +211,7 @@ def _details(reply: Reply) -> dict[str, Any]:
 
 
 def _trace(token: TokenTrace) -> dict[str, Any]:
-    """A trace as JSON; null stands for −inf."""
+    """Return a trace as JSON, with null for −inf."""
     figures = {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
         for name, value in vars(token).items()

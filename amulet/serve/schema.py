@@ -1,8 +1,9 @@
-"""Bodies of requests as OpenAI's clients send them, and how they become `Request`s.
+"""Request bodies in OpenAI's format, and their conversion to `Request`s.
 
-An option that would change the answer and is not supported is refused unless it holds its neutral
-value; one that changes nothing here (`store`, `metadata`, ...) is accepted. So is null, for any
-option: clients write it where nothing is asked for.
+An unsupported option that would change the answer is refused unless it has its neutral value. An
+option without effect here (`store`, `metadata`, ...) is accepted. So is null, for any option,
+because
+clients send it for options that are not set.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from amulet.serve.limits import Limits
 SETTINGS = ("preference", *Steering.model_fields)
 DEPTH = 100
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
-SEEDS = 2**63  # any integer is a seed; the generators take this many
+SEEDS = 2**63  # any integer is accepted as a seed, modulo the generators' range
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MaxTokens: TypeAlias = Annotated[int, Field(ge=1)] | None
-Unused = Annotated[Any, Field(description="Accepted; it changes nothing here.")]
+Unused = Annotated[Any, Field(description="Accepted without effect.")]
 
 
-# Options of OpenAI's that would change the answer, and what to do. 0, false and "" change nothing.
+# OpenAI's options that would change the answer, with advice. 0, false and "" change nothing.
 REFUSED = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "logit_bias"), "leave it out"),
     **dict.fromkeys(("audio", "web_search_options"), "leave it out"),
@@ -55,7 +56,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     preference: str | Wish | list[str | Wish] | None = Field(
-        default=None, description='What the user wants of the answer; "" decodes plainly.'
+        default=None, description='What the user wants from the answer; "" decodes plainly.'
     )
     strength: Strength | None = None
     floor: Floor | None = None
@@ -69,18 +70,18 @@ class Settings(BaseModel):
         return readable(given)
 
     def settings(self) -> dict[str, Any]:
-        """Return what was given, as JSON."""
+        """Return the given settings as JSON."""
         return self.model_dump(mode="json", include=set(SETTINGS), exclude_none=True)
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells beside the answer."""
+    """What a stream reports in addition to the answer."""
 
     include_usage: bool | None = None
 
 
 class GrammarBody(BaseModel):
-    """A grammar as `amulet.Grammar` has it."""
+    """A grammar in the form of `amulet.Grammar`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,9 +90,9 @@ class GrammarBody(BaseModel):
 
 
 class Body(Settings):
-    """What chat and text completions have in common."""
+    """The fields that chat and text completions share."""
 
-    model: str | None = Field(default=None, description="The served model; None is that one too.")
+    model: str | None = Field(default=None, description="The served model; optional.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: MaxTokens = None
@@ -101,13 +102,13 @@ class Body(Settings):
     seed: Annotated[int, Field(description="Any integer.")] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
-    trace: bool = Field(default=False, description="Tell of each token why it was chosen.")
+    trace: bool = Field(default=False, description="Return, for each token, why it was chosen.")
     top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 and -1 are off.")] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     grammar: GrammarBody | None = None
     steer_grammar: bool = False
-    return_details: bool = Field(default=False, description="Tell token ids, steering and more.")
+    return_details: bool = Field(default=False, description="Return token ids, steering and more.")
 
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -123,11 +124,11 @@ class Body(Settings):
     def _only_what_is_done(self) -> Body:
         for name, instead in REFUSED.items():
             if getattr(self, name, None):
-                raise ValueError(f"{name}: not supported here; {instead}")
+                raise ValueError(f"{name}: not supported; {instead}")
         if set(getattr(self, "modalities", None) or ()) - {"text"}:
-            raise ValueError('modalities: this server answers with text; expected ["text"]')
+            raise ValueError('modalities: this server returns only text; expected ["text"]')
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: needs stream=true")
+            raise ValueError("stream_options: requires stream=true")
         return self
 
     def _sampling(
@@ -151,9 +152,9 @@ class Body(Settings):
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop"):
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
-        if self.top_k == -1:  # vLLM's way to say that it is off
+        if self.top_k == -1:  # off, in vLLM
             fields["top_k"] = 0
-        if self.top_p == 0:  # nothing but the likeliest token
+        if self.top_p == 0:  # only the likeliest token
             fields |= {"top_p": 1.0, "temperature": 0.0}
         if self.grammar is not None:
             check_size("grammar", self.grammar.source, limits)
@@ -170,13 +171,13 @@ class Body(Settings):
                 "answers per request.",
                 param="n",
             )
-        # Choices differ by their seeds, and the first is what it would be alone.
+        # Choices differ by their seeds; the first is the same as without further choices.
         seeds = [None if self.seed is None else (self.seed + choice) % SEEDS for choice in range(n)]
         return [Request(**source, seed=seed) for source in sources for seed in seeds]
 
 
 class ChatMessage(BaseModel):
-    """One message of a chat; further keys are for the chat template."""
+    """One message of a chat; further keys are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -198,7 +199,7 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
     reasoning_effort: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        default=None, description="For chat templates that know it."
+        default=None, description="For chat templates that support it."
     )
     modalities: list[str] | None = None
     prediction: Unused = None
@@ -214,11 +215,11 @@ class ChatBody(Body):
 
         Args:
             limits: what the server permits.
-            window: the model's context window in tokens; None where none is known.
-            stored: the user's stored settings; the body's own go first.
+            window: the model's context window in tokens; None if unknown.
+            stored: the user's stored settings; those of the body take precedence.
 
         Raises:
-            ApiError, RequestError: an option can't be had.
+            ApiError, RequestError: an option is not possible.
         """
         asked = self.max_completion_tokens or self.max_tokens
         fields = self._sampling(limits, asked or limits.max_tokens, window, stored)
@@ -228,7 +229,7 @@ class ChatBody(Body):
         if self.logprobs or self.trace:
             fields.update(trace=True, top_logprobs=self.top_logprobs or 0)
         elif self.top_logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+            raise ApiError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
         if self.tools:
             fields["tools"] = self.tools
             fields["tool_choice"] = tool_choice(self.tool_choice)
@@ -236,12 +237,12 @@ class ChatBody(Body):
             if fields["tool_choice"] not in ("auto", "none") or self.response_format:
                 check_size("tools", json.dumps(self.tools), limits)
         elif self.tool_choice not in (None, "auto", "none"):
-            raise ApiError(400, "tool_choice needs tools.", param="tool_choice")
+            raise ApiError(400, "tool_choice requires tools.", param="tool_choice")
         if (grammar := response_grammar(self.response_format)) is not None:
             if self.grammar is not None:
                 raise ApiError(400, "Give either grammar or response_format.", param="grammar")
             check_size("response_format", grammar.source, limits)
-            # Agent frameworks send both: a forced call leaves no text to give a form.
+            # Agent frameworks send both, but a forced call leaves no text to constrain.
             if fields.get("tool_choice", "none") in ("auto", "none"):
                 fields["grammar"] = grammar
         return self._choices([fields], limits)
@@ -276,7 +277,7 @@ class CompletionBody(Body):
 
 
 class TokenizeBody(BaseModel):
-    """The body of POST /tokenize: a text, or a chat as its template writes it."""
+    """The body of POST /tokenize: a text, or a chat to render by the template."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -301,11 +302,12 @@ class TokenizeBody(BaseModel):
 
 
 def readable(given: Any) -> Any:
-    """Return a body without what is null in it, if what comes after can read it.
+    """Return a body without its nulls, after checking that later code can process it.
 
     Raises:
-        ValueError: a text holds a lone surrogate, which JSON can spell and no tokenizer takes; or
-            lists and objects are nested more than `DEPTH` deep, which not all code below survives.
+        ValueError: a text contains a lone surrogate, which JSON permits but tokenizers don't; or
+            lists and objects are nested more than `DEPTH` levels deep, which later code may not
+            survive.
     """
     waiting = [(given, 0)]
     while waiting:
@@ -327,18 +329,18 @@ def check_size(what: str, written: str, limits: Limits) -> None:
     """Refuse a grammar that is too large.
 
     Raises:
-        ApiError: it is.
+        ApiError: the grammar is too large.
     """
     if len(written) > limits.grammar_bytes:
         raise ApiError(
             400,
-            f"{what}: {len(written)} characters, and this server permits {limits.grammar_bytes}.",
+            f"{what}: {len(written)} characters; this server permits {limits.grammar_bytes}.",
             param=what,
         )
 
 
 def chat(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages as the dicts that they were, but for what is null beside their content."""
+    """Return messages as the dicts that were sent, without nulls other than the content."""
     given = [message.model_dump(exclude_unset=True) for message in messages]
     return [
         {name: value for name, value in message.items() if value is not None or name == "content"}
@@ -350,7 +352,7 @@ def check_settings(settings: Settings, limits: Limits) -> None:
     """Raise for settings that no request could use.
 
     Raises:
-        ApiError, RequestError: too many preferences, or one that is empty.
+        ApiError, RequestError: too many preferences, or an empty one.
     """
     given = settings.settings()
     wishes = given.get("preference")
@@ -363,16 +365,16 @@ def too_many_preferences(count: int, limits: Limits, field: str = "preference") 
     """Return the error for more preferences than a request may have."""
     return ApiError(
         400,
-        f"{field}: {count} given, and this server permits {limits.preferences} per request.",
+        f"{field}: {count} given; this server permits {limits.preferences} per request.",
         param=field,
     )
 
 
 def tool_choice(given: str | dict[str, Any] | None) -> str:
-    """Return OpenAI's tool choice as `Request` has it.
+    """Convert OpenAI's tool choice to that of `Request`.
 
     Raises:
-        ApiError: it names no tool.
+        ApiError: it is invalid.
     """
     if isinstance(given, dict):
         function = given.get("function")
@@ -392,13 +394,13 @@ def response_grammar(given: dict[str, Any] | None) -> Grammar | None:
     """Return the grammar of OpenAI's `response_format`.
 
     Raises:
-        ApiError: it is none of OpenAI's forms.
+        ApiError: it has none of OpenAI's forms.
     """
     given = given or {"type": "text"}
     kind = given.get("type")
     if kind == "text":
         return None
-    # Other servers have the schema beside the type, also that of a `json_object`.
+    # Other servers put the schema next to the type, even for `json_object`.
     wrapped = given.get("json_schema") or given
     schema = wrapped.get("schema") if isinstance(wrapped, dict) else wrapped
     if kind == "json_object" and not schema:

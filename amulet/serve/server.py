@@ -1,4 +1,4 @@
-"""Uvicorn with a drain: a signal refuses new requests, lets running ones end, then stops."""
+"""A uvicorn server that drains: on a signal it refuses new requests and finishes running ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Server(uvicorn.Server):
     """Runs the application until a signal or `fail`.
 
     Args:
-        config: uvicorn's.
-        service: whose requests are waited for.
-        drain_seconds: how long they are, at most.
+        config: uvicorn's configuration.
+        service: the service whose requests are drained.
+        drain_seconds: maximum time for draining.
         on_start: called with the server's address once it listens.
 
     Attributes:
-        failure: why the server stopped by itself.
+        failure: the error that stopped the server, if any.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class Server(uvicorn.Server):
         """Run until a signal or `fail`.
 
         Raises:
-            RequestError: it can't listen at this address.
+            RequestError: it can't listen on this address.
         """
         check_address(self.config.host, self.config.port)
         super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn to listen."""
+        """Start listening; called by uvicorn."""
         await super().startup(sockets)
         if self.started and self._on_start is not None:
-            port = self.servers[0].sockets[0].getsockname()[1]  # the one taken, where 0 was asked
+            port = self.servers[0].sockets[0].getsockname()[1]  # the actual port, if 0 was given
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
             self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second signal stops at once."""
+        """Start draining; a second signal stops at once."""
         if self._until is not None:
             self.force_exit = self.should_exit = True
             return
@@ -74,8 +74,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second by uvicorn; True stops it."""
-        # Connections stay open meanwhile, so that new requests are told "503, try another".
+        """Return True to stop; uvicorn calls this ten times a second."""
+        # Connections stay open meanwhile, so that new requests get a 503.
         if self._until is not None and (
             not len(self._service.traffic) or time.monotonic() >= self._until
         ):
@@ -84,10 +84,10 @@ class Server(uvicorn.Server):
 
 
 def check_address(host: str, port: int) -> None:
-    """Listen at an address for a moment; uvicorn itself would say nothing but a number.
+    """Listen on an address briefly, for a clear error; uvicorn's own has only a number.
 
     Raises:
-        RequestError: it can't be done.
+        RequestError: listening fails.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -95,22 +95,22 @@ def check_address(host: str, port: int) -> None:
             try:
                 _listen(family, address)
             except OSError as error:
-                # "localhost" has an IPv6 address also where the system has none.
+                # "localhost" may have an IPv6 address on systems without IPv6.
                 if len(found) == 1 or error.errno not in (EADDRNOTAVAIL, EAFNOSUPPORT):
                     raise
     except OSError as error:
         raise RequestError(
             f"Can't listen on host={host!r}, port={port}: {error.strerror or error}. Stop the "
-            "program that has the port, or choose another with --port (0 takes a free one); "
-            "--host names an address of this machine."
+            "program that uses the port, or choose another with --port (0 picks a free one); "
+            "--host must be an address of this machine."
         ) from None
 
 
 def _listen(family: int, address: Any) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        if os.name == "posix":  # elsewhere the option lets two programs share a port
+        if os.name == "posix":  # on Windows, the option lets two programs share a port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # as asyncio does: beside IPv4, not for both
+        if family == socket.AF_INET6:  # IPv6 only, as asyncio does
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         probe.bind(address)
         probe.listen()

@@ -1,6 +1,6 @@
-"""Answers requests with one `Amulet`: a place in the queue, a time limit, an end when nobody reads.
+"""Answers requests with one `Amulet`, within the queue's and the time limits.
 
-All that is answered at once shares the engine's batch: there is no loop here, only readers of it.
+Concurrent requests share the engine's batch: this module has no decode loop, it only reads answers.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from amulet.serve.metrics import Metrics
 
 logger = logging.getLogger("amulet.serve")
 T = TypeVar("T")
-STACK = 256 * 2**20  # bytes of address space; memory only where it is used
-GRACE = 0.25  # seconds in which what fails before the first token still gets its own status
+STACK = 256 * 2**20  # bytes of address space; only used pages take memory
+GRACE = 0.25  # seconds to wait for an early failure, so that it gets its own status
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 class Service:
-    """One model, and who asks it.
+    """One model and its running requests.
 
     Args:
-        limits: what requests may ask for.
+        limits: the limits of requests.
         log_content: write prompts, preferences and answers to the log.
 
     Attributes:
-        names: what clients may call the model, once it is loaded; the first is its usual one.
-        fingerprint, raw: the served model's, and the bytes of its tokens.
+        names: the model's names for clients, once it is loaded; the first is the main one.
+        fingerprint, raw: the model's fingerprint and the bytes of its tokens.
     """
 
     def __init__(self, limits: Limits, log_content: bool = False) -> None:
@@ -67,7 +67,7 @@ class Service:
         self._amulet: Amulet | None = None
 
     def ready(self, amulet: Amulet, names: Sequence[str]) -> None:
-        """Begin to answer with a loaded model."""
+        """Start answering with a loaded model."""
         self._amulet = amulet
         self.names = tuple(dict.fromkeys(names))
         self.fingerprint = f"fp_{fingerprint(amulet)}"
@@ -91,17 +91,17 @@ class Service:
     async def start(
         self, requests: Sequence[Request], http: HttpRequest, seconds: float | None = None
     ) -> ServedRequest:
-        """Queue requests for the engine; return their answers once there is a first event.
+        """Queue requests for the engine; return their answers after the first event.
 
         Args:
-            requests: what is asked.
-            http: who asks.
-            seconds: wait no longer than that for the event; None waits.
+            requests: one per choice.
+            http: the HTTP request.
+            seconds: maximum wait for the first event; None waits without limit.
 
         Raises:
-            ApiError: the queue is full, or a limit is passed.
+            ApiError: the queue is full, or a limit is exceeded.
             AmuletError: a request can't be decoded.
-            ClientGone: the client has closed its connection.
+            ClientGone: the client has disconnected.
         """
         job = ServedRequest(self, requests)
         try:
@@ -113,7 +113,7 @@ class Service:
 
 
 class ServedRequest:
-    """The answers to one HTTP request while they are decoded. `close` it, however it ends."""
+    """The answers to one HTTP request while they are decoded; must be closed in any case."""
 
     def __init__(self, service: Service, requests: Sequence[Request]) -> None:
         self._service = service
@@ -130,10 +130,10 @@ class ServedRequest:
         self._closed = False
 
     async def start(self, http: HttpRequest, seconds: float | None) -> None:
-        """Prepare, submit, and wait for the first event, as long as the client does.
+        """Prepare, submit, and wait for the first event while the client is connected.
 
-        A stream's headers don't wait longer than `seconds`: a long prompt may take minutes, and
-        proxies and clients give up on a server that is silent.
+        A stream's headers are sent after `seconds` at the latest: a long prompt may take minutes,
+        and proxies and clients give up on a silent server.
         """
         loop = asyncio.get_running_loop()
         amulet = self._service.amulet
@@ -185,14 +185,14 @@ class ServedRequest:
     async def events(
         self, patience: float | None = None
     ) -> AsyncIterator[tuple[int, Event | None] | None]:
-        """Yield events with their choice's index, `(index, None)` where a choice ends.
+        """Yield events with their choice's index, and `(index, None)` at the end of a choice.
 
         Args:
-            patience: yield None whenever nothing has come for this many seconds.
+            patience: yield None after this many seconds without an event.
 
         Raises:
             AmuletError: decoding failed.
-            ApiError: the time was up before the first token (503).
+            ApiError: the time limit passed before the first token (503).
         """
         left = len(self._streams)
         while left:
@@ -207,14 +207,14 @@ class ServedRequest:
                     raise ApiError(
                         503,
                         f"No token within {self._service.limits.seconds:g} seconds: the server is "
-                        "busy. Send the request again later.",
+                        "busy. Retry later.",
                         code="timeout",
                         retry_after=10,
                     )
             yield index, event
 
     async def read(self, http: HttpRequest, take: Callable[[int, Event], None]) -> list[Reply]:
-        """Decode to the end, as long as the client waits; `take` gets every choice's events."""
+        """Decode to the end while the client is connected; `take` gets every choice's events."""
 
         async def drain() -> None:
             async for item in self.events():
@@ -234,11 +234,11 @@ class ServedRequest:
         return [stream.usage for stream in self._streams]
 
     def _expire(self) -> None:
-        for stream in self._streams:  # they end with what they have
+        for stream in self._streams:  # they keep the tokens so far
             stream.cancel()
 
     def close(self) -> None:
-        """End what is still decoded and give the place back; a second call does nothing."""
+        """Stop running answers and leave the queue; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -278,10 +278,10 @@ class ServedRequest:
 
 
 async def while_there(http: HttpRequest, work: Awaitable[T]) -> T:
-    """Return what some work gives, unless the client closes its connection first.
+    """Return the result of some work, unless the client disconnects first.
 
     Raises:
-        ClientGone: it did; the work is cancelled.
+        ClientGone: the client disconnected; the work is cancelled.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(http))
@@ -301,10 +301,10 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def deep_threads() -> ThreadPoolExecutor:
-    """Return threads for compiling grammars.
+    """Return threads with a large stack, for compiling grammars.
 
-    llguidance follows a chain of references by recursion, and where the stack ends it takes the
-    process along. With this much stack no grammar within `Limits.grammar_bytes` gets there.
+    llguidance follows chains of references by recursion, and a stack overflow ends the process.
+    No grammar within `Limits.grammar_bytes` overflows a stack of this size.
     """
     threads = 4
     barrier = threading.Barrier(threads)
@@ -312,7 +312,7 @@ def deep_threads() -> ThreadPoolExecutor:
     before = threading.stack_size(STACK)
     try:
         for _ in range(threads):
-            pool.submit(barrier.wait)  # each needs a thread of its own: all are started here
+            pool.submit(barrier.wait)  # each blocks a thread, so all are started here
     finally:
         threading.stack_size(before)
     return pool

@@ -1,4 +1,4 @@
-"""What the server keeps of users, in one SQLite file: their preferences and their thumbs."""
+"""The SQLite file in which the server stores users' preferences and thumbs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ CREATE TABLE IF NOT EXISTS thumbs (
     user TEXT, id TEXT, thumb TEXT NOT NULL, PRIMARY KEY (user, id)
 );
 """
-_PAGES = 2**18  # of 4 KiB: a file that everybody may write to ends at 1 GiB
+_PAGES = 2**18  # of 4 KiB: limits a file that users write to to 1 GiB
 
 
 class Store:
     """Settings (preference, strength, ...) and thumbs by user; any thread may call it.
 
     Args:
-        path: the file; it is made, readable for its owner alone, where there is none. `MEMORY`
-            keeps everything in memory instead, until `close`.
+        path: the file; if there is none, it is created with access for its owner only. `MEMORY`
+            keeps everything in memory until `close`.
 
     Raises:
-        RequestError: the file can't be opened or is no SQLite database.
+        RequestError: the file can't be opened or is not an SQLite database.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,8 +39,8 @@ class Store:
             if path != MEMORY:
                 Path(path).touch(mode=0o600)
             self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
-            self._database.execute("PRAGMA secure_delete=ON")  # what a user deletes is overwritten
+            self._database.execute("PRAGMA journal_mode=WAL")  # readers don't wait for writers
+            self._database.execute("PRAGMA secure_delete=ON")  # deleted data is overwritten
             self._database.execute(f"PRAGMA max_page_count={_PAGES}")
             self._database.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:
@@ -50,7 +50,7 @@ class Store:
             ) from None
 
     def get(self, user: str) -> dict[str, Any] | None:
-        """Return a user's settings, None where there are none."""
+        """Return a user's settings, or None if there are none."""
         with self._lock:
             row = self._database.execute(
                 "SELECT settings FROM preferences WHERE user = ?", (_text(user),)
@@ -58,7 +58,7 @@ class Store:
         return None if row is None else dict(json.loads(row[0]))
 
     def put(self, user: str, settings: dict[str, Any]) -> None:
-        """Keep a user's settings in place of earlier ones.
+        """Store a user's settings, replacing earlier ones.
 
         Raises:
             ApiError: the file has its full size (507).
@@ -68,11 +68,11 @@ class Store:
         )
 
     def delete(self, user: str) -> bool:
-        """Forget a user's settings; return whether there were any."""
+        """Delete a user's settings; return whether there were any."""
         return self._write("DELETE FROM preferences WHERE user = ?", _text(user)) > 0
 
     def thumbs(self, user: str) -> list[dict[str, Any]]:
-        """Return a user's thumbs, the oldest first, each with its `id`."""
+        """Return a user's thumbs, oldest first, each with its `id`."""
         with self._lock:
             rows = self._database.execute(
                 "SELECT id, thumb FROM thumbs WHERE user = ? ORDER BY rowid", (_text(user),)
@@ -80,10 +80,10 @@ class Store:
         return [{"id": id_, **json.loads(thumb)} for id_, thumb in rows]
 
     def put_thumb(self, user: str, id_: str, thumb: dict[str, Any], most: int) -> bool:
-        """Keep a thumb, in place of an earlier one with this id.
+        """Store a thumb, replacing an earlier one with the same id.
 
         Returns:
-            Whether it is kept: a user who has `most` can change those, not add to them.
+            Whether it was stored: a user with `most` thumbs can change them, but not add more.
 
         Raises:
             ApiError: the file has its full size (507).
@@ -101,7 +101,7 @@ class Store:
         )
 
     def delete_thumbs(self, user: str, id_: str | None = None) -> int:
-        """Forget a user's thumb, or all of them (None); return how many there were."""
+        """Delete one of a user's thumbs, or all (None); return how many there were."""
         if id_ is None:
             return self._write("DELETE FROM thumbs WHERE user = ?", _text(user))
         return self._write("DELETE FROM thumbs WHERE user = ? AND id = ?", _text(user), _text(id_))
@@ -112,7 +112,7 @@ class Store:
             self._database.close()
 
     def _write(self, statement: str, *values: object) -> int:
-        """Run a statement; return how many rows it has changed."""
+        """Run a statement; return how many rows it changed."""
         with self._lock:
             try:
                 changed = self._database.execute(statement, values).rowcount
@@ -120,14 +120,14 @@ class Store:
                 if "full" not in str(error):
                     raise
                 raise ApiError(
-                    507, "The server's store is full: delete what is no longer needed."
+                    507, "The server's store is full: delete entries that are no longer needed."
                 ) from None
-            if statement.startswith("DELETE"):  # nor does it stay in the log of changes
-                with suppress(sqlite3.OperationalError):  # somebody else reads the file
+            if statement.startswith("DELETE"):  # remove it from the write-ahead log, too
+                with suppress(sqlite3.OperationalError):  # another process is reading the file
                     self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             return changed
 
 
 def _text(given: str) -> str:
-    """Return a text that SQLite takes: an address may hold half of a surrogate pair."""
+    """Return a text that SQLite accepts: a URL may contain a lone surrogate."""
     return given.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The routes that keep thumbs: what a user thought of an answer, for `amulet tune --thumbs`."""
+"""The routes for thumbs, users' ratings of answers, which `amulet tune --thumbs` reads."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from amulet.serve.store import Store
 
 Id = Annotated[str, InPath(min_length=1, max_length=256)]
 User = Annotated[str, Query(min_length=1, max_length=256)]
-UNGUESSED = 32  # characters of a user's name where no key keeps others out
+UNGUESSED = 32  # minimum length of a user's name if there is no API key
 
 
 class ThumbBody(BaseModel):
-    """The body of PUT /v1/thumbs/{id}: an answer, what it answers, and what the user thought of it.
+    """The body of PUT /v1/thumbs/{id}: an answer, its question, and the user's rating.
 
-    Answers to the same `messages` under the same `preferences` become pairs, one with a thumb up
-    and one with a thumb down each; so a plain answer that is shown beside a steered one is given
-    the preferences of both.
+    Answers to the same `messages` under the same `preferences` form pairs of one thumb up and one
+    thumb down. So a plain answer that is shown next to a steered one gets the preferences of both.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,14 +37,14 @@ class ThumbBody(BaseModel):
     answer: str
     thumb: Literal["up", "down"]
     settings: dict[str, Any] = Field(
-        default={}, description="What the answer was asked for with; kept as it is."
+        default={}, description="The settings of the answer; stored unchanged."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _is_readable(cls, given: Any) -> Any:
         given = readable(given)
-        if isinstance(given, dict):  # what Python reads of JSON, and nobody else
+        if isinstance(given, dict):  # NaN and infinity, which only Python reads in JSON
             json.dumps(given, allow_nan=False)
         return given
 
@@ -60,24 +59,24 @@ def add_thumbs(app: FastAPI, service: Service, store: Store, has_key: bool) -> N
 
     Args:
         app: the application.
-        service: for its limits and the model's name.
-        store: where thumbs are kept.
-        has_key: whether clients send an API key. Without one a user's name is all that keeps
-            others out, so it must be long.
+        service: provides the limits and the model's name.
+        store: stores the thumbs.
+        has_key: whether clients send an API key. Without one, only the user's name protects the
+            thumbs, so it must be long.
     """
 
     def check(user: str) -> None:
         if not has_key and len(user) < UNGUESSED:
             raise ApiError(
                 400,
-                f"user: expected {UNGUESSED} characters or more, drawn at random: without an API "
-                "key, whoever guesses the name reads these thumbs.",
+                f"user: expected {UNGUESSED} or more random characters: without an API "
+                "key, anyone who guesses the name can read these thumbs.",
                 param="user",
             )
 
     @app.get("/v1/thumbs", responses=RESPONSES)
     async def get_thumbs(user: User) -> dict[str, Any]:
-        """Return all that is kept of a user's thumbs, the oldest first."""
+        """Return a user's thumbs, oldest first."""
         check(user)
         return {"object": "list", "data": await asyncio.to_thread(store.thumbs, user)}
 
@@ -96,7 +95,7 @@ def add_thumbs(app: FastAPI, service: Service, store: Store, has_key: bool) -> N
 
     @app.put("/v1/thumbs/{id}", responses=RESPONSES)
     async def put_thumb(id: Id, user: User, body: ThumbBody) -> dict[str, Any]:
-        """Keep a thumb, in place of an earlier one with this id; return what is kept."""
+        """Store a thumb, replacing an earlier one with this id; return what is stored."""
         check(user)
         limits = service.limits
         if len(body.preferences) > limits.preferences:
@@ -119,13 +118,13 @@ def add_thumbs(app: FastAPI, service: Service, store: Store, has_key: bool) -> N
 
     @app.delete("/v1/thumbs/{id}", responses=RESPONSES, status_code=204)
     async def delete_thumb(id: Id, user: User) -> Response:
-        """Forget one of a user's thumbs."""
+        """Delete one of a user's thumbs."""
         check(user)
         return _deleted(await asyncio.to_thread(store.delete_thumbs, user, id))
 
     @app.delete("/v1/thumbs", responses=RESPONSES, status_code=204)
     async def delete_thumbs(user: User) -> Response:
-        """Forget all of a user's thumbs."""
+        """Delete all of a user's thumbs."""
         check(user)
         return _deleted(await asyncio.to_thread(store.delete_thumbs, user))
 

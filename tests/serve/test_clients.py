@@ -222,7 +222,7 @@ def test_a_stream_begins_before_the_prompt_is_read(
             assert response.status_code == 200
             assert response.headers["content-type"].startswith("text/event-stream")
             lines = response.iter_lines()
-            assert [next(lines) for _ in range(4)] == [": the answer is on its way", ""] * 2
+            assert [next(lines) for _ in range(4)] == [": the answer is not finished", ""] * 2
             model.go.set()
             said = [line for line in lines if line.startswith("data: {")]
         deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in said]

@@ -54,17 +54,17 @@ class SlowModel(ScriptedModel):
         ({"placement": "here"}, "placement", "'system', 'user' or 'both'"),
         ({"frequency_penalty": 1}, "frequency_penalty", "not supported"),
         ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
-        ({"modalities": ["text", "audio"]}, "modalities", "answers with text"),
+        ({"modalities": ["text", "audio"]}, "modalities", "returns only text"),
         ({"audio": {"voice": "alloy"}}, "audio", "not supported"),
         ({"functions": [{"name": "f"}]}, "functions", "use tools"),
         ({"function_call": {"name": "f"}}, "function_call", "use tool_choice"),
         ({"web_search_options": {"a": 1}}, "web_search_options", "not supported"),
         ({"verbosity": "huge"}, "verbosity", "'low', 'medium' or 'high'"),
         ({"temperature": None, "messages": None}, "messages", "field required"),
-        ({"stream_options": {}}, "stream_options", "needs stream"),
-        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"stream_options": {}}, "stream_options", "requires stream"),
+        ({"top_logprobs": 2}, "top_logprobs", "requires logprobs"),
         ({"stop": [""]}, "stop", "non-empty"),
-        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tool_choice": "required"}, "tool_choice", "requires tools"),
         ({"tools": [{"a": 1}]}, "tools", "expected"),
         ({"response_format": {"type": "yaml"}}, "response_format", "json_schema"),
         ({"response_format": {"type": "json_object", "schema": "x"}}, "response_format", "schema"),
@@ -124,7 +124,7 @@ async def test_codes_that_programs_read(tiny: Amulet) -> None:
             "another path: set it to http://test/v1.",
         ),
         ("POST", "//v1/chat/completions", "another path: set it to http://test/v1."),
-        ("POST", "/v1/responses", "have the client use /v1/chat/completions"),
+        ("POST", "/v1/responses", "set the client to use /v1/chat/completions"),
         ("GET", "/nothing", "There is no route '/nothing'. /openapi.json lists the routes."),
     ],
 )
@@ -141,7 +141,7 @@ async def test_a_wrong_method_or_content_type_is_told(tiny: Amulet) -> None:
     async with asking(create_app(tiny, name="m")) as client:
         wrong = await client.get(CHAT)
         assert wrong.status_code == 405
-        assert wrong.json()["error"]["message"].endswith("this route takes POST.")
+        assert wrong.json()["error"]["message"].endswith("this route accepts POST.")
         for kind, words in (
             (None, "There is no Content-Type"),
             ("text/plain", "The Content-Type is 'text/plain'"),
