@@ -1,1 +1,1 @@
-"""What computes logits: `base` is the seam, and each sub-package stands behind it."""
+"""Backends that compute logits: `base` is the interface, each sub-package implements it."""

@@ -1,4 +1,4 @@
-"""Small numbers on their way to the device, without a wait for it."""
+"""Copies small numbers to the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 def on_device(
     values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Return a tensor of numbers on a device; the host doesn't wait for what the GPU is at."""
-    is_pinned = device.type == "cuda"  # from other memory the copy would wait
+    """Return a tensor of numbers on a device, without waiting for the GPU's current work."""
+    is_pinned = device.type == "cuda"  # a copy from unpinned memory would wait
     made = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=is_pinned)
     return made.to(device, non_blocking=True)

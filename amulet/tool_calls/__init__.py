@@ -1,4 +1,4 @@
-"""Tool calls: which dialect a template speaks, what may be called, and grammars of forced calls."""
+"""Tool calls: finds a template's dialect, checks tools, and builds grammars of forced calls."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from amulet.tool_calls.base import Dialect, Function, Schema
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The more specific ones first: templates of all kinds mention <tool_call>.
+# Specific dialects first, because templates of many kinds mention <tool_call>.
 DIALECTS: tuple[Dialect, ...] = (mistral, gemma, pythonic, llama, qwen_coder, glm, hermes)
 FALLBACK: Dialect = hermes
 
 
 def find_dialect(template: str) -> Dialect | None:
-    """Return the dialect in which a chat template asks for calls."""
+    """Return the dialect in which a chat template tells the model to call tools."""
     return next((dialect for dialect in DIALECTS if dialect.detect(template)), None)
 
 
@@ -27,8 +27,8 @@ def tool_schemas(tools: Sequence[Any]) -> list[Schema]:
     """Return tools in OpenAI's form: `{"type": "function", "function": {...}}`.
 
     Raises:
-        RequestError: a tool is neither such a schema, nor the function part of one, nor a
-            documented Python function.
+        RequestError: a tool is not such a schema, the function part of one, or a documented
+            Python function.
     """
     return [_tool_schema(index, tool) for index, tool in enumerate(tools)]
 
@@ -56,10 +56,10 @@ def _tool_schema(index: int, tool: Any) -> Schema:
 
 
 def functions_of(schemas: Sequence[Schema], choice: str) -> list[Function]:
-    """Return what may be called under a tool choice: all, or the tool that it names.
+    """Return the functions that a tool choice permits: all, or the one that it names.
 
     Raises:
-        RequestError: two tools share a name, or the choice names none of them.
+        RequestError: two tools share a name, or the choice names an unknown tool.
     """
     found = [
         Function(schema["function"]["name"], dict(schema["function"].get("parameters") or {}))
@@ -86,7 +86,7 @@ def forced_grammar(
     answer: Grammar | None = None,
     template: str = "",
 ) -> Grammar:
-    """Return a grammar of calls, or with `answer` of calls or an answer that follows it."""
+    """Return a grammar of calls; with `answer`, of calls or an answer in that grammar."""
 
     def mark(marker: str) -> str:
         ids = tokenizer.encode(marker, add_special_tokens=False)
@@ -102,5 +102,5 @@ def no_tools_error(detail: str) -> TemplateError:
     """Return the error for a template that can't be used with tools."""
     return TemplateError(
         f'{detail} Use tools_prompt="fallback" to describe the tools in the system message, or a '
-        "model whose chat template knows tools."
+        "model whose chat template supports tools."
     )

@@ -1,4 +1,4 @@
-"""What every dialect of tool calls shares: the names a dialect file has, and how JSON is read."""
+"""The interface of a tool-call dialect, and the parsing of JSON calls that dialects share."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from amulet.grammar import LENIENT, resolved, sayable
 PieceKind: TypeAlias = Literal["text", "reasoning", "name", "arguments", "end"]
 Schema: TypeAlias = dict[str, Any]
 Mark: TypeAlias = Callable[[str], str]
-"""Turns a marker such as `<tool_call>` into a Lark term: its token where it is one, else text."""
+"""Converts a marker such as `<tool_call>` to a Lark term: a token if it is one, else text."""
 CUT = "the call is cut off"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer, by what it is.
+    """A piece of an answer and its kind.
 
-    "text" and "reasoning" are prose. A call is a "name" (once it is known), pieces of the JSON of
-    its "arguments", and an "end" whose `text` is the call as the model wrote it; with an `error`
-    the call can't be read, and there may have been no name.
+    "text" and "reasoning" are prose. A call consists of a "name" (once it is known), pieces of its
+    "arguments" as JSON, and an "end" whose `text` is the call as the model wrote it. If it has an
+    `error`, the call can't be parsed and may have no "name" piece.
     """
 
     kind: PieceKind
@@ -40,55 +40,55 @@ class Function:
 
 
 class CallReader(Protocol):
-    """Reads one section of calls, piece by piece."""
+    """Parses one section of calls incrementally."""
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next text of the section."""
+        """Parse the next text of the section."""
 
     def is_inside(self) -> bool:
-        """Tell whether the text ends inside a value: a closing marker there is part of it."""
+        """Tell whether the text ends inside a value; a closing marker there is part of it."""
 
     def finish(self, cut: bool) -> list[Piece]:
-        """The section is over: return what is left, at least an error if there was no call.
+        """End the section; return the remaining pieces, or an error if there was no call.
 
         Args:
-            cut: decoding was stopped in it, so only a call that is whole counts.
+            cut: decoding stopped inside the section, so only a complete call counts.
         """
 
 
 class Dialect(Protocol):
-    """The names that each file of a dialect has."""
+    """The interface that each dialect module implements."""
 
     NAME: str
-    """What it is called in messages."""
+    """The dialect's name in messages."""
     SPANS: tuple[tuple[str, str], ...]
-    """Markers that open and close a section of calls; "" closes at the answer's end."""
+    """Markers that open and close a section of calls; "" means the end of the answer."""
     EXTRA: tuple[str, ...]
     """Further markers inside a section that may be special tokens."""
 
     def detect(self, template: str) -> bool:
-        """Tell whether a chat template asks for calls in this dialect."""
+        """Tell whether a chat template uses this dialect."""
 
     def starts(self, text: str, names: Sequence[str]) -> bool | None:
-        """Tell whether an answer's beginning is a call without a marker; None: can't tell yet."""
+        """Tell whether an answer starts with a call without a marker; None if not known yet."""
 
     def reader(self, functions: Sequence[Function] = ()) -> CallReader:
-        """Return what reads a section; the functions' schemas tell the types of values."""
+        """Return a parser for a section; the functions' schemas give the types of values."""
 
     def grammar(
         self, functions: Sequence[Function], parallel: bool, mark: Mark, template: str
     ) -> str:
-        """Return a Lark grammar of one call or, with `parallel`, of one or more."""
+        """Return a Lark grammar of one call, or of one or more with `parallel`."""
 
 
 class Quotes:
-    """Tells, character by character, what of a JSON text stands in a string."""
+    """Tells, character by character, which parts of a JSON text are in strings."""
 
     def __init__(self) -> None:
         self.open = self._escaped = False
 
     def hold(self, character: str) -> bool:
-        """Take the next character; return whether it is in a string or one of its quotes."""
+        """Take the next character; return whether it is in a string or is one of its quotes."""
         if self.open:
             self._escaped, was_escaped = character == "\\" and not self._escaped, self._escaped
             self.open = character != '"' or was_escaped
@@ -98,10 +98,10 @@ class Quotes:
 
 
 class JsonCalls:
-    """Reads calls written as JSON objects with a name and arguments, streaming the arguments.
+    """Parses calls written as JSON objects with a name and arguments; streams the arguments.
 
-    Whatever is between the objects (a list's brackets, commas, line ends) is skipped. The name may
-    be under "name" or "function", or one object deeper under "function"; the arguments under
+    Text between the objects (a list's brackets, commas, line ends) is skipped. The name may be
+    under "name" or "function", or in an object under "function"; the arguments are under
     "arguments" or "parameters", as an object or as JSON in a string.
     """
 
@@ -114,7 +114,7 @@ class JsonCalls:
         self._raw = ""
         self._depth = 0
         self._quotes = Quotes()
-        self._token = ""  # the key or value being read at the object's own level
+        self._token = ""  # the key or value being read at the object's top level
         self._key: str | None = None
         self._name: str | None = None
         self._arguments: str | None = None
@@ -132,7 +132,7 @@ class JsonCalls:
     def finish(self, cut: bool) -> list[Piece]:
         out: list[Piece] = []
         if self._depth:
-            # Only the closing brace is missing: the model forgot it.
+            # Only the closing brace is missing, because the model forgot it.
             self._end(out, whole=not cut and self._streaming and self._depth == 1)
         elif not self._found:
             error = CUT if cut else "expected a JSON object"
@@ -148,7 +148,7 @@ class JsonCalls:
             return
         self._raw += character
         if self._quotes.hold(character):
-            pass  # no bracket, colon or comma of the JSON itself
+            pass  # brackets, colons and commas in strings are not JSON syntax
         elif character in "{[":
             self._depth += 1
             if character == "{" and self._depth == 2 and self._key == "function":
@@ -168,7 +168,7 @@ class JsonCalls:
             return
         self._token += character
         if self._streaming:
-            if self._depth > 1 or character in "}]":  # not the space behind the value
+            if self._depth > 1 or character in "}]":  # no space after the value
                 out.append(Piece("arguments", character))
         elif (
             self._name is not None
@@ -214,7 +214,7 @@ def _loads(text: str) -> Any:
 
 
 def _as_object(value: str) -> str:
-    """Return arguments as the JSON of an object: unwrapped from a string, `{}` for null."""
+    """Return arguments as a JSON object: unwrapped from a string, `{}` for null."""
     parsed = _loads(value)
     if isinstance(parsed, str):
         return parsed or "{}"
@@ -222,7 +222,7 @@ def _as_object(value: str) -> str:
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Return the pieces with neighbours of arguments made one."""
+    """Return the pieces with consecutive pieces of arguments joined."""
     out: list[Piece] = []
     for piece in pieces:
         if out and out[-1].kind == piece.kind == "arguments":
@@ -232,7 +232,7 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
     return out
 
 
-# ---- bare values: a text as it is, everything else as JSON; the schema tells which it is ----
+# ---- bare values: strings without quotes, everything else as JSON, as the schema says ----
 
 _KINDS: Mapping[type, str] = {
     str: "string",
@@ -249,9 +249,9 @@ _PYTHON_NAMES = {"True": "true", "False": "false", "None": "null"}
 def bare_arguments(
     functions: Sequence[Function], name: str, written: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Return arguments from keys and bare values, by the schema of the function of that name.
+    """Return arguments from keys and bare values, by the schema of the named function.
 
-    What the schema doesn't declare, or what isn't JSON of a declared type, stays text.
+    Values that the schema doesn't declare, or that aren't JSON of a declared type, stay strings.
     """
     schema = next((f.parameters for f in functions if f.name == name), {})
     declared = schema.get("properties") or {}
@@ -267,17 +267,17 @@ def _typed(text: str, kinds: frozenset[str]) -> Any:
     bare = text.strip()
     value = _loads(_PYTHON_NAMES.get(bare, bare))
     if isinstance(value, float) and not math.isfinite(value):
-        return text  # JSON has no such number
+        return text  # a number that JSON does not have
     if isinstance(value, float) and value.is_integer() and "number" not in kinds:
         value = int(value)
     kind = _KINDS[type(value)]
-    if kind == "string" or (value is None and bare not in ("null", "None")):  # or no JSON at all
+    if kind == "string" or (value is None and bare not in ("null", "None")):  # or not JSON
         return text
     return value if kind in kinds or (kind == "integer" and "number" in kinds) else text
 
 
 def _kinds(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
-    """Return the JSON types that a schema permits, as far as it says so."""
+    """Return the JSON types that a schema permits, if it states them."""
     every = frozenset(_KINDS.values())
     if not isinstance(schema, dict) or depth > 20:
         return every
@@ -296,7 +296,7 @@ def _kinds(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
 
 
 def bare_value_rules(name: str, schema: Any, root: Schema, end: str) -> list[str]:
-    """Return Lark rules of which the one of that name is a bare value and what ends it, a term."""
+    """Return Lark rules; the one called `name` is a bare value followed by the term `end`."""
     entry = schema if isinstance(schema, dict) else {}
     if "enum" in entry or "const" in entry:
         values = entry.get("enum", [entry.get("const")])
@@ -305,7 +305,7 @@ def bare_value_rules(name: str, schema: Any, root: Schema, end: str) -> list[str
     if "string" in _kinds(entry, root):
         most = entry.get("maxLength", "")
         length = f"{{{entry.get('minLength', 0)},{most}}}"
-        if end.startswith("<["):  # a token, which no text holds
+        if end.startswith("<["):  # a token, which no text contains
             return [f"{name}: {name}_text {end}", f"{name}_text: /(?s:.{length})/"]
         closing = end[1:-1].replace("/", r"\/")
         return [f"{name}[lazy]: /(?s:.{length}){closing}/"]
@@ -318,7 +318,7 @@ def bare_value_rules(name: str, schema: Any, root: Schema, end: str) -> list[str
 
 
 def json_objects(functions: Sequence[Function], key: str) -> str:
-    """Return Lark rules: `object` is a JSON object that calls one of the functions."""
+    """Return Lark rules in which `object` is a JSON object that calls one of the functions."""
     names = " | ".join(f"object_{i}" for i in range(len(functions)))
     rules = [f"object: {names}"]
     for i, function in enumerate(functions):
@@ -334,9 +334,9 @@ def arguments_rule(i: int, function: Function) -> str:
 
 
 def arguments_schema(function: Function) -> Schema:
-    """Return the schema of the arguments; undeclared ones are permitted only where it says so."""
+    """Return the schema of the arguments; undeclared ones are permitted only if it says so."""
     schema: Schema = {"type": "object", **function.parameters}
-    # A class that contains itself is written as a reference to one of its own parts.
+    # A recursive class is written as a reference to one of its own parts.
     if isinstance(found := resolved(str(schema.get("$ref", "")), schema), dict):
         schema = {**schema, **found}
         schema.pop("$ref", None)

@@ -1,7 +1,7 @@
-"""Tools for a chat template that knows none: a prompt in the system message, and calls as text.
+"""Tools for a chat template without tool support: a system prompt, and calls as text.
 
-The system message gets the instructions below with the tools' schemas; past calls and results
-become text (`amulet.prompting.messages.calls_as_text`). Calls are read as in Hermes.
+The system message gets the instructions below with the tools' schemas. Past calls and results
+become text (`amulet.prompting.messages.calls_as_text`). Calls are parsed as in Hermes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ or once you have the results."""
 def with_instructions(
     chat: Sequence[Message], schemas: Sequence[Schema], default_system: str
 ) -> list[Message]:
-    """Return a chat in normal form with the tools described in its system message.
+    """Return a normalised chat with the tools described in its system message.
 
     Args:
         chat: the messages.
         schemas: the tools that may be called.
-        default_system: the template's own system text, kept where the chat has none.
+        default_system: the template's own system text, used if the chat has none.
     """
     listed = "\n".join(json.dumps(schema) for schema in schemas)
     instructions = TOOLS_PROMPT.format(tools=listed)

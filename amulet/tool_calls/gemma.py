@@ -45,7 +45,7 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
 
 
 class _Reader:
-    """The syntax is not JSON: a call is read once its section is whole."""
+    """The syntax is not JSON, so a call is parsed once its section is complete."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -76,13 +76,13 @@ class _Reader:
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:
-    """Read one value; return it and where it ends."""
+    """Parse one value; return it and its end."""
     at = _skip(text, at)
     for quote in (*EXTRA, '"'):
         if text.startswith(quote, at):
             end = text.find(quote, at + len(quote))
             if end < 0:
-                raise ValueError("a text is not closed")
+                raise ValueError("a text has no closing quote")
             return text[at + len(quote) : end], end + len(quote)
     if text.startswith("{", at):
         return _entries(text, at + 1, "}")
@@ -161,7 +161,7 @@ class _Rules:
         self._count = 0
 
     def term(self, schema: Any, root: Schema) -> str:
-        """Return the name of a rule for values of a schema; what it doesn't know may be any."""
+        """Return the name of a rule for a schema's values; unsupported schemas permit any value."""
         if not isinstance(schema, dict):
             return "any"
         self._count += 1
@@ -169,7 +169,7 @@ class _Rules:
         reference = schema.get("$ref")
         if isinstance(reference, str):
             target = resolved(reference, root)
-            # A schema that refers to itself can't be unfolded here.
+            # A recursive schema can't be expanded.
             return self.term(target, root) if self._count < 200 else "any"
         if "const" in schema or "enum" in schema:
             values = schema.get("enum", [schema.get("const")])
@@ -196,7 +196,7 @@ class _Rules:
         return json.dumps(json.dumps(value))
 
     def _object(self, name: str, schema: Schema, root: Schema) -> str:
-        """The declared keys in their order, the optional ones perhaps left out."""
+        """Return the body of an object rule: the declared keys in order, optional ones optional."""
         required = schema.get("required", [])
         properties = list(schema["properties"].items())
         for k, (key, entry) in enumerate(properties):

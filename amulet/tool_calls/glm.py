@@ -1,6 +1,6 @@
 """GLM: `<tool_call>name`, then `<arg_key>` and `<arg_value>` for each argument, `</tool_call>`.
 
-The schema tells which values are texts; the others are JSON.
+The schema says which values are strings; all others are JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPANS: tuple[tuple[str, str], ...] = (("<tool_call>", "</tool_call>"),)
 EXTRA: tuple[str, ...] = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 
 _NAME = re.compile(r"\s*([^\s<{][^<\n]*)")
-# A value may hold a closing tag: only one that another key follows ends it.
+# A value may contain a closing tag; only one that another key follows ends it.
 _ARGUMENT = re.compile(
     r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))", re.DOTALL
 )
@@ -44,7 +44,7 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
 
 
 class _Reader:
-    """Only the closing marker tells that no argument follows: a call is read once it is whole."""
+    """Only the closing marker ends the arguments, so a call is parsed once it is complete."""
 
     def __init__(self, functions: Sequence[Function]) -> None:
         self._functions = functions
@@ -77,7 +77,7 @@ class _Reader:
 
 
 def grammar(functions: Sequence[Function], parallel: bool, mark: Mark, template: str) -> str:
-    # GLM 4.7 writes all in one line, the ones before it a line per tag.
+    # GLM 4.7 writes a call on one line; earlier versions write a line per tag.
     line = "\n" if re.search(r"</arg_key>(\\n|\n)", template) else ""
     more = f" ({json.dumps(line) if line else ''} call)*" if parallel else ""
     opening, closing = map(mark, SPANS[0])

@@ -13,7 +13,7 @@ EXTRA: tuple[str, ...] = ()
 
 
 def detect(template: str) -> bool:
-    # Where another tag follows it, the call is written in XML of some kind.
+    # If another tag follows, the call is some kind of XML.
     return re.search(r"<tool_call>(?!(\\n|\s)*<\w)", template) is not None
 
 

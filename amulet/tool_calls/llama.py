@@ -12,7 +12,7 @@ NAME = "Llama 3 JSON"
 SPANS: tuple[tuple[str, str], ...] = (("<|python_tag|>", ""),)
 EXTRA: tuple[str, ...] = ()
 
-# What makes a JSON answer a call: a name, then its parameters.
+# A JSON answer is a call if it starts with a name and parameters.
 _HEAD = regex.compile(
     r'\{\s*("type"\s*:\s*"function"\s*,\s*)?'
     r'"(name|function)"\s*:\s*"[^"]*"\s*,\s*"(parameters|arguments)"\s*:'

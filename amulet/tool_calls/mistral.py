@@ -53,14 +53,14 @@ def grammar(functions: Sequence[Function], parallel: bool, mark: Mark, template:
 
 
 def _has_named_form(template: str) -> bool:
-    # Tekken v11 and later write the name right after the marker, the older ones open a list there.
+    # Tekken v11 and later put the name right after the marker; earlier versions open a list there.
     return (
         "[ARGS]" in template or re.search(r"\[TOOL_CALLS\]['\"]\s*[+~]\s*\w", template) is not None
     )
 
 
 class _Reader:
-    """Tells the two forms apart by what follows the marker."""
+    """Parses both forms; what follows the marker distinguishes them."""
 
     def __init__(self) -> None:
         self._head = ""
@@ -113,7 +113,7 @@ class _Reader:
 
 
 class _Object:
-    """Follows one JSON object to its closing brace."""
+    """Finds the closing brace of a JSON object."""
 
     def __init__(self) -> None:
         self.text = ""

@@ -34,7 +34,7 @@ _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 def detect(template: str) -> bool:
-    # The templates show the form by an example such as [func_name1(params_name1=value1, ...)].
+    # The templates contain an example such as [func_name1(params_name1=value1, ...)].
     return "<|tool_call_start|>" in template or bool(regex.search(r"\[func\w*\(\w+\s*=", template))
 
 
@@ -65,7 +65,7 @@ def grammar(functions: Sequence[Function], parallel: bool, mark: Mark, template:
 
 
 def _call_rules(i: int, function: Function) -> list[str]:
-    """`call_<i>`: keyword arguments in the schema's order, the optional ones perhaps left out."""
+    """Return the rules of `call_<i>`: keyword arguments in the schema's order."""
     schema = arguments_schema(function)
     required = schema.get("required", [])
     shared: Schema = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -85,7 +85,7 @@ def _call_rules(i: int, function: Function) -> list[str]:
 
 
 class _Reader:
-    """Python can only be read once it is whole."""
+    """Python can only be parsed once it is complete."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -107,7 +107,7 @@ class _Reader:
             wrong = CUT if cut else f"expected [name(argument=value), ...]: {error}"
             return [Piece("end", text, wrong)]
         if not parsed:
-            return [Piece("end", text, "expected a call and the list is empty")]
+            return [Piece("end", text, "expected a call, but the list is empty")]
         return [piece for call in parsed for piece in call]
 
 
@@ -123,7 +123,7 @@ def _call(text: str, call: ast.expr) -> list[Piece]:
 
 
 def _value(node: ast.expr) -> Any:
-    """Return a literal's value, JSON's true, false and null included."""
+    """Return the value of a literal; also accepts JSON's true, false and null."""
     if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
         return _JSON_NAMES[node.id]
     if isinstance(node, ast.List | ast.Tuple):
@@ -135,5 +135,5 @@ def _value(node: ast.expr) -> Any:
         value = ast.literal_eval(node)
     except ValueError:
         raise ValueError(f"{ast.unparse(node)} is not a literal") from None
-    json.dumps(value)  # bytes, sets and complex numbers are no arguments
+    json.dumps(value)  # raises TypeError for bytes, sets and complex numbers
     return value

@@ -1,6 +1,6 @@
-"""Qwen3-Coder: `<tool_call>`, `<function=name>`, `<parameter=key>` with a bare value, and the ends.
+"""Qwen3-Coder: `<tool_call>`, `<function=name>`, `<parameter=key>` with a bare value, end tags.
 
-Each tag stands on a line of its own. The schema tells which values are texts; the others are JSON.
+Each tag is on its own line. The schema says which values are strings; all others are JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPANS: tuple[tuple[str, str], ...] = (("<tool_call>", "</tool_call>"),)
 EXTRA: tuple[str, ...] = ()
 
 _NAME = re.compile(r"\s*<function=([^>\n]+)>")
-# A value may hold a closing tag: only one that another tag, or another call, follows ends it.
+# A value may contain a closing tag; only one that another tag or call follows ends it.
 _PARAMETER = re.compile(
     r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>"
     r"(?=\s*(?:<parameter=|</function>|</tool_call>\s*<tool_call>\s*<function=|\Z))",
@@ -47,7 +47,7 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
 
 
 class _Reader:
-    """A value's end shows only in what follows, so a section is read once it is whole."""
+    """What follows a value determines its end, so a section is parsed once it is complete."""
 
     def __init__(self, functions: Sequence[Function]) -> None:
         self._functions = functions

@@ -1,7 +1,7 @@
-"""Reads an answer by the tokenizer's own response template, where Transformers has one.
+"""Parses an answer by the tokenizer's response template, where Transformers has one.
 
-`ResponseTemplate` does what `amulet.output.sections.Spans` does for models whose markers are known
-here.
+`ResponseTemplate` replaces `amulet.output.sections.Spans`, which knows the markers of common
+models.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ResponseTemplate:
-    """Text, reasoning and calls by a tokenizer's `response_template`.
+    """Splits an answer into text, reasoning and calls by a tokenizer's `response_template`.
 
     Args:
-        tokenizer: one with a response template.
-        prompt: ids of the prompt: it may have opened a section already.
-        schemas: the tools; arguments are cast by their schemas.
+        tokenizer: a tokenizer with a response template.
+        prompt: ids of the prompt, which may open a section.
+        schemas: the tools; their schemas give the types of arguments.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ResponseTemplate:
 
         self._new_parser = new_parser
         self._parser = new_parser(str(tokenizer.decode(prompt)))
-        self._raw = ""  # of the call that is being read
+        self._raw = ""  # text of the call being parsed
         self.section: Literal["text", "reasoning", "call"] = "text"
         self.markers = tuple(tokenizer.all_special_tokens) + tuple(
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -42,7 +42,7 @@ class ResponseTemplate:
 
     def push(self, text: str) -> list[Piece]:
         out: list[Piece] = []
-        for character in text:  # one by one: what follows a call that can't be parsed is kept
+        for character in text:  # one by one, to keep the text after a call that can't be parsed
             try:
                 out += self._read(self._parser.feed(character))
             except ValueError as error:
@@ -51,7 +51,7 @@ class ResponseTemplate:
         return out
 
     def finish(self, cut: bool = False) -> list[Piece]:
-        if cut:  # the parser would take what there is of a call for the whole of it
+        if cut:  # the parser would take a truncated call for a complete one
             return self._unreadable(CUT)
         try:
             _, events = self._parser.finalize()

@@ -92,7 +92,7 @@ def test_a_compiler_that_failed_is_not_asked_at_every_start(
     assert reason_at_a_start() == "cc: no such instruction"
     asked = run.call_count
     (failed,) = (tmp_path / "native").glob("*.failed")
-    assert reason_at_a_start() == f"cc: no such instruction (to try again at once, delete {failed})"
+    assert reason_at_a_start() == f"cc: no such instruction (to retry at once, delete {failed})"
     assert run.call_count == asked
     monkeypatch.setenv("CC", "cc -O2")  # another compiler's failure is another
     assert reason_at_a_start() == "cc: no such instruction"
@@ -122,7 +122,7 @@ def test_without_avx_512_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native, "_run", Mock(side_effect=AssertionError("compiles")))
     assert native.library() is None
     if sys.platform == "linux":
-        assert native.reason() == "it needs a processor with AVX-512"
+        assert native.reason() == "it requires a processor with AVX-512"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_processors_without_avx_512_keep_pytorch_s_kernels(
     """Also where the compiler doesn't know what the processor has."""
     monkeypatch.setenv("CC", "cc -mno-avx512f")
     assert native.library() is None
-    assert "needs a processor with AVX-512" in native.reason()
+    assert "requires a processor with AVX-512" in native.reason()
 
 
 @needs_code

@@ -177,7 +177,8 @@ CASES: list[tuple[Dialect, str, str, list[tuple[Any, ...]]]] = [
                           "deep": {"on": True, "list": [1, "b"]}})],
     ),
     (gemma, 'Hm<|tool_call>call:ping{a:<|"|>x<|"|>}<tool_call|>', "Hm", [("ping", {"a": "x"})]),
-    (gemma, "<start_function_call>call:ping{a:<escape>x", "", [("error", "a text is not closed")]),
+    (gemma, "<start_function_call>call:ping{a:<escape>x", "",
+     [("error", "a text has no closing quote")]),
     (gemma, "<start_function_call>ping<end_function_call>", "",
      [("error", "expected call")]),
     # Qwen3-Coder: values by the schema, several lines, tags within a value

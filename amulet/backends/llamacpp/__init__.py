@@ -1,1 +1,1 @@
-"""Models from GGUF files, computed by llama.cpp."""
+"""Runs models from GGUF files with llama.cpp."""

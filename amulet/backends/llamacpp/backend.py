@@ -1,7 +1,7 @@
-"""`LlamaBackend`: rows as sequences of one llama.cpp context.
+"""`LlamaBackend`: implements rows as sequences of one llama.cpp context.
 
-All rows hold their keys and values in one cache of cells; a row that shares a beginning with
-another one shares its cells. The cache grows when a pass finds no free cells.
+All rows keep their keys and values in one cache of cells. Rows with a common prefix share its
+cells. The cache grows when a pass finds no free cells.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from amulet.backends.llamacpp.model import KV_TYPES, GGUFModel, reasons
 logger = logging.getLogger("amulet")
 
 BATCH = 2048  # ids in one call of llama.cpp
-CHUNK = 512  # ids that it computes at once
-WORTH_SHARING = 16  # a copied beginning costs no memory and hardly any time
-MOST_ROWS = 255  # sequences of a context (LLAMA_MAX_SEQ), less the one that saving needs
-CELLS = 256  # the cache's size is a multiple of it, in llama.cpp too
-NO_SLOT = 1  # of `llama_decode`: the cache has no room
+CHUNK = 512  # ids that llama.cpp computes at once
+WORTH_SHARING = 16  # a shared prefix costs no memory and hardly any time
+MOST_ROWS = 255  # sequences of a context (LLAMA_MAX_SEQ), minus one for saving rows
+CELLS = 256  # the cache's size is a multiple of this, as in llama.cpp
+NO_SLOT = 1  # returned by `llama_decode` if the cache has no room
 NO_MEMORY = -2
 
 
 @dataclass(frozen=True)
 class SavedRow:
-    """llama.cpp's own form of one sequence."""
+    """One sequence in llama.cpp's own format."""
 
-    data: Any  # bytes, as a C array
+    data: Any  # a C array of bytes
     length: int
 
     @property
@@ -46,7 +46,7 @@ class LlamaBackend:
     """See `Backend`.
 
     Args:
-        model: what is decoded.
+        model: the model to decode.
     """
 
     worth_sharing = WORTH_SHARING
@@ -58,36 +58,36 @@ class LlamaBackend:
         self.any_length = model.any_length
         self._lib = model.lib
         self._context: _Context | None = None
-        self._lengths: dict[int, int] = {}  # of the rows, as far as they hold anything
+        self._lengths: dict[int, int] = {}  # ids in each row that holds any
         self._stepped = 0  # rows of the last step
-        self._ahead = 0  # cells that the next answer will take
+        self._ahead = 0  # cells that the next answer may need
         self._per_id = 0.0  # bytes of a saved row, per id
-        self._per_row = 0.0  # and besides
+        self._per_row = 0.0  # plus this constant
         self._state = object()
         self._batch = _Batch(BATCH)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values that there is room for."""
+        """Bytes allocated for keys and values."""
         cells = self._context.cells if self._context is not None else 0
         return int(cells * self._per_id)
 
     def queued(self) -> None:
-        """Nothing: llama.cpp's threads are its own."""
+        """Do nothing: llama.cpp has its own threads."""
 
     def renew(self, tokens: int, idle: bool) -> None:
-        """Remember how long the next answer may get."""
+        """Record how long the next answer may become."""
         self._ahead = tokens
 
     def state(self) -> object:
-        """Return always the same: the file's weights don't change."""
+        """Return a constant, because a file's weights don't change."""
         return self._state
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """See `Backend.reserve`; cells are found during a pass, when it is known which are shared.
+        """See `Backend.reserve`. Cells are allocated in a pass, when the shared ones are known.
 
         Raises:
-            MemoryError: there are more rows than llama.cpp has sequences, or no memory.
+            MemoryError: more rows than llama.cpp has sequences, or out of memory.
         """
         if rows > MOST_ROWS:
             raise MemoryError(f"{rows} rows: llama.cpp has {MOST_ROWS} sequences")
@@ -98,7 +98,7 @@ class LlamaBackend:
             self._replace(context.cells, rows)
 
     def working(self, tokens: int) -> AbstractContextManager[Any]:
-        """Hold nothing."""
+        """Return a context that does nothing."""
         return nullcontext()
 
     def forward(
@@ -108,12 +108,12 @@ class LlamaBackend:
         first: int,
         keep: Sequence[int],
     ) -> torch.Tensor:
-        """One pass over rows `first ...`; return logits `[rows, kept places, vocab]`."""
+        """Append ids to rows from `first` on; return logits `[rows, kept ids, vocab]`."""
         return self._pass(ids, starts, first, keep).clone()
 
     def step(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
-        """One decode step; return logits `[rows, ids per row, vocab]`, llama.cpp's own memory."""
-        for row in range(len(ids), self._stepped):  # they have left
+        """Run a decode step; return logits `[rows, ids per row, vocab]` in llama.cpp's memory."""
+        for row in range(len(ids), self._stepped):  # rows that left the batch
             self._cut(row, 0)
         self._stepped = len(ids)
         return self._pass(ids, starts, 0, range(len(ids[0])))
@@ -141,7 +141,7 @@ class LlamaBackend:
             count = int(wanted[part].sum())
             if count:
                 found.append(self._logits(count))
-                if len(tokens) > BATCH:  # the next call writes there
+                if len(tokens) > BATCH:  # the next call overwrites the logits
                     found[-1] = found[-1].clone()
         for row, start in enumerate(starts, first):
             self._lengths[row] = start + width
@@ -170,7 +170,7 @@ class LlamaBackend:
         return torch.from_numpy(np.ctypeslib.as_array(address, (count, vocab)))
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Let a row share the cells of another one's first `length` ids."""
+        """Let a row share the cells of another row's first `length` ids."""
         self._cut(target, 0)
         self._share(source, target, length)
         self._lengths[target] = length
@@ -192,7 +192,7 @@ class LlamaBackend:
         return SavedRow(data, length)
 
     def load_row(self, row: int, snapshot: SavedRow, length: int) -> None:
-        """Put the first `length` ids of what `save_row` returned into a row."""
+        """Restore the first `length` ids of a saved row."""
         self._cut(row, 0)
         while True:
             context = self._open()
@@ -206,15 +206,15 @@ class LlamaBackend:
         self._cut(row, length)
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of what `save_row` returns for so many ids."""
+        """Bytes of a saved row of `length` ids."""
         return round(self._per_row + self._per_id * length)
 
     def rest(self) -> None:
-        """Free the context, and with it all rows."""
+        """Free the context and all rows."""
         self.clear()
 
     def clear(self) -> None:
-        """Free the context, and with it all rows."""
+        """Free the context and all rows."""
         self._lengths.clear()
         self._stepped = 0
         if self._context is not None:
@@ -224,7 +224,7 @@ class LlamaBackend:
     # ---- rows ----
 
     def _cut(self, row: int, start: int) -> None:
-        """Take from a row what stands behind its first `start` ids."""
+        """Truncate a row to its first `start` ids."""
         length = self._lengths.get(row, 0)
         if start > length:
             raise RuntimeError(f"row {row} has {length} ids, not {start}")
@@ -233,15 +233,15 @@ class LlamaBackend:
         context = self._open()
         whole = start == 0
         if not self._lib.llama_memory_seq_rm(context.memory, row, -1 if whole else start, -1):
-            raise RuntimeError(f"row {row} of {length} ids can't be cut to {start}")
+            raise RuntimeError(f"row {row} of {length} ids can't be truncated to {start}")
         self._lengths[row] = start
 
     def _share(self, source: int, target: int, length: int) -> None:
-        end = length if self.any_length else -1  # a recurrent row is copied as a whole
+        end = length if self.any_length else -1  # a recurrent row can only be copied whole
         self._lib.llama_memory_seq_cp(self._open().memory, source, target, -1, end)
 
     def _measure(self, row: int) -> None:
-        """Note how many bytes a saved row has, from one of some ids and its first id alone."""
+        """Estimate the bytes of a saved row, from this row and from its first id alone."""
         length = self._lengths[row]
         if self._per_id and (self.any_length or not self._per_row):
             return
@@ -271,10 +271,10 @@ class LlamaBackend:
         return _Context(self.model, -(-cells // CELLS) * CELLS, rows)
 
     def _grow(self, tokens: int) -> None:
-        """Make room for so many ids more, and an eighth.
+        """Make room for this many more ids, plus an eighth.
 
         Raises:
-            MemoryError: the model's `context`, or the memory, doesn't allow it.
+            MemoryError: the model's `context` or the memory is exhausted.
         """
         cells, limit = self._open().cells, self.model.context
         if limit is not None and cells >= limit:
@@ -282,7 +282,7 @@ class LlamaBackend:
         self._replace(cells + max(tokens, cells // 8), self._open().rows)
 
     def _replace(self, cells: int, rows: int) -> None:
-        """Go on in another context; rows and what they share come along."""
+        """Move to a new context, with all rows and what they share."""
         old = self._open()
         new = self._make(cells, max(rows, old.rows))
         lib = self._lib
@@ -292,26 +292,26 @@ class LlamaBackend:
             lib.llama_state_get_data(old.pointer, data, size)
             if not lib.llama_state_set_data(new.pointer, data, size):
                 new.close()
-                raise RuntimeError("llama.cpp could not take the rows over into a larger context")
+                raise RuntimeError("llama.cpp could not move the rows to a larger context")
         self._context = new
         old.close()
 
 
 class _Context:
-    """A llama.cpp context: memory for keys and values, and for a pass.
+    """A llama.cpp context: memory for the KV cache and for a pass.
 
     Args:
-        model: whose.
+        model: the context's model.
         cells: ids that it has room for.
-        rows: sequences; there is one more, `spare`.
+        rows: sequences, in addition to `spare`.
 
     Raises:
-        MemoryError: there is no room for it.
+        MemoryError: there is not enough memory.
     """
 
     def __init__(self, model: GGUFModel, cells: int, rows: int) -> None:
         lib = model.lib
-        # Sequences of attention cost next to nothing; each of a recurrent model has its state.
+        # Sequences cost next to nothing with attention, but each has a state in recurrent models.
         self.rows = MOST_ROWS if model.any_length else max(8, 2 * rows)
         self.spare = self.rows
         threads = model.threads or torch.get_num_threads()
@@ -322,22 +322,22 @@ class _Context:
         parameters.n_seq_max = self.rows + 1
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[model.kv_type]
-        if model.kv_type == "f32":  # llama.cpp's flash attention would round them to f16
+        if model.kv_type == "f32":  # flash attention would round them to f16
             parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified = True  # rows can share cells
-        parameters.swa_full = True  # and be cut, also where attention slides
+        parameters.swa_full = True  # and be truncated, even with sliding-window attention
         parameters.no_perf = True
         with reasons() as reason:
             self.pointer = lib.llama_init_from_model(model.pointer, parameters)
             if not self.pointer:
-                raise MemoryError(f"llama.cpp made no context of {cells} tokens: {reason()}")
+                raise MemoryError(f"llama.cpp created no context of {cells} tokens: {reason()}")
         self.cells = int(lib.llama_n_ctx(self.pointer))
         self.memory = lib.llama_get_memory(self.pointer)
         self._model = model  # freed after this
         self._free = lib.llama_free
 
     def close(self) -> None:
-        """Free it."""
+        """Free the context."""
         if self.pointer:
             self._free(self.pointer)
             self.pointer = None
@@ -359,7 +359,7 @@ class _Batch:
         self._places = self._rows.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
 
     def filled(self, tokens: Any, positions: Any, rows: Any, wanted: Any) -> Any:
-        """Return the batch of so many ids; it lasts until the next call."""
+        """Return a batch of these ids, valid until the next call."""
         from llama_cpp import llama_cpp
 
         count = len(tokens)

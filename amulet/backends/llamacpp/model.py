@@ -1,7 +1,7 @@
 """`GGUFModel`: a GGUF file's weights, metadata and vocabulary, loaded by llama.cpp.
 
-llama-cpp-python's low-level API is llama.cpp's own, one Python function per C function. What is a
-pointer there is held here, and freed with the object.
+llama-cpp-python's low-level API has one Python function per function of llama.cpp. The objects here
+own the pointers and free them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _library: Any = None
 
 
 def library() -> Any:
-    """Return llama-cpp-python's module of C functions, with llama.cpp's log in Python's.
+    """Return llama-cpp-python's C functions; redirects llama.cpp's log to Python's logging.
 
     Raises:
         MissingPackageError: it is not installed, or its library can't be loaded.
@@ -49,13 +49,13 @@ def library() -> Any:
                 raise MissingPackageError(
                     f"GGUF files need the package llama-cpp-python: {INSTALL} ({error})."
                 ) from None
-            except (OSError, RuntimeError) as error:  # a library of another system, or half of one
+            except (OSError, RuntimeError) as error:  # built for another system, or incomplete
                 raise MissingPackageError(
                     f"llama-cpp-python is installed, but its library can't be loaded: {error}. "
                     "Build it for this machine: pip install --force-reinstall --no-deps "
                     "--no-cache-dir --no-binary :all: llama-cpp-python"
                 ) from error
-            # Without a callback of ours llama.cpp writes hundreds of lines to standard error.
+            # By default, llama.cpp writes hundreds of lines to standard error.
             llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
             llama_cpp.llama_backend_init()
             _library = llama_cpp
@@ -68,7 +68,7 @@ def _log(level: int, text: bytes, _: Any) -> None:
         return
     if level == _ERROR:
         _said.append(line)
-    # Its warnings are about what is handled here, and its errors are raised.
+    # Its warnings concern what is handled here, and its errors are raised.
     logger.log(logging.INFO if level in (_WARNING, _ERROR) else logging.DEBUG, "%s", line)
 
 
@@ -77,27 +77,28 @@ _callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_
 
 @contextmanager
 def reasons() -> Iterator[Callable[[], str]]:
-    """Yield what returns the errors that llama.cpp has logged since."""
+    """Yield a function that returns the errors logged by llama.cpp in this block."""
     _said.clear()
     yield lambda: " ".join(_said)[:400] or "llama.cpp gave no reason"
 
 
 class GGUFModel:
-    """The model in a GGUF file. `Amulet.from_gguf` makes one; it holds no request's state.
+    """The model in a GGUF file, as `Amulet.from_gguf` loads it; holds no state of requests.
 
     Args:
-        path: the file; of a model in several files the first one.
-        name: what it is called; the file's name without its suffix.
-        gpu_layers: layers on the GPU; None puts all there where llama.cpp was built for one.
-        threads: threads of a pass; None takes as many as PyTorch may use.
-        context: tokens that all rows together may hold, and an answer with its prompt may have;
-            None for the window that the model was trained with, and no limit on all together.
-        kv_type: a name in `KV_TYPES`, of the keys and values: "q8_0" takes half of "f16"'s memory;
+        path: the file, or the first of several.
+        name: the model's name; by default the file's name without its suffix.
+        gpu_layers: layers on the GPU; None means all, if llama.cpp was built for a GPU.
+        threads: threads per pass; None means as many as PyTorch may use.
+        context: tokens in the KV cache over all rows, and the maximum for a prompt with its
+            answer; None means the window that the model was trained with, and no limit over all
+            rows.
+        kv_type: type of the KV cache, from `KV_TYPES`: "q8_0" takes half of the memory of "f16";
             "f32" does without flash attention, which rounds to f16.
-        progress: called with the share that is loaded, 0 to 1.
+        progress: called with the fraction loaded, 0 to 1.
 
     Raises:
-        ModelError: the file is no model that writes text, or an option is not valid.
+        ModelError: the file is not a causal language model, or an option is invalid.
         MissingPackageError: llama-cpp-python is not installed.
     """
 
@@ -134,7 +135,7 @@ class GGUFModel:
             self.pointer = lib.llama_model_load_from_file(os.fsencode(self.path), parameters)
             if not self.pointer:
                 raise _not_loaded(self.path, reason())
-        # Not at the interpreter's exit: the decode thread may be in a pass still.
+        # Not at the interpreter's exit, when the decode thread may still be in a pass.
         weakref.finalize(self, lib.llama_model_free, self.pointer).atexit = False
         if not lib.llama_model_has_decoder(self.pointer) or any(
             is_other(self.pointer)
@@ -153,19 +154,19 @@ class GGUFModel:
 
     @property
     def window(self) -> int:
-        """The context window in tokens, prompt and answer together."""
+        """The context window in tokens, for prompt and answer together."""
         trained = int(self.lib.llama_model_n_ctx_train(self.pointer))
         return trained if self.context is None else min(trained, self.context)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end an answer: all that the file, or llama.cpp for it, names as such."""
+        """The ids that end an answer, according to the file or to llama.cpp."""
         lib, vocab = self.lib, self.vocab
         return frozenset(i for i in range(self.vocab_size) if lib.llama_vocab_is_eog(vocab, i))
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """The file's key-value pairs, as text; arrays are abridged by llama.cpp."""
+        """The file's metadata as text; llama.cpp abridges arrays."""
         found = {}
         for i in range(self.lib.llama_model_meta_count(self.pointer)):
             key = self._text(self.lib.llama_model_meta_key_by_index, i)
@@ -179,7 +180,7 @@ class GGUFModel:
 
     @property
     def chat_templates(self) -> dict[str, str]:
-        """The file's chat templates by name; the usual one is "default"."""
+        """The file's chat templates by name; the main one is "default"."""
         key = "tokenizer.chat_template"
         found = {"default": self.metadata[key]} if key in self.metadata else {}
         for name, text in self.metadata.items():
@@ -189,7 +190,7 @@ class GGUFModel:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits of the file's bytes; it is read once."""
+        """A digest of the file's bytes, 64 hex digits; the file is read once."""
         found = hashlib.sha256()
         with self.path.open("rb") as file:
             while block := file.read(2**22):
@@ -211,9 +212,9 @@ class GGUFModel:
         """Return the ids of a text.
 
         Args:
-            text: any text without half a surrogate pair.
-            special: add the tokens that begin or end a text in this vocabulary.
-            parse: read control tokens that the text spells as such.
+            text: any text without lone surrogates.
+            special: add the vocabulary's tokens for the start and end of a text.
+            parse: convert the names of control tokens in the text to these tokens.
         """
         raw = text.encode()
         room = len(raw) + 8
@@ -225,7 +226,7 @@ class GGUFModel:
             room = -count
 
     def piece(self, token_id: int, special: bool) -> bytes:
-        """Return a token's bytes in a text; with `special` those of a control token's name too."""
+        """Return a token's bytes; with `special`, also those of a control token's name."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -235,11 +236,11 @@ class GGUFModel:
             size = -length
 
     def token(self, token_id: int) -> str:
-        """Return a token as the vocabulary writes it, such as "Ġhello" or "▁hello"."""
+        """Return a token in the vocabulary's spelling, such as "Ġhello" or "▁hello"."""
         return str(self.lib.llama_vocab_get_text(self.vocab, token_id).decode("utf-8", "replace"))
 
     def attributes(self) -> list[int]:
-        """Return each token's attributes, bits of `llama_token_attr`."""
+        """Return each token's attributes, as bits of `llama_token_attr`."""
         ask, vocab = self.lib.llama_vocab_get_attr, self.vocab
         return [ask(vocab, token_id) for token_id in range(self.vocab_size)]
 
@@ -259,18 +260,18 @@ def _check_file(path: Path) -> None:
         magic = file.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
         raise ModelError(
-            f"{path} is not a GGUF file: it begins with {magic!r}, expected {GGUF_MAGIC!r}. Take "
-            "the .gguf file of a model, or its folder with Amulet.from_pretrained."
+            f"{path} is not a GGUF file: it begins with {magic!r}, expected {GGUF_MAGIC!r}. Give "
+            "a model's .gguf file, or its folder to Amulet.from_pretrained."
         )
 
 
 def _not_loaded(path: Path, reason: str) -> ModelError | OutOfMemoryError:
     if any(sign in reason.lower() for sign in _NO_MEMORY):
         return OutOfMemoryError(
-            f"{path} does not fit into memory: take a file with fewer bits per weight, or fewer "
+            f"{path} does not fit into memory: use a file with fewer bits per weight, or fewer "
             f"gpu_layers. {reason}"
         )
     return ModelError(
-        f"{path} can't be loaded: {reason}. The file is not whole, or newer than this llama.cpp "
+        f"{path} can't be loaded: {reason}. The file is incomplete, or newer than this llama.cpp "
         "(pip install --upgrade llama-cpp-python)."
     )

@@ -1,6 +1,6 @@
-"""`GGUFTokenizer`: a GGUF file's vocabulary, by llama.cpp's own tokeniser.
+"""`GGUFTokenizer`: tokenises with llama.cpp by a GGUF file's vocabulary.
 
-Chat templates are rendered by Transformers' code: prompts are the same text on every backend.
+Transformers renders the chat templates, so prompts are the same text on every backend.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 UNKNOWN, CONTROL, USER_DEFINED = 1, 8, 16  # bits of llama_token_attr
 SENTENCEPIECE = 1  # of llama_vocab_type
-NONE = -1  # the id of a token that the vocabulary lacks
+NONE = -1  # id of a token that is not in the vocabulary
 NAMED = ("bos", "eos", "sep", "pad")
 
 
 class GGUFTokenizer(PreTrainedTokenizerBase):
-    """What prompts and answers ask of a tokenizer; padding and tensors are nobody's need here.
+    """A tokenizer with the methods that prompts and answers use; no padding, no tensors.
 
     Args:
-        model: whose vocabulary, special tokens and chat templates.
+        model: the model whose vocabulary, special tokens and chat templates are used.
     """
 
     is_fast = False
@@ -55,11 +55,11 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary, control tokens included."""
+        """The size of the vocabulary, control tokens included."""
         return self.model.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """Return the ids by token, as the vocabulary writes them."""
+        """Return the ids by token, in the vocabulary's spelling."""
         return dict(self._ids)
 
     @cached_property
@@ -68,7 +68,7 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
 
     @cached_property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that are found in a text before it is split: control tokens are special."""
+        """The tokens that are found in a text before it is split; control tokens are special."""
         return {
             token_id: AddedToken(
                 self._piece(token_id, True).decode("utf-8", "replace"),
@@ -80,13 +80,13 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
         }
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Return the id of a token, or those of several; None for one that is not there."""
+        """Return the id of a token, or those of several; None for an unknown token."""
         if isinstance(tokens, str):
             return self._ids.get(tokens)
         return [self._ids.get(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Return the token of an id, or those of several, as the vocabulary writes them."""
+        """Return the token of an id, or those of several, in the vocabulary's spelling."""
         if isinstance(ids, int):
             return self.model.token(ids) if 0 <= ids < len(self) else None
         silent = self.added_tokens_decoder if skip_special_tokens else {}
@@ -103,9 +103,9 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
         Args:
             text: any text.
             text_pair: None.
-            add_special_tokens: what the vocabulary puts around a text, such as BOS.
-            split_special_tokens: read control tokens that the text spells as plain text.
-            options: `verbose`, which is nothing here.
+            add_special_tokens: add the vocabulary's tokens for the start and end, such as BOS.
+            split_special_tokens: treat the names of control tokens in the text as plain text.
+            options: `verbose`, which is ignored.
 
         Raises:
             TypeError: another option is given.
@@ -116,7 +116,7 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
         )
 
     def __call__(self, text: Any, add_special_tokens: bool = True, **options: Any) -> BatchEncoding:
-        """Return `input_ids` and `attention_mask` of a text or of several; see `encode`."""
+        """Return `input_ids` and `attention_mask` of one text or several; see `encode`."""
         if isinstance(text, str):
             ids: Any = self.encode(text, None, add_special_tokens, **options)
             mask: Any = [1] * len(ids)
@@ -126,12 +126,12 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
-        """Return the text of ids, U+FFFD where bytes are no character; spaces stay as they are.
+        """Return the text of ids, with U+FFFD for invalid bytes; spaces are not cleaned up.
 
         Args:
-            token_ids: an id, or several; a tensor too.
+            token_ids: an id, several, or a tensor.
             skip_special_tokens: leave control tokens out.
-            options: `clean_up_tokenization_spaces`, which no answer wants.
+            options: `clean_up_tokenization_spaces`, which is ignored.
         """
         ids: Iterable[Any] = (token_ids,) if isinstance(token_ids, int) else token_ids
         raw = b"".join(self._piece(int(i), not skip_special_tokens) for i in ids)
@@ -141,12 +141,12 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
     def _piece(self, token_id: int, special: bool) -> bytes:
         key = token_id, special
         if (known := self._pieces.get(key)) is None:
-            inside = 0 <= token_id < len(self)  # llama.cpp ends the process for another id
+            inside = 0 <= token_id < len(self)  # llama.cpp aborts the process for other ids
             known = self._pieces[key] = self.model.piece(token_id, special) if inside else b""
         return known
 
     def to_llguidance(self, end_ids: Sequence[int]) -> LLTokenizer:
-        """Return llguidance's form of the vocabulary, for grammars.
+        """Return the vocabulary in llguidance's format, for grammars.
 
         Args:
             end_ids: ids that end an answer.
@@ -159,7 +159,7 @@ class GGUFTokenizer(PreTrainedTokenizerBase):
         for token_id in range(len(self)):
             token = added.get(token_id)
             raw = self._piece(token_id, True)
-            # A byte that no text has marks what a grammar names, and never what it spells.
+            # A byte that no text has marks tokens that a grammar names, as opposed to spells.
             marked = token is not None and (token.special or raw[:1] + raw[-1:] == b"<>")
             tokens.append(b"\xff" + raw if marked else raw)
         function = ctypes.cast(lib.llama_tokenize, ctypes.c_void_p).value

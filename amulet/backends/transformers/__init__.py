@@ -1,1 +1,1 @@
-"""Any causal language model of Transformers, decoded in rows."""
+"""Runs causal language models of Transformers, in rows."""

@@ -1,1 +1,1 @@
-"""What makes decoding fast on a CPU; without it every token is the same."""
+"""Speeds up decoding on a CPU; without it, answers are the same."""

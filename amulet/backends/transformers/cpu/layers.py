@@ -1,8 +1,8 @@
-"""Decoder layers of Llama's shape on the CPU: in one call, by `native/layer.c`.
+"""Runs whole decoder layers of Llama's shape on the CPU in one call of `native/layer.c`.
 
-Transformers' layer makes some fifty calls of some microseconds each, which is half of a small
-model's step; and a long pass takes less time and memory in parts. What the C code isn't for, or not
-the fastest at, goes through the same operations one by one.
+A layer of Transformers makes about fifty calls of a few microseconds each, half of a small model's
+step; and a long pass takes less time and memory in parts. Passes that the C code does not support,
+or is slower at, run the same operations one by one.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from amulet.errors import ModelError, is_out_of_memory
 
 logger = logging.getLogger("amulet")
 
-# Whose forward is known to be what is computed here; a trial sees to it that it still is.
+# Classes whose forward is known to compute the same; a trial checks that it still does.
 KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")}
 ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # is it GELU?
-PART = 128  # tokens that `native/layer.c` takes at once of a long pass, on up to four cores
-OUTSIDE = -1  # what `native/layer.c` returns where a pass doesn't lie within its buffers
-ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # how far the trial may be off, relatively
+PART = 128  # tokens of a long pass that `native/layer.c` computes at once, on up to four cores
+OUTSIDE = -1  # returned by `native/layer.c` for a pass outside its buffers
+ALIKE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}  # relative tolerance of the trial
 
 
 def use_native_layers(model: nn.Module) -> int:
-    """Let the C code compute a packed model's decoder layers; return how many.
+    """Let the C code compute a packed model's decoder layers; return their number.
 
-    Those of `KNOWN` classes, if all their products and their attention are the C code's. Only
-    passes over a `RowCache` are changed. Norms and biases are taken as they are now.
+    Applies to layers of `KNOWN` classes whose products and attention all use the C code. Only
+    passes over a `RowCache` change. Norms and biases are read now; see `renew_packed`.
     """
     found: list[Any] = [m for m in model.modules() if type(m).__name__ in KNOWN]
     if not found or not isinstance(model, PreTrainedModel) or not steps_are_native(model):
@@ -59,7 +59,7 @@ def use_native_layers(model: nn.Module) -> int:
             return 0
         layers = [NativeLayer(module) for module in found]
         agrees = layers[0].agrees(found[0], model.config)
-    except Exception as error:  # Transformers has changed its layers; its own code still serves
+    except Exception as error:  # Transformers changed its layers: use its own code
         if is_out_of_memory(error):
             raise
         logger.info("Layers aren't C code: %s: %.200s", type(error).__name__, error)
@@ -75,9 +75,9 @@ def use_native_layers(model: nn.Module) -> int:
 
 
 def renew_packed(model: nn.Module) -> None:
-    """Take over what has changed of a packed model's weights: norms, biases and embedding.
+    """Read changed weights of a packed model again: norms, biases and embedding.
 
-    Call it when `weights_state` has changed, and not during a pass.
+    Call this when `weights_state` has changed, but not during a pass.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, PackedLayer) and head.embedding_state is not None:
@@ -95,7 +95,7 @@ def renew_packed(model: nn.Module) -> None:
         module.__class__ = own_class
         try:
             fits = _fits(module)
-        except Exception:  # a layer was replaced by one of another kind
+        except Exception:  # a layer was replaced by another kind
             fits = False
         if fits:
             module.native = NativeLayer(module)  # type: ignore[assignment]
@@ -105,13 +105,13 @@ def renew_packed(model: nn.Module) -> None:
 
 
 def are_native(model: nn.Module) -> bool:
-    """Whether `use_native_layers` has changed the model's layers."""
+    """Tell whether `use_native_layers` has changed the model's layers."""
     return any(hasattr(type(module), "own_class") for module in model.modules())
 
 
 @cache
 def _native_class(own: Any) -> Any:
-    """Return a class of layers that are computed by their `native` where that serves."""
+    """Return a subclass whose layers use their `native` where possible."""
 
     class Native(own):  # type: ignore[misc]
         own_class = own
@@ -136,7 +136,7 @@ def _native_class(own: Any) -> Any:
             )
 
         def __reduce__(self) -> Any:
-            """Refuse to be copied or saved, as the packed layers in it do."""
+            """Refuse copying and pickling, as the packed layers inside do."""
             raise ModelError(
                 "A packed model can't be copied or saved whole: load it with pack=False for that."
             )
@@ -157,7 +157,7 @@ def _fits(module: Any) -> bool:
     dtype = module.input_layernorm.weight.dtype
     vectors = [*_norms(module).values(), *(layer.bias for layer in layers)]
     return (
-        "forward" not in module.__dict__  # nobody else has replaced it
+        "forward" not in module.__dict__  # not replaced by other code
         and type(module).__module__.startswith("transformers.models.")
         and inner - {"q_norm", "k_norm"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
         and len(blocks) == 7
@@ -169,7 +169,7 @@ def _fits(module: Any) -> bool:
     )
 
 
-# Of what goes into attention and MLP, of heads, and of what comes out of both; some have fewer.
+# Norms before attention and MLP, of heads, and after both; some layers have fewer.
 NORMS = "before", "between", "query_norm", "key_norm", "attended", "fed"
 
 
@@ -209,7 +209,7 @@ class _Pass(ctypes.Structure):
 
 
 class NativeLayer:
-    """What computes one decoder layer; it holds nothing that holds it.
+    """Computes one decoder layer; has no reference to the layer, which would be a cycle.
 
     Args:
         module: a packed layer of a `KNOWN` class.
@@ -223,7 +223,7 @@ class NativeLayer:
             *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         ]
         self._most = min(layer.native_rows for layer in self._linears)
-        # C code goes through a long pass in parts; rounded weights are rather made dense for it.
+        # C code runs a long pass in parts; for rounded weights, making them dense is faster.
         dense = all(isinstance(layer, PackedLinear) for layer in self._linears)
         self._most_in_parts = sys.maxsize if dense and self._most >= PART else self._most
         self._norms = _norms(module)
@@ -256,7 +256,7 @@ class NativeLayer:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         options: dict[str, Any],
     ) -> torch.Tensor | None:
-        """Return what the layer does, `[rows, width, hidden size]`; None where this can't."""
+        """Return the layer's output, `[rows, width, hidden size]`, or None if not supported."""
         cache = options.get(self._cache)
         if (
             not isinstance(cache, RowCache)
@@ -266,13 +266,13 @@ class NativeLayer:
             or hidden.device.type != "cpu"
             or not (mask is None or mask.dtype == torch.bool)
             or any(not self._turns(angles, hidden) for angles in position_embeddings)
-            or any(self._hooks)  # somebody wants to see or change what is inside of the layer
+            or any(self._hooks)  # a hook reads or changes something inside the layer
         ):
             return None
         rows, width = hidden.shape[:2]
         part, most = 0, self._most
         if width > FEW:
-            part = max(PART, 32 * torch.get_num_threads())  # several tasks of a product for each
+            part = max(PART, 32 * torch.get_num_threads())  # several tasks of a product per thread
             most = self._most_in_parts if prefills(width, self._dim, self._dtype, mask) else 0
         cosine, sine = position_embeddings
         given = hidden.contiguous(), mask, cosine.contiguous(), sine.contiguous(), cache
@@ -281,7 +281,7 @@ class NativeLayer:
         return self._whole(*given, part)
 
     def _turns(self, angles: torch.Tensor, hidden: torch.Tensor) -> bool:
-        """Whether cosines or sines `[rows or 1, width, dim]` are those of a pass's tokens."""
+        """Tell whether cosines or sines have the shape `[rows or 1, width, dim]` of the pass."""
         rows, width = hidden.shape[:2]
         shapes = ((rows, width, self._dim), (1, width, self._dim))
         return angles.dtype == self._dtype and angles.shape in shapes
@@ -336,7 +336,7 @@ class NativeLayer:
         normed = self._norm("before", hidden)
         queries, keys, values = (by(normed).view(heads) for by in (query, key, value))
         queries, keys = self._norm("query_norm", queries), self._norm("key_norm", keys)
-        del normed  # a long pass's memory is what is alive at once
+        del normed  # reduces the peak memory of a long pass
         rowwise.rotate_(queries, cosine, sine)
         rowwise.rotate_(keys, cosine, sine)
         all_keys, all_values = cache.update(
@@ -359,20 +359,20 @@ class NativeLayer:
         return self._norm("fed", down(gated)).add_(hidden)
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states after one of `NORMS`; the same where the layer has none."""
+        """Return the hidden states after one of `NORMS`, or unchanged if the layer has none."""
         weight = self._norms[name]
         if weight is None:
             return hidden
         return rowwise.norm(hidden, weight, self._epsilon, self._plus_one)
 
     def agrees(self, module: Any, config: PretrainedConfig) -> bool:
-        """Whether the module gives few tokens what both ways here give them, in a trial."""
+        """Tell whether, in a trial, both ways here compute what the module computes."""
         generator = torch.Generator().manual_seed(0)
         sizes = self._linears[0].in_features, self._dim, self._dim
         hidden, cosine, sine = (
             torch.randn(2, 1, size, generator=generator).to(self._dtype) for size in sizes
         )
-        hidden = hidden / 64  # the norms undo it; what the layer adds is then most of its output
+        hidden = hidden / 64  # norms undo this, so the layer's own part dominates the output
         places = torch.tensor([[1], [3]])
         mask = torch.arange(4) <= places[:, None, :, None]
         with torch.no_grad(), grouped():
@@ -402,7 +402,7 @@ def _cache_for(places: torch.Tensor) -> RowCache:
 
 
 def _norms(module: Any) -> dict[str, torch.Tensor | None]:
-    """Return the weights of `NORMS`, None where the layer has none."""
+    """Return the weights of `NORMS`, or None for those that the layer lacks."""
     attention, after_attention = module.self_attn, module.post_attention_layernorm
     between = getattr(module, "pre_feedforward_layernorm", None)
     found = (

@@ -1,9 +1,8 @@
-"""Lets go of a thread's OpenMP helpers, so that another thread's are quick to wake.
+"""Releases a thread's OpenMP helpers, so that those of other threads wake quickly.
 
-GNU's OpenMP keeps helpers for every thread that ever computed. Once all of them together are more
-than the processor has cores, none waits actively for work any more, and each of the hundreds of
-short products of a decode step waits for a helper to be woken: a step takes twice as long,
-whichever thread runs it.
+GNU's OpenMP keeps helpers for every thread that ever computed. Once all helpers together outnumber
+the cores, they no longer wait actively for work, and each of the hundreds of short products of a
+decode step has to wake one. Then a step takes twice as long, whichever thread runs it.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 
-HARD = 2  # omp_pause_hard of OpenMP 5.0: give up what is held; it is made anew when needed
+HARD = 2  # omp_pause_hard of OpenMP 5.0: release all; it is created again when needed
 
 
 def release() -> None:
-    """Free the calling thread's helpers; nothing where PyTorch has another OpenMP than GNU's."""
+    """Free the calling thread's helpers; does nothing if PyTorch's OpenMP is not GNU's."""
     library = _library()
     if library is not None:
         library.omp_pause_resource_all(HARD)
@@ -28,7 +27,7 @@ def release() -> None:
 
 @cache
 def _library() -> Any:
-    """PyTorch's own copy of the library, already loaded, or None."""
+    """Return PyTorch's copy of the library, already loaded, or None."""
     if sys.platform != "linux":
         return None
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):

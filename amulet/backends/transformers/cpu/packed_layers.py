@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie as a decode step reads them: as they are, in 8 bits, or in 4."""
+"""Linear layers with weights packed in the order of reading: unchanged, in 8 bits or in 4 bits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from amulet.backends.transformers.cpu import products
 from amulet.errors import ModelError
 
-INT4_GROUP = 32  # weights that share a scale and a least value
+INT4_GROUP = 32  # weights that share a scale and a minimum
 
 _numbers = itertools.count()
 _layers: WeakValueDictionary[int, PackedLayer] = WeakValueDictionary()
 
 
 class Blocks(NamedTuple):
-    """A weight as `products` reads it: its kind, where it lies, and int8's scale."""
+    """A weight in the form that `products` reads: its kind, its address, and int8's scale."""
 
     kind: int
     address: int
@@ -27,15 +27,15 @@ class Blocks(NamedTuple):
 
 
 class PackedLayer(nn.Module):
-    """A linear layer that holds its weight packed, and only so.
+    """A linear layer that holds its weight only in packed form.
 
     Args:
         linear: the layer to replace, on the CPU.
 
     Attributes:
-        blocks: the weight as `products` reads it; None where it can't.
-        native_rows: up to how many rows are multiplied by `products`; 0 where none are.
-        embedding_state: of the embedding that shares its weight with this head, when it was packed.
+        blocks: the weight in the form that `products` reads; None if it can't.
+        native_rows: the maximum number of rows that `products` multiplies; 0 if it never does.
+        embedding_state: state of the embedding that shares this head's weight, when it was packed.
     """
 
     blocks: Blocks | None = None
@@ -45,22 +45,22 @@ class PackedLayer(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # A copy: the bias itself may lie in the mapped file, and would keep it in memory.
+        # A copy, because the bias may be mapped from the file and would keep the whole file.
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
         self._number = next(_numbers)
         _layers[self._number] = self
 
     @property
     def weight(self) -> torch.Tensor:
-        """A dense copy of the weight, `[out_features, in_features]`, for whoever asks.
+        """A dense copy of the weight, `[out_features, in_features]`, for outside readers.
 
-        To write into the copy is an error, because the layer would not notice.
+        Writing into the copy is an error, because the layer would not notice.
         """
-        with torch.inference_mode():  # PyTorch refuses to change such a tensor outside of it
+        with torch.inference_mode():  # such a tensor can't be changed outside of it
             return self.dense().clone()
 
     def dense(self) -> torch.Tensor:
-        """Return the weight as it is multiplied, `[out_features, in_features]`."""
+        """Return the weight that is multiplied, `[out_features, in_features]`."""
         raise NotImplementedError
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ class PackedLayer(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return `product(hidden)`, by the layer's number in code that is being compiled."""
+        """Return `product(hidden)`; compiled code calls it by the layer's number."""
         if torch.compiler.is_compiling():
             output: torch.Tensor = torch.ops.amulet.packed_linear(
                 hidden, self._number, self.out_features
@@ -83,36 +83,36 @@ class PackedLayer(nn.Module):
         return self.product(hidden)
 
     def __reduce__(self) -> Any:
-        """Refuse to be copied or saved: the copy would hold the address of this one's weight."""
+        """Refuse copying and pickling: the copy would have the address of this layer's weight."""
         raise ModelError(
             "A packed layer can't be copied or saved: load the model with pack=False for that."
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse another weight or bias: C code holds the address of this one's."""
+        """Refuse another weight or bias: C code has the address of the present one."""
         raise ModelError(
             f"A packed layer can't be given another {name}: load the model with pack=False, "
-            "change that one, and give it to Amulet."
+            "change it there, and give that model to Amulet."
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Give the weight as the dense layer did."""
+        """Save the weight as the dense layer would."""
         destination[f"{prefix}weight"] = self.dense()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        """Refuse other weights: C code holds the addresses of these."""
+        """Refuse other weights: C code has the addresses of the present ones."""
         raise ModelError(
             "Weights can't be loaded into a packed model: load the model with pack=False, load "
-            "them into that one, and give it to Amulet."
+            "them into that model, and give it to Amulet."
         )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-# The compiler can't look into a packed weight, so that compiled code asks for it by number.
+# The compiler can't look into a packed weight, so compiled code refers to it by number.
 _library: Any = torch.library.Library("amulet", "DEF")  # type: ignore[no-untyped-call]
 _library.define("packed_linear(Tensor hidden, int layer, int out_features) -> Tensor")
 _library.impl("packed_linear", lambda hidden, layer, _: _layers[layer].product(hidden), "CPU")
@@ -124,7 +124,7 @@ def _packed_linear_shape(hidden: torch.Tensor, layer: int, out_features: int) ->
 
 
 class PackedLinear(PackedLayer):
-    """Weights as they are, in float32 or bfloat16, in oneDNN's blocked layout."""
+    """Unchanged weights, float32 or bfloat16, in oneDNN's blocked layout."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -148,7 +148,7 @@ class PackedLinear(PackedLayer):
         blocks = self.blocks
         if blocks is not None and hidden.numel() <= self._most and hidden.dtype == self.dtype:
             return self._by_blocks(blocks, hidden)
-        # The overload by name: to let PyTorch find it costs as much as a small layer's product.
+        # Names the overload, because resolving it costs as much as a small layer's product.
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
             hidden, self._packed, self.bias, "none", [], ""
         )
@@ -159,13 +159,13 @@ class PackedLinear(PackedLayer):
 
 
 class _RoundedLinear(PackedLayer):
-    """Weights of a bfloat16 layer rounded: products of their own for few rows, dense for many."""
+    """Rounded weights of a bfloat16 layer: own products for few rows, dense for many."""
 
     _bits: int
-    _most_rows: int  # beyond these many the kernel is slower than dense weights made anew
+    _most_rows: int  # with more rows, the kernel is slower than making dense weights
 
     def _few_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the product by PyTorch's kernel, `[..., out_features]`, bias included."""
+        """Return the product by PyTorch's kernel with the bias, `[..., out_features]`."""
         raise NotImplementedError
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ class _RoundedLinear(PackedLayer):
         return output.view(*hidden.shape[:-1], self.out_features)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Refuse to be saved as the model that it was rounded from."""
+        """Refuse saving, which would pass rounded weights off as the original ones."""
         raise ModelError(
             f"Weights rounded to {self._bits} bits can't be saved: load the model with pack=False "
             "for that."
@@ -193,7 +193,7 @@ class _RoundedLinear(PackedLayer):
 
 
 class Int8Linear(_RoundedLinear):
-    """Weights in 8 bits with one scale per output: half of bfloat16's memory."""
+    """8-bit weights with one scale per output, half of bfloat16's memory."""
 
     _bits = 8
 
@@ -224,10 +224,10 @@ class Int8Linear(_RoundedLinear):
 
 
 class Int4Linear(_RoundedLinear):
-    """Weights in 4 bits, each `INT4_GROUP` with a scale and a least value, as GGUF's Q4_1 has.
+    """4-bit weights with a scale and a minimum per `INT4_GROUP`, as in GGUF's Q4_1.
 
-    `out_features` must be a multiple of 16 and `in_features` one of the group. PyTorch's kernel has
-    a layout that can't be read back, so that with it they are held twice: together as int8.
+    `out_features` must be a multiple of 16 and `in_features` of the group. The layout of PyTorch's
+    kernel can't be read back, so weights are held twice with it, in as much memory as int8.
     """
 
     _bits = 4
@@ -274,7 +274,7 @@ class Int4Linear(_RoundedLinear):
 
 
 def native_rows(model: nn.Module) -> int:
-    """Return up to how many rows all of a model's products are C code's; 0 if some never are."""
+    """Return the maximum number of rows for which all products of a model use C code, or 0."""
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
     others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
     dense = any(p.dim() > 1 for module in others for p in module.parameters(recurse=False))

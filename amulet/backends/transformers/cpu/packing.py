@@ -1,7 +1,7 @@
-"""Packs a model's linear layers for the CPU: oneDNN's blocked layout, int8 or int4.
+"""Packs a model's linear layers for the CPU: in oneDNN's blocked layout, int8 or int4.
 
-A decode step multiplies a few rows by every weight. PyTorch's `linear` then reads the weights in
-a layout made for something else, or lays them out anew on every call; a packed copy does not.
+A decode step multiplies a few rows by every weight. PyTorch's `linear` reads the weights in an
+unsuitable layout, or rearranges them on every call; packed weights avoid both.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from amulet.backends.transformers.weights import is_adapter, weights_state
 from amulet.errors import ModelError, OutOfMemoryError, is_out_of_memory, one_line
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-TRIAL = 2**27, 2**28  # bytes of weights: what fits into a cache tells nothing, more is not needed
+TRIAL = 2**27, 2**28  # least and most bytes of weights; fewer would fit into a cache
 
 
 def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) -> int:
-    """Replace every plain `nn.Linear` of the model by a packed one; return how many.
+    """Replace every plain `nn.Linear` of the model by a packed one; return their number.
 
-    Nothing is done, and 0 returned, for a model that is not wholly on the CPU in float32 or
-    bfloat16, that holds adapters, where this build of PyTorch lacks the kernels, or in float32
-    where a short trial shows that this processor is slower so (AMD's are faster). The dense
-    weights are released, except where the embedding shares them with the head. The model decodes
-    as before, to rounding; it can no longer be trained, nor copied, nor take other weights. With
-    `pack=True` it can be saved: the weights are the dense ones.
+    Does nothing and returns 0 for a model that is not wholly on the CPU in float32 or bfloat16 or
+    that has adapters, if this build of PyTorch lacks the kernels, or in float32 if a short trial
+    shows that packing is slower on this processor (it is faster on AMD's). The dense
+    weights are released, unless the embedding shares them with the head. The model decodes
+    as before, up to rounding, but can no longer be trained or copied or load other weights. With
+    `pack=True` it can be saved, with the dense weights.
 
     Args:
         model: a Transformers model.
-        pack: "int8" and "int4" also round the weights to so many bits: faster for a few rows, and
-            less memory; tokens may differ. The head stays at 8 bits, where rounding shows most.
+        pack: "int8" and "int4" also round the weights to that many bits, which is faster for few
+            rows and takes less memory; tokens may differ. The head, most sensitive to rounding,
+            stays at 8 bits.
 
     Raises:
-        ModelError: `pack` is not one of these, or int8 or int4 was asked for and the model is not
+        ModelError: `pack` is not one of these, or it is int8 or int4 and the model is not
             in bfloat16 on the CPU.
-        OutOfMemoryError: there is no room to pack the next layer; the model decodes as before, but
-            may be packed in part.
+        OutOfMemoryError: there is no memory to pack the next layer; the model decodes as before,
+            but may be packed in part.
     """
     if pack not in (True, False, "int8", "int4"):
         raise ModelError(f'pack={pack!r}: expected True, False, "int8" or "int4".')
@@ -85,20 +86,20 @@ def _pack(model: nn.Module, pack: bool | Literal["int8", "int4"]) -> int:
                 source: Any = cast(Any, model).get_input_embeddings() if child is head else None
                 if source is not None and child.weight is getattr(source, "weight", None):
                     tied.append((packed, source))
-    # What is left may lie in the mapped file, too, and would keep the whole of it in memory.
+    # Other tensors may be mapped from the file, too, and would keep the whole file in memory.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    for packed, source in tied:  # not before its data is where it stays
+    for packed, source in tied:  # after its data has its final address
         packed.embedding_state = weights_state(source)
     use_native_layers(model)
     return count
 
 
 def _slows(model: nn.Module) -> bool:
-    """Tell whether two rows take longer through packed float32 layers than through dense ones.
+    """Tell whether two rows take longer with packed float32 layers than with dense ones.
 
-    Through oneDNN's own products that depends on the processor, and a trial of some tenths of a
-    second decides; through `products` they never do.
+    With oneDNN's products that depends on the processor, so a trial of some tenths of a
+    second decides; with `products` they never do.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     if not linears or PackedLinear(linears[0]).native_rows:
@@ -116,7 +117,7 @@ def _slows(model: nn.Module) -> bool:
 def _seconds(layers: Sequence[nn.Linear | PackedLinear]) -> float:
     hidden = {layer.in_features: torch.ones(2, layer.in_features) for layer in layers}
     times: list[float] = []
-    while len(times) < 4 and sum(times) < 0.5:  # a busy machine is not kept busy for long
+    while len(times) < 4 and sum(times) < 0.5:  # limits the time on a busy machine
         begun = time.perf_counter()
         for layer in layers:
             layer(hidden[layer.in_features])

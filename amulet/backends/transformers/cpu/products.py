@@ -1,6 +1,6 @@
-"""Products of a few rows with packed weights, by `native/products.c`: the Python side of it.
+"""Products of a few rows with packed weights: the Python side of `native/products.c`.
 
-PyTorch's kernels read the weights of a step of few rows at half of the memory's speed.
+In a step of few rows, PyTorch's kernels read the weights at half of the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from torch.nn.functional import pad
 from amulet.backends.transformers.cpu import native
 from amulet.errors import ModelError
 
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights, as `products.c` numbers them
-BLOCK = 64  # outputs that lie together
-# By kind, up to how many rows these products are the faster ones; and where oneDNN has AMX's tiles.
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights, numbered as in `products.c`
+BLOCK = 64  # outputs per block
+# By kind, the maximum number of rows for which these products are faster; then the same with AMX.
 MOST_ROWS = (128, 128, 256, 512)
 MOST_ROWS_AMX = (128, 16, 48, 192)
-MOST_ROWS_WITHOUT_BFLOAT16 = 8  # bfloat16 on processors whose AVX-512 doesn't know it
+MOST_ROWS_WITHOUT_BFLOAT16 = 8  # bfloat16 on processors without AVX-512's bfloat16
 
 _in_blocks: dict[tuple[torch.Size, torch.dtype], bool] = {}  # by shape: is it packed as expected?
 
 
 def serves(kind: int) -> bool:
-    """Tell whether there are products of this kind here."""
+    """Tell whether products of this kind are available."""
     return native.library() is not None and bool(native.library().amulet_serves(kind))
 
 
 @cache
 def most_rows(kind: int) -> int:
-    """Return up to how many rows these products are the faster ones."""
+    """Return the maximum number of rows for which these products are faster."""
     if kind == BFLOAT16 and not serves(INT8):
         return MOST_ROWS_WITHOUT_BFLOAT16
     return (MOST_ROWS_AMX if "amx_bf16" in native.processor() else MOST_ROWS)[kind]
 
 
 def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
-    """Return where oneDNN's packed weight lies, if `multiply` can read it.
+    """Return the address of oneDNN's packed weight, or None if `multiply` can't read it.
 
     Args:
-        packed: the opaque tensor that oneDNN made of the weight.
+        packed: oneDNN's opaque tensor of the weight.
         weight: `[out_features, in_features]`, float32 or bfloat16.
     """
     asked = hasattr(torch.ops.mkldnn, "data_ptr") and hasattr(torch.ops.mkldnn, "_nbytes")
@@ -55,8 +55,8 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
     size = rows * weight.shape[1] * weight.itemsize
     if torch.ops.mkldnn._nbytes(packed) != size or address % weight.itemsize:
         return None
-    # The layout is oneDNN's own affair, so it is looked at, bit for bit, and not relied on; once
-    # for each shape, as that and the type are all that it depends on.
+    # oneDNN does not document the layout, so it is checked bit for bit; once per shape and type,
+    # # because it depends on nothing else.
     kind = (weight.shape, weight.dtype)
     if kind not in _in_blocks:
         whole = torch.int16 if pair == 2 else torch.int32
@@ -65,7 +65,7 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
         expected = padded.view(rows // BLOCK, BLOCK, -1, pair).transpose(1, 2)
         equal = torch.equal(found.view(expected.shape), expected)
         if equal and bool((weight == weight[0, 0]).all()):
-            return address  # any layout of equal numbers is: it says nothing of the next weight
+            return address  # equal numbers fit any layout, so this says nothing about other weights
         _in_blocks[kind] = equal
     return address if _in_blocks[kind] else None
 
@@ -82,15 +82,15 @@ def multiply(
     """Return `hidden @ weight.T + bias`, `[..., out_features]`.
 
     Args:
-        kind: of the weight.
+        kind: the weight's kind.
         hidden: `[..., in_features]` on the CPU, float32 for float32 weights, else bfloat16.
-        weight: the address of what `address_of_blocks`, `int8_blocks` or `int4_blocks` returned.
+        weight: the address of the result of `address_of_blocks`, `int8_blocks` or `int4_blocks`.
         out_features, in_features: the weight's shape.
         scale: int8's, `[out_features]`, bfloat16.
         bias: `[out_features]`, contiguous, of the hidden states' dtype, or None.
 
     Raises:
-        ModelError: the hidden states are of another dtype or size.
+        ModelError: the hidden states have another dtype or size.
     """
     dtype = torch.float32 if kind == FLOAT32 else torch.bfloat16
     if hidden.dtype != dtype or hidden.shape[-1] != in_features:
@@ -151,11 +151,11 @@ def unpack(
     in_features: int,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what was packed into blocks, `[out_features, in_features]`, bfloat16.
+    """Return the weight that was packed into blocks, `[out_features, in_features]`, bfloat16.
 
     Args:
         kind: INT8 or INT4.
-        blocks: of `int8_blocks` or `int4_blocks`.
+        blocks: the result of `int8_blocks` or `int4_blocks`.
         out_features, in_features: their shape.
         scale: int8's, `[out_features]`, bfloat16.
     """

@@ -1,6 +1,6 @@
-"""What lies between a layer's products, by `native/rowwise.c`: the Python side of it.
+"""Operations between a layer's products: the Python side of `native/rowwise.c`.
 
-All tensors are on the CPU, contiguous, and of one dtype, float32 or bfloat16.
+All tensors are on the CPU and contiguous, and have one dtype, float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import torch
 
 from amulet.backends.transformers.cpu import native
 
-LANES = 16  # numbers computed at once: a last dimension is to be a multiple
+LANES = 16  # numbers computed at once; the last dimension must be a multiple
 
 
 def _check(first: torch.Tensor, others: dict[str, torch.Tensor], fit: bool) -> None:
-    """Raise ValueError where C would read or write beyond a tensor, or take it for another type."""
+    """Raise ValueError if C would read or write beyond a tensor or with a wrong type."""
     tensors = (first, *others.values())
     if (
         not fit
@@ -23,7 +23,7 @@ def _check(first: torch.Tensor, others: dict[str, torch.Tensor], fit: bool) -> N
     ):
         found = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in others.items())
         raise ValueError(
-            f"{found} beside {list(first.shape)} {first.dtype}: expected contiguous tensors on the "
+            f"{found} with {list(first.shape)} {first.dtype}: expected contiguous tensors on the "
             f"CPU whose shapes and types fit together, and sizes that are multiples of {LANES}"
         )
 
@@ -36,8 +36,8 @@ def norm(
     Args:
         hidden: `[..., size]`.
         weight: `[size]`.
-        epsilon: is added to the mean square.
-        plus_one: multiply by one more than the weight, as Gemma does.
+        epsilon: added to the mean square.
+        plus_one: multiply by the weight plus one, as Gemma does.
     """
     size = hidden.shape[-1]
     _check(hidden, {"weight": weight}, weight.shape == (size,) and size % LANES == 0)
@@ -56,7 +56,7 @@ def norm(
 
 
 def rotate_(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-    """Turn queries or keys by the angles of their positions, in place.
+    """Rotate queries or keys by the angles of their positions, in place.
 
     The halves (a, b) of a head become (a cos - b sin, b cos + a sin).
 
@@ -81,7 +81,7 @@ def rotate_(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> No
 
 
 def gate_(hidden: torch.Tensor, up: torch.Tensor, gelu: bool = False) -> None:
-    """Make `hidden` be `silu(hidden) * up`, or GELU's approximation by tanh; both of one shape."""
+    """Replace `hidden` by `silu(hidden) * up`, or with GELU's tanh approximation; equal shapes."""
     _check(hidden, {"up": up}, up.shape == hidden.shape and hidden.numel() % LANES == 0)
     native.library().amulet_gate(
         hidden.dtype == torch.bfloat16, gelu, hidden.data_ptr(), up.data_ptr(), hidden.numel()

@@ -1,7 +1,8 @@
-"""C code for the CPU, compiled once where it runs, and cached: products, attention, threads.
+"""Compiles and loads the C code for the CPU: products, attention, layers and threads.
 
-PyTorch's kernels read the weights of a step of few rows, and its keys and values, at a fraction of
-the memory's speed. Where there is no C compiler, those kernels are used all the same.
+In a step of few rows, PyTorch's kernels read weights, keys and values at a fraction of the memory
+bandwidth. The C code is compiled on the machine where it runs, and cached. Without a C compiler,
+PyTorch's kernels are used.
 """
 
 from __future__ import annotations
@@ -34,36 +35,37 @@ FOLDER = Path(__file__).parent
 HEADERS = "common.h", "threads.h", "attention.h", "products.h", "rowwise.h"
 SOURCES = "threads.c", "attention.c", "prefill.c", "products.c", "rowwise.c", "layer.c"
 FLAGS = "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-fPIC"
-FORGOTTEN_AFTER = 24 * 3600  # seconds until a compiler that failed is tried again
-MOST_THREADS = 16  # of the team: with more its taking turns was not measured
+FORGOTTEN_AFTER = 24 * 3600  # seconds until a failed compilation is retried
+MOST_THREADS = 16  # of the team; not measured with more
 
 
-_libraries: list[tuple[Any, str]] = []  # the one, or None and why, once it was asked for
+_libraries: list[tuple[Any, str]] = []  # after the first call: the library, or None and why
 
 
 def library() -> Any:
-    """Return the compiled code, or None, with the reason in the log."""
-    if not _libraries:  # `functools.cache` would be in the way of `torch.compile`
+    """Return the compiled code, or None after logging the reason."""
+    if not _libraries:  # `torch.compile` can't trace `functools.cache`
         _libraries.append(_load())
     return _libraries[0][0]
 
 
 def reason() -> str:
-    """Return why `library` returned None, "" where it did not."""
+    """Return why `library` returned None, or ""."""
     library()
     return _libraries[0][1]
 
 
 @contextmanager
 def team() -> Iterator[None]:
-    """Let the C code's own helpers do its tasks in the block, and PyTorch have one thread.
+    """Run the C code's tasks on its own helpers in this block, and PyTorch on one thread.
 
-    For a block in which the C code does all that is much; see `threads.c`. Nothing is changed where
-    there are more than `MOST_THREADS`, or this thread may not use a core for each of them: OpenMP
-    may have given each a place of its own.
+    For a block in which the C code does most of the work; see `threads.c`. Changes nothing if there
+    are more than `MOST_THREADS` threads, or fewer cores for this thread than threads: OpenMP may
+    have
+    bound each thread to a core.
     """
     code = library()
-    code.amulet_leave_team()  # where an interrupt came between entering and leaving
+    code.amulet_leave_team()  # in case an interrupt came between entering and leaving
     threads = torch.get_num_threads()
     if not 1 < threads <= min(MOST_THREADS, len(os.sched_getaffinity(0))):
         yield
@@ -111,19 +113,19 @@ def _load() -> tuple[Any, str]:
 
 
 def _said(error: Exception) -> str:
-    """Return in one line what a compiler said, or the error itself."""
+    """Return the compiler's message, or the error, in one line."""
     return " ".join(str(getattr(error, "stderr", None) or error).split())
 
 
 def _built() -> Path:
-    """Compile, unless that was done before for these files, this compiler and processor.
+    """Compile, unless that was done for these files, this compiler and this processor.
 
-    Nothing is compiled in vain twice a day: a compiler that failed is remembered as well.
+    A failure is remembered, too, so that it is retried only once a day.
     """
     if sys.platform != "linux":
         raise OSError(f"it is compiled only on Linux, not on {sys.platform}")
     if "avx512f" not in processor().split():
-        raise OSError("it needs a processor with AVX-512")
+        raise OSError("it requires a processor with AVX-512")
     name, *options = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
     compiler = shutil.which(name)
     if compiler is None:
@@ -140,11 +142,11 @@ def _built() -> Path:
     failed = path.with_suffix(".failed")
     if failed.is_file() and time.time() - failed.stat().st_mtime < FORGOTTEN_AFTER:
         said = failed.read_text(encoding="utf-8", errors="replace")
-        raise OSError(f"{said} (to try again at once, delete {failed})")
+        raise OSError(f"{said} (to retry at once, delete {failed})")
     try:
         _compile(compiler, options, path)
     except subprocess.SubprocessError as error:
-        if getattr(error, "returncode", 1) > 0:  # and nobody has killed it
+        if getattr(error, "returncode", 1) > 0:  # negative if it was killed
             failed.write_text(_said(error), encoding="utf-8")
         raise
     failed.unlink(missing_ok=True)
@@ -160,8 +162,8 @@ def _compile(compiler: str, options: Sequence[str], path: Path) -> None:
                 for name, target in objects.items()
             ]
             list(pool.map(_run, commands))
-        # Linked without OpenMP: its functions are then those of the library that PyTorch has
-        # loaded, and its threads are PyTorch's. A second library's would compete with them.
+        # Linked without OpenMP, so that it uses the library that PyTorch has loaded, with
+        # # PyTorch's threads. Those of a second library would compete with them.
         whole = str(Path(folder, path.name))
         _run((compiler, *options, "-shared", "-pthread", *objects.values(), "-o", whole))
         os.chmod(whole, 0o755)
@@ -169,11 +171,11 @@ def _compile(compiler: str, options: Sequence[str], path: Path) -> None:
 
 
 def _check_own(path: Path) -> None:
-    """Raise OSError where somebody else may have put the code there."""
+    """Raise OSError if another user may have written the code."""
     found = path.lstat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
         raise OSError(
-            f"{path} belongs to another user, or others can write to it; set "
+            f"{path} belongs to another user, or other users can write to it; set "
             "AMULET_CACHE to a folder of your own"
         )
 
@@ -186,17 +188,17 @@ def _run(command: Sequence[str]) -> None:
 
 @cache
 def processor() -> str:
-    """Return what code made for this processor depends on: its model and instructions."""
+    """Return what compiled code depends on: the processor's model and instructions."""
     wanted = ("model name", "flags", "Features", "CPU part")
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Return where a tensor's numbers lie, None (C's null) for none."""
+    """Return the address of a tensor's numbers, or None (C's null) without a tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
-    """Return the error to raise where C code found no memory."""
+    """Return the error to raise if C code runs out of memory."""
     return torch.OutOfMemoryError("out of memory for a step's intermediate results")

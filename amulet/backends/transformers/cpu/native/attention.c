@@ -1,14 +1,14 @@
 /* Attention of a few new tokens over many columns: out[q] = sum of softmax(q . key) * value.
 
-   One task is one key head of one row, with all queries that attend to it, QUERIES at a time: so
-   keys and values are read once for each QUERIES, and only as far as the row's last visible column.
-   Scores, weights and sums are float32. */
+   A task is one key head of one row, with all queries that attend to it, QUERIES at a time. So keys
+   and values are read once per QUERIES, and only up to the row's last visible column. Scores,
+   weights and sums are float32. */
 
 #include "attention.h"
 
 enum { QUERIES = AT_ONCE };
 
-/* Scores of `queries` queries in the columns up to `end`. A word is one float32 or two bfloat16. */
+/* Scores of `queries` queries for the columns up to `end`. A word is one float32 or two bfloat16. */
 INLINE void scores_of(int queries, int half, const uint32_t *const query[QUERIES],
                       const uint32_t *key, long column_words, long dim_words, long end, float scale,
                       float *scores, long stride)
@@ -52,7 +52,7 @@ INLINE void weighted_values(int queries, int half, const float *weights, long st
     }
 }
 
-/* Hide the columns that a query doesn't see, and turn scores into weights that sum to 1. */
+/* Mask the columns that a query doesn't see, and convert scores to weights that sum to 1. */
 static void weigh(float *scores, const uint8_t *mask, long seen, long end, long padded)
 {
     float most = -INFINITY, sum = 0;
@@ -64,7 +64,7 @@ static void weigh(float *scores, const uint8_t *mask, long seen, long end, long 
     for (long c = end; c < padded; c++)
         scores[c] = -INFINITY;
     if (most == -INFINITY)
-        most = 0; /* nothing is seen: weights of 0 */
+        most = 0; /* nothing is visible: weights of 0 */
     lanes sums = {0};
     for (long c = 0; c < padded; c += LANES) {
         lanes weights = exponential(*(lanes *)(scores + c) - most);
@@ -160,9 +160,9 @@ static void attend_one(void *argument, long task, int worker)
                 scores + QUERIES * of->padded);
 }
 
-/* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim]. A mask has a byte for
-   each [row][token][column], 0 where it isn't seen; without one a token sees the columns up to its
-   own, the new ones being the last. */
+/* Return 0, or 1 if out of memory. `out` is [rows][width][heads][dim]. A mask has a byte for
+   each [row][token][column], 0 if hidden; without a mask, a token sees the columns up to its own,
+   and the new tokens are the last columns. */
 int amulet_attend(const struct attention *at, int half, const char *query, const char *key,
                   const char *value, const uint8_t *mask, float scale, char *out)
 {

@@ -1,4 +1,4 @@
-/* What both kinds of attention take. */
+/* Arguments of both kinds of attention. */
 
 #include <math.h>
 #include <stdlib.h>

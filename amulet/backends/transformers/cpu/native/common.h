@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 #ifndef __AVX512F__
-#error "Amulet's C code needs a processor with AVX-512; on others it would be slower than PyTorch's"
+#error "Amulet's C code requires a processor with AVX-512; on others it is slower than PyTorch's"
 #endif
 #include <immintrin.h>
 
@@ -24,7 +24,7 @@ INLINE float as_float(uint32_t bits)
 
 INLINE float from_bfloat16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
 
-INLINE uint16_t to_bfloat16(float value) /* to nearest, ties to even; no number stays none */
+INLINE uint16_t to_bfloat16(float value) /* to nearest, ties to even; NaN stays NaN */
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -32,7 +32,7 @@ INLINE uint16_t to_bfloat16(float value) /* to nearest, ties to even; no number 
     return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
 }
 
-/* The numbers of a vector as bfloat16, one after another. */
+/* The numbers of a vector as bfloat16, in order. */
 INLINE void store_bfloat16(uint16_t *to, lanes from)
 {
 #ifdef __AVX512BF16__
@@ -62,8 +62,8 @@ INLINE lanes add_product(int half, lanes sum, words a, words b)
 #endif
 }
 
-/* e to the power of x <= 0: 2 to the whole part by the exponent's bits, to the rest by a
-   polynomial (Taylor's; its error is about float32's). */
+/* e to the power of x <= 0: 2 to the integer part through the exponent bits, to the fraction by a
+   Taylor polynomial, whose error is about that of float32. */
 INLINE lanes exponential(lanes x)
 {
     lanes power = x * 1.44269504f;
@@ -72,10 +72,10 @@ INLINE lanes exponential(lanes x)
     lanes value = 1 + rest * (1 + rest * (1 / 2.f + rest * (1 / 6.f + rest * (1 / 24.f
                   + rest * (1 / 120.f + rest * (1 / 720.f))))));
     lanes scaled = value * (lanes)((whole + 127) << 23);
-    return (lanes)((integers)scaled & ~(x <= -87.f)); /* what would underflow is 0; NaN stays */
+    return (lanes)((integers)scaled & ~(x <= -87.f)); /* 0 instead of underflow; NaN stays NaN */
 }
 
-/* Call with a constant: the compiler keeps sums in registers only where it knows how many. */
+/* Call with a constant, because the compiler keeps sums in registers only if it knows their number. */
 #define WITH_CONSTANT(COUNT, CALL, ...) \
     switch (COUNT) { \
     case 1: CALL(1, __VA_ARGS__); break; \

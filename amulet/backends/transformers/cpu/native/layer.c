@@ -1,12 +1,12 @@
-/* A decoder layer, whole: what `amulet/backends/transformers/cpu/layers.py` else does operation by operation, in one call. A
-   call from Python takes some microseconds, and the steps of a small model would make a thousand of
+/* A whole decoder layer in one call, which `cpu/layers.py` otherwise computes operation by operation.
+   A call from Python takes a few microseconds, and a step of a small model would make a thousand of
    them. */
 
 #include "attention.h"
 #include "products.h"
 #include "rowwise.h"
 
-/* All parts of these three have 8 bytes, as `layers.py` writes them. */
+/* All fields of these structures have 8 bytes, as in `layers.py`. */
 struct linear {
     long kind, out, in;
     const void *weight, *scale, *bias;
@@ -15,18 +15,17 @@ struct linear {
 struct layer {
     long half, plus_one, gelu, heads, key_heads, dim;
     double epsilon, scaling;
-    /* The weights of the norms, null where there are none: of what goes into attention and MLP, of
-       heads, and of what comes out of both. */
+    /* Weights of the norms before attention and MLP, of heads, and after both; null if absent. */
     const void *before, *between, *query_norm, *key_norm, *attended, *fed;
     struct linear query, key, value, out, gate, up, down;
 };
 
 struct pass {
     long rows, width, columns;
-    long part; /* how many tokens are taken at once; 0: all, attending by `amulet_attend` */
+    long part; /* tokens computed at once; 0: all, with `amulet_attend` */
     long room_rows, room_columns; /* of the cache from `keys` and `values` on */
     const void *cosine, *sine; /* [angles][dim] */
-    long angles;               /* one for each token, or those of one row */
+    long angles;               /* one per token, or those of one row */
     const uint8_t *mask;
     long mask_row, mask_token;
     const int64_t *places; /* the columns of the new tokens, [rows][width] */
@@ -56,7 +55,7 @@ static void rotate(const struct layer *of, const struct pass *in, void *states, 
 
 enum { OUTSIDE = -1 };
 
-/* Whether the cache has all rows and columns that the pass reads and writes. */
+/* Tells whether the cache has all rows and columns that the pass reads and writes. */
 static int is_inside(const struct pass *in)
 {
     int inside = in->rows > 0 && in->width > 0 && in->angles > 0 && in->width <= in->columns
@@ -66,9 +65,9 @@ static int is_inside(const struct pass *in)
     return inside;
 }
 
-/* Return 0, 1 where memory is short, or OUTSIDE, with nothing written. `hidden` and `out` are [rows][width][hidden size]. In parts
-   of a long pass everything but attention is done for one after the other: what lies between two
-   products then stays in the processor's cache, and takes little memory. */
+/* Return 0, 1 if out of memory, or OUTSIDE, with nothing written. `hidden` and `out` are
+   [rows][width][hidden size]. Everything but attention runs on one part of a long pass at a time, so
+   that results between two products stay in the processor's cache and take little memory. */
 int amulet_layer(const struct layer *of, const struct pass *in, const char *hidden, char *out)
 {
     const struct linear *q = &of->query, *k = &of->key, *v = &of->value, *up = &of->up;
@@ -78,7 +77,7 @@ int amulet_layer(const struct layer *of, const struct pass *in, const char *hidd
     long tokens = in->rows * in->width, size = half ? 2 : 4, wide = q->in;
     long parts = in->part ? (tokens + in->part - 1) / in->part : 1;
     long most = (tokens + parts - 1) / parts; /* parts of equal size */
-    /* Of a part: normed, attended or down; the gate; the keys and values, or up. */
+    /* Buffers of a part: normed, attended or down; the gate; keys and values, or up. */
     long normed = wide > q->out ? wide : q->out;
     long others = k->out + v->out > up->out ? k->out + v->out : up->out;
     char *queries = malloc((tokens * q->out + most * (normed + up->out + others)) * size);

@@ -1,24 +1,24 @@
-/* Attention of many new tokens, which are the last columns and see all up to their own.
+/* Attention of many new tokens, which are the last columns and see all columns up to their own.
 
-   One task is TOKENS tokens of one head. They go through the columns COLUMNS at a time, with a
-   running maximum and sum for each token, so that no more scores than that are held ("flash
-   attention"). Keys and values are first laid out so that both products add a vector of outputs
-   times one number. A token's sums are made in the order of its columns, whichever tokens are new
-   with it: passes of any width that come here give the same, to the last bit. */
+   A task is TOKENS tokens of one head. They process COLUMNS columns at a time, with a running
+   maximum and sum per token, so that few scores are in memory ("flash attention"). Keys and values
+   are first rearranged so that both products add a vector of outputs times one number. A token's
+   sums are added in the order of its columns, whichever other tokens are new: passes of any width
+   give the same result, to the last bit. */
 
 #include "attention.h"
 
 enum { TILE = 4, SIDE = TILE * LANES, COLUMNS = 4 * SIDE, TOKENS = 8 * AT_ONCE };
-enum { TASKS = 8, LAID_OUT = 1 << 18 }; /* tasks for each worker, and words, that will do */
+enum { TASKS = 8, LAID_OUT = 1 << 18 }; /* tasks per worker, and words, that suffice */
 
-/* Keys and values of one head in words, each of one float32 or of two bfloat16: for each SIDE
-   columns the keys' [dim words][SIDE], and the values' [words of columns][dim]. */
+/* Keys and values of one head in words of one float32 or two bfloat16: per SIDE columns, keys as
+   [dim words][SIDE] and values as [words of columns][dim]. */
 struct laid_out {
     uint32_t *keys, *values;
     long dim_words;
 };
 
-/* Lay out SIDE columns from `begin` on; those behind the last one are 0. */
+/* Rearrange SIDE columns from `begin` on; columns after the last one are 0. */
 static void lay_out(const struct attention *at, int half, const char *key, const char *value,
                     const struct laid_out *to, long begin)
 {
@@ -68,8 +68,8 @@ INLINE void add_tile(int queries, int half, const uint32_t *left, long left_stri
             *(lanes *)(sums + q * sums_stride + t * LANES) = sum[q][t];
 }
 
-/* Turn the scores of a token's `seen` visible columns of a block of `count` into weights, in place,
-   as bfloat16 where `half`; return what the token's sums so far are to be multiplied with. */
+/* Convert the scores of a token's `seen` visible columns in a block of `count` to weights, in place,
+   as bfloat16 if `half`; return the factor for the token's sums so far. */
 INLINE float weigh(int half, float *scores, long seen, long count, float scale, float *most,
                    float *sum)
 {
@@ -97,7 +97,7 @@ INLINE float weigh(int half, float *scores, long seen, long count, float scale, 
     return factor;
 }
 
-/* Tokens `begin` to `end` of one head; `out` is that head's of the first token. */
+/* Tokens `begin` to `end` of one head; `out` points to that head of the first token. */
 INLINE void attend_block(int half, const struct attention *at, const char *query,
                          const struct laid_out *in, float scale, char *out, long begin, long end,
                          float *sums)
@@ -111,7 +111,7 @@ INLINE void attend_block(int half, const struct attention *at, const char *query
     for (long c = 0; c < before + end; c += COLUMNS)
         for (long q = begin, queries; q < end; q += queries) {
             queries = end - q < AT_ONCE ? end - q : AT_ONCE;
-            long seen = before + q - c; /* by the first of them, less its own */
+            long seen = before + q - c; /* by the first of them, without its own */
             long count = seen + queries < COLUMNS ? (seen + queries + LANES - 1) / LANES * LANES
                                                   : COLUMNS;
             for (long s = 0; s < count; s += SIDE)
@@ -145,9 +145,9 @@ struct many {
     float scale, *memory;
     char *out;
     uint32_t *keys, *values;
-    long dim_words, sides, blocks; /* how many times SIDE columns, how many times TOKENS tokens */
-    long head_words;               /* of what is laid out of one key head's keys, or values */
-    long begin, heads;             /* those key heads of all rows that are under way */
+    long dim_words, sides, blocks; /* the number of SIDE columns and of TOKENS tokens */
+    long head_words;               /* of one key head's rearranged keys, or values */
+    long begin, heads;             /* the key heads, over all rows, being computed */
 };
 
 static struct laid_out laid_out_of(const struct many *of, long number)
@@ -177,7 +177,7 @@ static void attend_tokens(void *argument, long task, int worker)
     long queries = of->heads * at->groups, number = task % queries / at->groups;
     long pair = of->begin + number, row = pair / at->key_heads;
     long head = pair % at->key_heads * at->groups + task % at->groups;
-    /* The last tokens first: they have the most columns. */
+    /* The last tokens first, because they have the most columns. */
     long begin = (of->blocks - 1 - task / queries) * TOKENS;
     long end = begin + TOKENS < at->width ? begin + TOKENS : at->width;
     struct laid_out in = laid_out_of(of, number);
@@ -190,14 +190,14 @@ static void attend_tokens(void *argument, long task, int worker)
         attend_block(0, at, query, &in, of->scale, out, begin, end, sums);
 }
 
-/* Return 0, or 1 where memory is short. `out` is [rows][width][heads][dim], and may be where the
-   queries are, if they lie so; dim is a multiple of SIDE, and the scale is positive. */
+/* Return 0, or 1 if out of memory. `out` is [rows][width][heads][dim] and may be the queries' memory
+   if they have this layout; dim is a multiple of SIDE, and the scale is positive. */
 int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
                    const char *value, float scale, char *out)
 {
     long pairs = at->rows * at->key_heads, dim_words = at->dim / (half ? 2 : 1);
     long sides = (at->columns + SIDE - 1) / SIDE, blocks = (at->width + TOKENS - 1) / TOKENS;
-    /* As few key heads at once as keep all workers busy: what is laid out takes memory. */
+    /* As few key heads at once as keep all workers busy, because rearranged ones take memory. */
     long head_words = sides * SIDE * dim_words, cheap = LAID_OUT / (2 * head_words);
     long heads = (TASKS * most_workers() - 1) / (at->groups * blocks) + 1;
     heads = heads > cheap ? heads : cheap;

@@ -1,10 +1,10 @@
 /* Products of a few rows with a weight: out[r][n] = sum over k of x[r][k] * weight[n][k] + bias[n].
 
-   A decode step has few rows, so its time is the weights' way through memory. Each thread reads
-   the weights of its own outputs once, in the order in which they lie, and multiplies each line by
-   all rows (by ROWS of them at a time: as many sums as there are registers). Of a long pass's many
-   rows a task takes TASK_ROWS: the weights of a block stay in the processor's cache meanwhile. Sums
-   are float32, and a row's are made in one order, whatever the other rows and the number of threads. */
+   A decode step has few rows, so reading the weights from memory takes its time. Each thread reads
+   the weights of its own outputs once, in memory order, and multiplies each line by all rows (ROWS
+   at a time, as many sums as there are registers). In a long pass a task takes TASK_ROWS of the
+   rows, so that the weights of a block stay in the processor's cache. Sums are float32, and those of
+   a row are added in one order, whatever the other rows and the number of threads. */
 
 #include <stdlib.h>
 
@@ -13,7 +13,7 @@
 #include "threads.h"
 
 enum { BLOCK = 64, VECTORS = BLOCK / LANES, ROWS = AT_ONCE };
-enum { TASK_ROWS = 8 * ROWS }; /* of one task: few blocks of many rows are shared out evenly so */
+enum { TASK_ROWS = 8 * ROWS }; /* per task; balances few blocks of many rows */
 enum { FLOAT32, BFLOAT16, INT8, INT4 }; /* of the weight; x is bfloat16 for the last three */
 
 #define FOR_ROWS(TILE, VECTORS_) WITH_CONSTANT(rows, TILE, VECTORS_)
@@ -22,13 +22,13 @@ enum { FLOAT32, BFLOAT16, INT8, INT4 }; /* of the weight; x is bfloat16 for the 
     else if (vectors == 2) { FOR_ROWS(TILE, 2) } \
     else { FOR_ROWS(TILE, 1) }
 
-/* Sums of `rows` rows with `vectors` times LANES outputs. A word of x is one float32, or two
-   successive bfloat16; `steps` are the words of a row. */
+/* Sums of `rows` rows with `vectors` times LANES outputs. A word of x is one float32 or two
+   successive bfloat16; `steps` is the number of words of a row. */
 typedef void tiles(int rows, int vectors, const void *weight, const uint32_t *x, long steps,
                    const float *group_sums, float out[ROWS][BLOCK]);
 
-/* --- float32 and bfloat16 in oneDNN's layout: weight[n / BLOCK][k][n % BLOCK]; in bfloat16 two
-   successive k of one n lie side by side in a word */
+/* --- float32 and bfloat16 in oneDNN's layout: weight[n / BLOCK][k][n % BLOCK]; in bfloat16,
+   two successive k of one n share a word */
 
 INLINE void dense_tile(int half, int rows, int vectors, const words *weight, const uint32_t *x,
                        long steps, float out[ROWS][BLOCK])
@@ -63,7 +63,7 @@ static void bfloat16_tiles(int rows, int vectors, const void *weight, const uint
     FOR_ROWS_AND_VECTORS(BFLOAT16_TILE)
 }
 
-enum { GROUP = 32 };  /* weights in 4 bits that share a scale and a least value */
+enum { GROUP = 32 };  /* 4-bit weights that share a scale and a minimum */
 enum { INT4_LINES = 4, INT4_GROUP_BYTES = (1 + INT4_LINES) * 64 };
 
 #ifdef __AVX512BF16__
@@ -106,13 +106,13 @@ static void int8_tiles(int rows, int vectors, const void *weight, const uint32_t
 }
 
 /* --- int4 in groups: weight[n / LANES][k / GROUP] is a line of (scale, least) of LANES
-   outputs in bfloat16, and four lines of levels: nibble j of the 16 bits at [line][n][odd] is that
-   of k = 8 * line + 2 * j + odd. A weight is scale * level + least. */
+   outputs in bfloat16, then four lines of levels: nibble j of the 16 bits at [line][n][odd] is the
+   level of k = 8 * line + 2 * j + odd. A weight is scale * level + least. */
 
 INLINE void int4_tile(int rows, int vectors, const uint8_t *weight, const uint32_t *x, long steps,
                       const float *group_sums, float out[ROWS][BLOCK])
 {
-    /* Levels as bfloat16, by their low five bits: the fifth is the next level's, and ignored. */
+    /* Levels as bfloat16, from their low five bits; the fifth belongs to the next level and is ignored. */
     static const uint16_t NUMBERS[2 * LANES] = {
         0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
         0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
@@ -171,7 +171,7 @@ static void sum_groups(const uint16_t *x, long count, float *sums)
     }
 }
 
-/* --- rounded weights made dense again, for the long passes of others: out[n][k], bfloat16 */
+/* --- rounded weights made dense again, for long passes by other kernels: out[n][k], bfloat16 */
 
 static void unpack_int8(const int8_t *weight, const uint16_t *scale, uint16_t *out, long n, long k)
 {
@@ -218,7 +218,7 @@ static void unpack_int4(const uint8_t *weight, uint16_t *out, long n, long k)
 
 /* --- all kinds */
 
-INLINE int next_rows(long left) /* of even sizes: four and three take less time than six and one */
+INLINE int next_rows(long left) /* of even sizes, because four and three take less time than six and one */
 {
     long groups = (left + ROWS - 1) / ROWS;
     return (int)((left + groups - 1) / groups);
@@ -233,8 +233,8 @@ int amulet_serves(int kind)
 #endif
 }
 
-/* Write sums of one row, times scale and plus bias, from a column on. One loop for each of these:
-   so the compiler makes vectors of all of them. */
+/* Write sums of one row, times scale and plus bias, from a column on. Separate loops, so that the
+   compiler vectorises each. */
 static void store(int kind, float *restrict sums, const uint16_t *scale, const void *bias,
                   long column, void *restrict out, long width)
 {
@@ -265,7 +265,7 @@ struct product {
     const float *group_sums;
     tiles *sums_of;
     long part_bytes, block_bytes; /* a part is LANES outputs */
-    long row_parts;               /* each block has a task for each of these */
+    long row_parts;               /* tasks per block */
 };
 
 static void multiply_block(void *argument, long task, int worker)
@@ -298,8 +298,8 @@ static void multiply_block(void *argument, long task, int worker)
     }
 }
 
-/* Return 0, or 1 where memory is short or the kind is not served. `scale[n]`, bfloat16, is int8's
-   alone; `bias` is of x's type, or null. */
+/* Return 0, or 1 if out of memory or the kind is not supported. `scale[n]`, bfloat16, is only for
+   int8; `bias` has the type of x, or is null. */
 int amulet_product(int kind, const void *x, const void *weight, const uint16_t *scale,
                    const void *bias, void *out, long rows, long n, long k)
 {

@@ -1,4 +1,4 @@
-/* The product of `products.c`; what it takes is told there. */
+/* The product of `products.c`, which documents the arguments. */
 
 #include <stdint.h>
 

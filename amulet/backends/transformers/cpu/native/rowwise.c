@@ -1,8 +1,8 @@
-/* What lies between a step's products, row by row: norms, rotary positions, gated activations, and
-   new keys and values on their way into the cache.
+/* Operations between a step's products, row by row: norms, rotary positions, gated activations, and
+   writing new keys and values to the cache.
 
-   PyTorch makes each of them of up to nine operations. Where those round to bfloat16 in between, so
-   does this: the numbers are the same but for the order of a norm's sum and the last bits of an
+   PyTorch composes each of up to nine operations. Where those round to bfloat16 in between, so does
+   this code: the numbers are the same except for the order of a norm's sum and the last bits of an
    exponential. Sizes and strides are in elements unless bytes are named. */
 
 #include <math.h>
@@ -11,9 +11,9 @@
 #include "rowwise.h"
 #include "threads.h"
 
-enum { PART = 1 << 14 }; /* numbers of a task: what fewer than two have is not worth sharing out */
+enum { PART = 1 << 14 }; /* numbers per task; less than two tasks are not worth splitting */
 
-/* What some rows of an operation are computed by; `of` is the operation's own structure. */
+/* Computes some rows of an operation; `of` is the operation's own structure. */
 typedef void rows_of(const void *of, long begin, long end);
 
 struct parts {
@@ -65,7 +65,7 @@ INLINE lanes rounded(int half, lanes value)
         store_bfloat16(bits, value);
         return load(1, bits, 0);
     }
-    __asm__("" : "+v"(value)); /* or the compiler would join a product and a sum */
+    __asm__("" : "+v"(value)); /* otherwise the compiler fuses a product and a sum */
     return value;
 }
 
@@ -74,8 +74,8 @@ INLINE const void *at(int half, const void *start, long i)
     return (const char *)start + i * (half ? 2 : 4);
 }
 
-/* --- x / root(mean(x * x) + epsilon), rounded, times a weight; or, not rounded before, times one
-   plus the weight (Gemma's). A row is `size` numbers. */
+/* --- x / root(mean(x * x) + epsilon), rounded, times a weight; or, for Gemma, unrounded times
+   one plus the weight. A row is `size` numbers. */
 
 struct norm {
     int half, plus_one;
@@ -122,9 +122,9 @@ void amulet_norm(int half, int plus_one, const void *x, const void *weight, void
 struct rotation {
     int half;
     void *states;             /* [tokens][heads][dim] */
-    const void *cosine, *sine; /* [rows][width][dim], or of one row for all */
-    long begin;               /* which token of a pass is the first of these */
-    long heads, dim, angles;  /* the last: how many tokens have angles of their own */
+    const void *cosine, *sine; /* [rows][width][dim], or one row for all */
+    long begin;               /* index of the first of these tokens in the pass */
+    long heads, dim, angles;  /* angles: the number of tokens with own angles */
 };
 
 INLINE void rotate_tokens(int half, const struct rotation *of, long begin, long end)
@@ -161,8 +161,8 @@ void amulet_rotate(int half, void *states, const void *cosine, const void *sine,
     compute_rows(rotate, &of, tokens, heads * dim);
 }
 
-/* --- gate becomes gate / (1 + e^-z) * up, where z is gate (SiLU), or what makes it GELU by tanh;
-   LANES numbers are a row */
+/* --- gate becomes gate / (1 + e^-z) * up, where z is gate (SiLU), or the argument for GELU by
+   tanh; a row is LANES numbers */
 
 struct gated {
     int half, gelu;
@@ -176,7 +176,7 @@ INLINE void gate_rows(int half, const struct gated *of, long begin, long end)
         lanes gate = load(half, of->gate, i);
         lanes cubic = 1.5957691216f * (gate + 0.044715f * gate * gate * gate); /* 2 root(2 / pi) */
         lanes z = of->gelu ? cubic : gate;
-        lanes power = exponential((lanes)((words)z | 0x80000000u)); /* of minus its size */
+        lanes power = exponential((lanes)((words)z | 0x80000000u)); /* of minus its absolute value */
         lanes above = gate / (1 + power), below = gate * power / (1 + power);
         lanes active = (lanes)(((z < 0) & (integers)below) | (~(z < 0) & (integers)above));
         store(half, of->gate, i, rounded(half, active) * load(half, of->up, i));
@@ -198,7 +198,7 @@ void amulet_gate(int half, int gelu, void *states, const void *up, long count)
     compute_rows(gate, &of, count / LANES, LANES);
 }
 
-/* --- new keys or values, [tokens][heads][dim], into their columns */
+/* --- write new keys or values, [tokens][heads][dim], to their columns */
 
 static void write_columns(const void *argument, long begin, long end)
 {
@@ -217,7 +217,7 @@ void amulet_write(const struct written *of, long tokens)
     compute_rows(write_columns, of, tokens, of->heads * of->bytes);
 }
 
-/* --- states become states + more, rounded; LANES numbers are a row */
+/* --- states become states + more, rounded; a row is LANES numbers */
 
 struct added {
     int half;

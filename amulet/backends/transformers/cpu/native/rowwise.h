@@ -1,4 +1,4 @@
-/* The operations of `rowwise.c`; what they take is told there. */
+/* The operations of `rowwise.c`, which documents the arguments. */
 
 #include <stdint.h>
 
@@ -6,8 +6,8 @@ struct written {
     const char *from;
     char *to;
     const int64_t *columns; /* [rows][width] */
-    long begin;             /* which of these tokens is the first in `from` */
-    long heads, width, bytes;        /* the last of one head of one token */
+    long begin;             /* index of the first token of `from` */
+    long heads, width, bytes;        /* bytes: of one head of one token */
     long to_row, to_head, to_column; /* strides in bytes */
 };
 

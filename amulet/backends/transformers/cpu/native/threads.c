@@ -1,9 +1,9 @@
 /* Helpers for a decode step: hundreds of products of some 50 microseconds each, one after another.
 
-   OpenMP's threads wait for each other at the end of each, so that a core which another program
-   uses holds up all of them; and GNU's wait asleep as soon as two threads of a program have
-   computed. Here the caller takes over what no helper has begun, and waits for those alone who are
-   at work. There is one team; a second caller at the same time does its tasks by itself. */
+   OpenMP's threads wait for each other at the end of each, so a core that another program uses
+   delays all of them; and GNU's OpenMP lets them sleep once two threads of a program have computed.
+   Here the caller takes over tasks that no helper has begun, and waits only for helpers at work.
+   There is one team; a second concurrent caller does its tasks by itself. */
 
 #include <pthread.h>
 #include <sched.h>
@@ -15,11 +15,11 @@
 
 #include "threads.h"
 
-enum { SPINS = 20000 }; /* pauses, up to a millisecond, until a helper sleeps */
+enum { SPINS = 20000 }; /* pauses before a helper sleeps, up to a millisecond */
 enum { PATIENCE = 2000 }; /* pauses that a second caller waits for the team */
 
-/* The tasks are dealt out in advance, so that each worker's lie side by side in memory: to take
-   turns costs products some 1.4 times as long; who has done its own takes over what others have not begun. */
+/* Tasks are dealt out in advance, so that those of a worker are adjacent in memory: taking turns
+   makes products some 1.4 times as slow. A worker that is done takes over what others have not begun. */
 struct share {
     _Alignas(64) atomic_long next;
     long end;
@@ -29,14 +29,14 @@ struct job {
     task_of *task;
     void *argument;
     int workers;
-    struct share *shares; /* of each worker */
+    struct share *shares; /* one per worker */
 };
 
 static struct {
-    _Alignas(64) atomic_long round; /* odd: there are tasks */
+    _Alignas(64) atomic_long round; /* odd while there are tasks */
     _Alignas(64) atomic_int inside;
-    _Alignas(64) atomic_int asleep; /* of those helpers that `most` allows */
-    atomic_int most;                /* how many of the helpers take part */
+    _Alignas(64) atomic_int asleep; /* helpers asleep, among those that `most` allows */
+    atomic_int most;                /* the number of helpers that take part */
     _Alignas(64) atomic_flag taken;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -45,7 +45,7 @@ static struct {
 } team = {.taken = ATOMIC_FLAG_INIT, .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
 
-/* How many threads this one's tasks have, itself included, as its OpenMP had; 0: not in the team. */
+/* Threads for this thread's tasks, itself included, as many as its OpenMP had; 0: not in the team. */
 static _Thread_local int threads;
 
 static void deal_out(long count, struct job *job)
@@ -77,7 +77,7 @@ static void sleep_while_idle(long number, long done)
     pthread_mutex_lock(&team.mutex);
     for (int idle = 1; idle;) {
         int counts = number <= atomic_load(&team.most);
-        atomic_fetch_add(&team.asleep, counts); /* before it looks: who calls looks afterwards */
+        atomic_fetch_add(&team.asleep, counts); /* before checking for tasks; the caller checks after adding them */
         idle = is_idle(number, done);
         if (idle)
             pthread_cond_wait(&team.wake, &team.mutex);
@@ -99,7 +99,7 @@ static void *help(void *own)
             }
             continue;
         }
-        /* Either this sees that the tasks are over, or the caller sees that somebody is inside. */
+        /* Either this helper sees that the tasks are over, or the caller sees that a helper is at work. */
         atomic_fetch_add(&team.inside, 1);
         long round = atomic_load(&team.round);
         if (round % 2 && round != done && number <= atomic_load(&team.most)) {
@@ -111,7 +111,7 @@ static void *help(void *own)
     return NULL;
 }
 
-static void forget_helpers(void) /* a forked child has none */
+static void forget_helpers(void) /* a forked child process has none */
 {
     atomic_store(&team.inside, 0);
     atomic_store(&team.asleep, 0);
@@ -187,13 +187,13 @@ void run_tasks(long count, task_of *task, void *argument)
         if (spins % 1000)
             _mm_pause();
         else
-            sched_yield(); /* who is waited for may want this very core */
+            sched_yield(); /* the awaited helper may need this core */
     }
     atomic_flag_clear(&team.taken);
 }
 
-/* From now on this thread's tasks are done by a team of as many threads as its OpenMP had, itself
-   included, and its OpenMP is one thread: PyTorch's small operations then wake nobody. */
+/* From now on, a team of as many threads as this thread's OpenMP had, itself included, does its
+   tasks, and its OpenMP has one thread: PyTorch's small operations then wake no helper. */
 void amulet_enter_team(void)
 {
     threads = omp_get_max_threads();

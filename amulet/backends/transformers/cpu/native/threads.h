@@ -2,9 +2,9 @@
 
 typedef void task_of(void *argument, long task, int worker);
 
-/* How many workers `run_tasks` of this thread may have at most. */
+/* The maximum number of workers of `run_tasks` on this thread. */
 int most_workers(void);
 
-/* Call `task(argument, number, worker)` for each number below `count`, in any order; the worker is
-   the index of the thread, so that each has memory of its own. */
+/* Call `task(argument, number, worker)` for each number below `count`, in any order; `worker` is
+   the index of the thread, so that each can have its own memory. */
 void run_tasks(long count, task_of *task, void *argument);
