@@ -1,1 +1,1 @@
-"""How much memory and time a pair of rows costs on which GPU; `amulet plan`, docs/scaling.md."""
+"""Estimates the memory and time of steered requests on GPUs: `amulet plan`, docs/scaling.md."""

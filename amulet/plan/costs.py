@@ -1,4 +1,4 @@
-"""The arithmetic of steered requests: rows, cache, time of a step. Nothing is measured here."""
+"""Computes the cost of steered requests: rows, KV cache, time of a step. Measures nothing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ BLOCK = 16  # tokens in a block of vLLM's cache on a GPU
 
 @dataclass(frozen=True)
 class Work:
-    """What one user asks for.
+    """The request of one user.
 
     Attributes:
         prompt: tokens of the prompt without preference.
         answer: tokens of the answer.
-        preferences: how many; 0 is a plain request.
-        preference_tokens: what one of them adds to its prompt.
-        shared: leading tokens that all prompts but the next have in common: with the placement
+        preferences: number of preferences; 0 is a plain request.
+        preference_tokens: tokens that one preference adds to its prompt.
+        shared: tokens of the common prefix of all prompts except `alone`: with the placement
             "system" those before the preference, with "user" nearly all.
-        alone: tokens of the prompt that focus takes: the preferences, without what was asked. 0 is
-            without focus.
+        alone: tokens of the focus prompt, which has only the preferences; 0 is without focus.
 
     Raises:
-        RequestError: a number is out of its range.
+        RequestError: a number is out of range.
     """
 
     prompt: int
@@ -34,7 +33,7 @@ class Work:
     preferences: int = 1
     preference_tokens: int = 16
     shared: int = 0
-    alone: int = 48  # a wish of 16 tokens in a chat template's turns
+    alone: int = 48  # a preference of 16 tokens in a chat template
 
     def __post_init__(self) -> None:
         for name in ("prompt", "answer", "preferences", "preference_tokens", "shared", "alone"):
@@ -48,43 +47,43 @@ class Work:
 
     @property
     def rows(self) -> list[int]:
-        """Tokens of each row at the answer's end: one per preference, focus's, and the base row."""
+        """Tokens of each row at the end of the answer: preferred rows, focus row, base row."""
         base = self.prompt + self.answer
         alone = [self.alone + self.answer] if self.preferences and self.alone else []
         return [*[base + self.preference_tokens] * self.preferences, *alone, base]
 
     @property
     def plain(self) -> Work:
-        """The same without preference."""
+        """The same request without preferences."""
         return Work(self.prompt, self.answer, 0)
 
     @property
     def mean(self) -> float:
-        """Tokens of all rows on average over the answer: what a step reads."""
+        """Tokens that a step reads: of all rows, averaged over the answer."""
         return sum(self.rows) - len(self.rows) * self.answer / 2
 
 
 def law(weights: float, row: float, users: int, preferences: int = 1) -> float:
-    """Return how many times a plain step's time a steered one takes: (W + (1+k)bK) / (W + bK).
+    """Return the ratio of a steered step's time to a plain one's: (W + (1+k)bK) / (W + bK).
 
-    That is without focus, whose row is short where the prompt is long. A step of decoding reads the
-    weights once for everybody, and everybody's keys and values; where memory is what limits it, as
-    on a GPU, its time is what it reads.
+    This ignores focus, whose row is short compared with a long prompt. A decode step reads the
+    weights once, and the keys and values of every user. Where the memory bandwidth limits it, as
+    on a GPU, its time is proportional to what it reads.
 
     Args:
         weights: W, bytes of weights read in a step.
         row: K, bytes of keys and values of one row.
-        users: b.
-        preferences: k, per user.
+        users: b, the number of users.
+        preferences: k, the number of preferences per user.
     """
     return (weights + (1 + preferences) * users * row) / (weights + users * row)
 
 
 def vllm_blocks(work: Work, block: int = BLOCK) -> int:
-    """Return how many blocks of vLLM's cache one user takes at the end of the answer.
+    """Return the number of blocks of vLLM's cache that one user takes at the end of the answer.
 
-    Whole blocks of the shared beginning are stored once. The answer's are not: its tokens are the
-    same in all rows, what came before them is not.
+    Whole blocks of the common prefix are stored once. Those of the answer are not, because the same
+    tokens follow different prompts.
     """
     each = sum(-(-tokens // block) for tokens in work.rows)
     return each - work.preferences * (work.shared // block)
@@ -98,18 +97,18 @@ def vllm_block_bytes(shape: Shape, dtype: str, parts: int = 1, block: int = BLOC
 def vllm_users(
     shape: Shape, dtype: str, work: Work, memory: float, parts: int = 1, block: int = BLOCK
 ) -> int:
-    """Return how many users' rows fit into a number of bytes per GPU, without the weights."""
+    """Return how many users' rows fit into this many bytes per GPU, without the weights."""
     blocks = int(max(memory, 0) // vllm_block_bytes(shape, dtype, parts, block))
-    return max(blocks - 1, 0) // vllm_blocks(work, block)  # one block is vLLM's own, for nothing
+    return max(blocks - 1, 0) // vllm_blocks(work, block)  # vLLM reserves one block
 
 
 def amulet_bytes(
     shape: Shape, dtype: str, work: Work, users: int, column_step: int = GPU_COLUMN_STEP
 ) -> int:
-    """Return the bytes of Amulet's own cache for so many users who come one after the other.
+    """Return the bytes of Amulet's own cache for this many users who arrive one by one.
 
-    All rows lie in one buffer as long as the longest, in steps of `column_step` tokens. It has room
-    for the first user's rows, and doubles when it is full. Rows share no memory.
+    All rows are in one buffer as long as the longest, rounded up to `column_step` tokens. It first
+    has room for one user's rows, and doubles when it is full. Rows share no memory.
     """
     if users < 1:
         return 0
@@ -122,7 +121,7 @@ def amulet_bytes(
 
 
 def amulet_users(shape: Shape, dtype: str, work: Work, memory: float) -> int:
-    """Return how many users' rows fit into a number of bytes, without the weights."""
+    """Return how many users' rows fit into this many bytes, without the weights."""
     users = 0
     while amulet_bytes(shape, dtype, work, max(1, 2 * users)) <= memory:
         users = max(1, 2 * users)
@@ -130,6 +129,6 @@ def amulet_users(shape: Shape, dtype: str, work: Work, memory: float) -> int:
 
 
 def step_bytes(shape: Shape, dtype: str, work: Work, users: float, parts: int = 1) -> float:
-    """Return what each of `parts` GPUs reads in a step of so many users, halfway the answer."""
+    """Return the bytes that each of `parts` GPUs reads in a step, halfway through the answer."""
     weights = shape.read * BYTES[dtype] / parts
     return weights + users * work.mean * shape.token(dtype, parts)

@@ -1,4 +1,4 @@
-"""Memory and bandwidth of common GPUs, from their makers' data sheets."""
+"""The memory and bandwidth of common GPUs, from the manufacturers' data sheets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        name: as it is sold.
+        name: the product name.
         memory: bytes.
-        bandwidth: bytes per second that it reads at most; None where it isn't known.
+        bandwidth: maximum bytes per second that it reads; None if unknown.
     """
 
     name: str
@@ -22,8 +22,8 @@ class Gpu:
     bandwidth: float | None = None
 
 
-# Name, memory, GB/s. What is sold as "80 GB" is 80 * 2**30 bytes, less a reserve for error
-# correction that `utilization` has to cover.
+# Name, memory, GB/s. "80 GB" of memory is 80 * 2**30 bytes, minus a reserve for error
+# # correction that `utilization` has to cover.
 _SOLD = (
     ("T4", 16, 320),
     ("L4", 24, 300),
@@ -53,7 +53,7 @@ def find_gpu(name: str) -> Gpu:
         if _plain(known) == _plain(name):
             return gpu
     raise RequestError(
-        f"gpu={name!r}: known are {', '.join(GPUS)}; give --memory GB for another one."
+        f"gpu={name!r}: expected one of {', '.join(GPUS)}; for another GPU, give --memory GB."
     )
 
 

@@ -1,4 +1,4 @@
-"""How many GPUs and machines a number of users need: `make_plan`."""
+"""`make_plan`: computes how many GPUs and machines a number of users need."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from amulet.plan.costs import (
 from amulet.plan.gpus import Gpu
 from amulet.plan.shapes import BYTES, Shape
 
-PARTS = (1, 2, 4, 8)  # GPUs over which one machine splits a model
+PARTS = (1, 2, 4, 8)  # numbers of GPUs over which one machine splits a model
 PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """GPUs for all users, with one engine.
+    """The GPUs that one engine needs for all users.
 
     Attributes:
-        fits: how many users one copy of the model holds; 0: not one.
+        fits: how many users fit on one copy of the model; 0 means not even one.
         parts: GPUs that share one copy of the model (tensor parallel).
-        copies: of the model (data parallel).
+        copies: copies of the model (data parallel).
         nodes: machines of 8 GPUs.
-        users: of one copy.
-        cache: bytes of keys and values of one copy's users, on each of its GPUs.
-        step_seconds: of one token for all of them at best, by the GPU's bandwidth; None where that
-            is not known.
+        users: users per copy.
+        cache: bytes of the KV cache of one copy's users, on each of its GPUs.
+        step_seconds: minimum time of a step of one copy, by the GPU's bandwidth; None if the
+            bandwidth is unknown.
     """
 
     fits: int
@@ -47,21 +47,21 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        """How many GPUs in all."""
+        """The total number of GPUs."""
         return self.parts * self.copies
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked, and what it takes.
+    """The arguments of `make_plan` and the result.
 
     Attributes:
         shape, dtype, gpu, users, work, utilization: as given to `make_plan`.
-        weights: bytes.
+        weights: bytes of the weights.
         token: bytes of one token's keys and values in one row.
-        blocks: of one user in vLLM's cache, and `plain_blocks` of a plain request.
+        blocks: blocks of one user in vLLM's cache; `plain_blocks` for a plain request.
         vllm, amulet: GPUs with each engine; `vllm_plain` without preferences.
-        steered_over_plain: a steered step's time over a plain one's, by what they read, with the
+        steered_over_plain: ratio of the bytes that a steered and a plain step read, with the
             users of one copy.
     """
 
@@ -81,7 +81,7 @@ class Plan:
     steered_over_plain: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures; bytes and seconds as they are."""
+        """Return all figures, in bytes and seconds."""
         found = asdict(self)
         for name in ("vllm", "vllm_plain", "amulet"):
             found[name]["gpus"] = getattr(self, name).gpus
@@ -91,19 +91,19 @@ class Plan:
 def make_plan(
     shape: Shape, gpu: Gpu, users: int, work: Work, *, dtype: str = "auto", utilization: float = 0.9
 ) -> Plan:
-    """Find how many GPUs a number of simultaneous users needs.
+    """Find how many GPUs a number of simultaneous users need.
 
     Args:
-        shape: the model's.
-        gpu: what there is of each.
-        users: all of whose answers are decoded at once.
-        work: what each asks for.
+        shape: the model's shape.
+        gpu: the kind of GPU.
+        users: users whose answers are decoded at the same time.
+        work: the request of each user.
         dtype: of weights and cache; "auto" is the model's own.
-        utilization: share of the GPU's memory for weights and cache. The rest is for what a pass
-            computes, the prefixes that are kept, and the driver.
+        utilization: share of the GPU's memory for weights and cache. The rest is for activations,
+            kept prefixes and the driver.
 
     Raises:
-        RequestError: a number is out of its range, or prompt and answer exceed the model's window.
+        RequestError: a number is out of range, or prompt and answer exceed the model's window.
     """
     dtype = shape.dtype if dtype == "auto" else dtype
     if dtype not in BYTES:
@@ -111,7 +111,7 @@ def make_plan(
     if users < 1:
         raise RequestError(f"users={users}: expected 1 or more.")
     if not 0 < utilization <= 1:
-        raise RequestError(f"utilization={utilization}: expected a share above 0, 1 at most.")
+        raise RequestError(f"utilization={utilization}: expected a share above 0 and up to 1.")
     longest = max(work.rows)
     if shape.window is not None and longest > shape.window:
         raise RequestError(
@@ -140,7 +140,7 @@ def make_plan(
 
 
 def _vllm(shape: Shape, dtype: str, gpu: Gpu, users: int, work: Work, utilization: float) -> Layout:
-    """Return the layout with the fewest GPUs; of several, the one that splits the model least."""
+    """Return the layout with the fewest GPUs, and among those the one that splits least."""
     found: list[Layout] = []
     for parts in PARTS:
         memory = gpu.memory * utilization - shape.weights(dtype) / parts
@@ -154,7 +154,7 @@ def _vllm(shape: Shape, dtype: str, gpu: Gpu, users: int, work: Work, utilizatio
 def _amulet(
     shape: Shape, dtype: str, gpu: Gpu, users: int, work: Work, utilization: float
 ) -> Layout:
-    """Return the layout of Amulet's own engine: one process has one GPU."""
+    """Return the layout of Amulet's own engine, one GPU per process."""
     memory = gpu.memory * utilization - shape.weights(dtype)
     fits = amulet_users(shape, dtype, work, memory)
     if not fits:

@@ -1,7 +1,7 @@
-"""The shape of a model: what its weights weigh and what a token costs in cache.
+"""The shape of a model: the sizes of its weights and of a token's KV cache.
 
-Parameters are counted on the model itself, built without memory ("meta" device) from its config:
-no formula of ours can be out of step with an architecture.
+Parameters are counted on the model itself, built from its config without memory (on the "meta"
+device), so that no formula of Amulet's can disagree with an architecture.
 """
 
 from __future__ import annotations
@@ -91,17 +91,17 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory and time of a model follow from.
+    """The sizes that determine a model's memory and time.
 
     Attributes:
-        name: how it was asked for.
-        parameters: how many the model has.
-        read: how many of them a decoding step reads: all but an input embedding that is not the
-            output head too.
-        layers: those with keys and values of their own.
+        name: the name that was given.
+        parameters: number of parameters.
+        read: number of parameters that a decode step reads: all except an input embedding that is
+            not also the output head.
+        layers: number of layers with their own keys and values.
         kv_heads, head_dim: of one layer's keys, and of its values.
-        window: the context window in tokens; None where none is known.
-        dtype: in which the model is saved.
+        window: the context window in tokens; None if unknown.
+        dtype: the dtype of the saved model.
     """
 
     name: str
@@ -130,21 +130,20 @@ def find_shape(given: str) -> Shape:
         given: a known name, a config.json or a model's folder, or a hub id.
 
     Raises:
-        RequestError: there is nothing of that name.
-        ModelError: its architecture is not known, or its cache is not one of keys and values per
-            token.
+        RequestError: there is no model of that name.
+        ModelError: its architecture is unknown, or its cache is not keys and values per token.
     """
     from transformers import AutoConfig
 
     if given.lower() in KNOWN:
         kind, options = KNOWN[given.lower()]
-        # Llama's and Qwen's own dtype; a config made here says nothing of it.
+        # Llama's and Qwen's own dtype; a config built here does not state it.
         return shape_of(AutoConfig.for_model(kind, **options, dtype="bfloat16"), given.lower())
     path = Path(given)
     if not path.exists() and "/" not in given:
         raise RequestError(
             f"model-config={given!r}: no such file or folder; known names are {', '.join(KNOWN)}. "
-            "A model of the hub is named with its owner, such as Qwen/Qwen3-0.6B."
+            "A model on the hub is named with its owner, such as Qwen/Qwen3-0.6B."
         )
     try:
         config = AutoConfig.from_pretrained(given)
@@ -172,15 +171,17 @@ def shape_of(config: Any, name: str) -> Shape:
     unknown = set(layer_kinds(text)) - SUPPORTED_KINDS
     if unknown or getattr(text, "kv_lora_rank", None):
         raise ModelError(
-            f"{name}: layers of the kind {', '.join(sorted(unknown)) or 'latent attention'} keep "
-            "something else than keys and values of every token; plan can't tell how much."
+            f"{name}: layers of the kind {', '.join(sorted(unknown)) or 'latent attention'} don't "
+            "store keys and values per token; plan can't estimate their memory."
         )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{name}: no causal language model of this config: {reason}") from None
+        raise ModelError(
+            f"{name}: this config is not of a causal language model: {reason}"
+        ) from None
     head = model.get_output_embeddings()
     entry = model.get_input_embeddings().weight
     tied = head is not None and head.weight is entry

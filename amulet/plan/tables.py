@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, as Markdown: `python -m amulet.plan.tables` prints them."""
+"""Prints the tables of docs/scaling.md as Markdown: `python -m amulet.plan.tables`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPE = "bfloat16"
 
 
 def law_table() -> str:
-    """Return how many times a plain step's time a steered one takes, by users and length."""
+    """Return the ratio of a steered step's time to a plain one's, by users and length."""
     head = [f"{tokens} tokens" for tokens in LENGTHS]
     lines = ["| model | users at once | " + " | ".join(head) + " |", "|---" * 5 + "|"]
     for name in MODELS:
@@ -25,7 +25,7 @@ def law_table() -> str:
 
 
 def shape_table() -> str:
-    """Return the figures that the law takes."""
+    """Return the figures that the ratio depends on."""
     lines = ["| model | parameters | W, GiB | per token and row, KiB |", "|---|---|---|---|"]
     for name in MODELS:
         shape = find_shape(name)
@@ -38,7 +38,7 @@ def shape_table() -> str:
 
 
 def pair_table() -> str:
-    """Return what a user's keys and values take, plain and steered, MiB."""
+    """Return the size of a user's KV cache in MiB, plain and steered."""
     prompt, answer = 1800, 200
     works = (
         ("plain", Work(prompt, answer, 0)),

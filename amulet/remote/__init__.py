@@ -1,4 +1,4 @@
-"""An `Amulet` whose model is on a server: `connect(url)`; needs the package `openai`."""
+"""An `Amulet` whose model is on a server: `connect(url)`. Requires the package `openai`."""
 
 from amulet.remote.client import connect
 

@@ -1,4 +1,4 @@
-"""A `Request` as the server's JSON, and its chunks as events and a `Reply`."""
+"""Converts a `Request` to the server's JSON, and the server's chunks to events and a `Reply`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
     """Return the body of a streaming request.
 
     Raises:
-        RequestError: the request holds what can't travel: logits processors, or what is no JSON.
+        RequestError: the request has logits processors or values that JSON can't represent.
     """
     if request.logits_processor:
         raise RequestError(
@@ -60,10 +60,10 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
 
 
 def sendable(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a body without what is None in it.
+    """Return a body without its None values.
 
     Raises:
-        RequestError: it can't be written as JSON, or a text holds half of a surrogate pair.
+        RequestError: it can't be written as JSON, or a text contains a lone surrogate.
     """
     try:
         json.dumps(dict(body), allow_nan=False, ensure_ascii=False).encode()
@@ -78,7 +78,7 @@ def sendable(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chat_options(request: Request) -> dict[str, Any]:
-    """Return what, beside its messages, makes a chat's prompt."""
+    """Return the options that affect a chat's prompt, in addition to its messages."""
     return {
         "tools": tool_schemas(request.tools) if request.tools else None,
         "tools_prompt": request.tools_prompt,
@@ -87,7 +87,7 @@ def chat_options(request: Request) -> dict[str, Any]:
 
 
 class Collector:
-    """Turns a server's chunks into events, and all of them into the reply."""
+    """Converts a server's chunks to events, and all of them to the reply."""
 
     def __init__(self, traced: bool) -> None:
         self.usage = Usage(0, 0)
@@ -143,11 +143,11 @@ class Collector:
         return None
 
     def reply(self, cancelled: bool) -> Reply:
-        """Return the answer; `cancelled` where this side ended it.
+        """Return the answer; `cancelled` tells that the client ended it.
 
         Raises:
-            RequestError: it has not ended.
-            DecodeError: the server broke it off.
+            RequestError: the answer is not finished.
+            DecodeError: the server stopped without finishing it.
         """
         details = self._details
         if details is None:

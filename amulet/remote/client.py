@@ -1,4 +1,4 @@
-"""`connect`: an `Amulet` of the same interface over an `amulet serve` somewhere else."""
+"""`connect`: an `Amulet` with the same interface whose model is on a server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from amulet.remote.bodies import chat_options, sendable, to_body
 from amulet.remote.errors import told
 from amulet.remote.streams import AsyncChunks, AsyncRemoteStream, RemoteStream
 
-TOGETHER = 32  # requests of one `batch` that are under way at once
+TOGETHER = 32  # concurrent requests of one `batch`
 
 
 def connect(
@@ -43,29 +43,29 @@ def connect(
     """Return an `Amulet` whose model is on a server.
 
     Args:
-        url: where `amulet serve` listens, such as "http://127.0.0.1:8000".
-        api_key: its key, if it wants one.
-        model: the served model's name; None takes the one there is.
+        url: address of an `amulet serve`, such as "http://127.0.0.1:8000".
+        api_key: the server's key, if it requires one.
+        model: the served model's name; None means the only one.
         timeout: seconds to wait for the server's next piece.
-        retries: how often a request is sent again that the server had no room for (429, 503) or
-            that did not reach it; the pauses grow, and follow `Retry-After`.
+        retries: how often to resend a request that the server had no room for (429, 503) or
+            that did not reach it; the waits grow, and follow `Retry-After`.
 
     Raises:
-        RequestError: the URL is none, or the key is wrong.
-        ModelError: no such server, or it has no such model.
+        RequestError: the URL is invalid, or the key is wrong.
+        ModelError: there is no such server, or it has no such model.
     """
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise RequestError(f"url={url!r}: expected an address such as http://127.0.0.1:8000.")
     base = url.rstrip("/").removesuffix("/v1")
     options: dict[str, Any] = {
         "base_url": f"{base}/v1",
-        # Never the user's own key for OpenAI, which the client would take from the environment.
+        # Never the user's OpenAI key, which the client would read from the environment.
         "api_key": api_key or "none",
         "timeout": timeout,
         "max_retries": retries,
     }
     client = openai.OpenAI(**options)
-    client.organization = client.project = None  # nor what else the environment says of OpenAI
+    client.organization = client.project = None  # nor these, also from the environment
     try:
         with told():
             name = model or client.models.list().data[0].id
@@ -80,10 +80,10 @@ def connect(
 
 
 class RemoteAmulet(Amulet):
-    """An `Amulet` whose model is on a server; made by `connect`.
+    """An `Amulet` whose model is on a server; created by `connect`.
 
-    Options are checked here as for a local model, prompts by the server. Requests go out when
-    their stream is first read, and the server decodes what is under way in one batch.
+    Options are checked here, as for a local model, and prompts by the server. A request is sent
+    when its stream is first read, and the server decodes concurrent requests in one batch.
     """
 
     decodes_here = False
@@ -102,45 +102,45 @@ class RemoteAmulet(Amulet):
         self.max_rows = int(facts.get("max_rows") or 0)
         self.steering = Steering(**facts["steering"])
         self.end_ids = frozenset(facts["end_ids"])
-        # What the integrations ask of a model in this process: its template and its identity.
+        # What the integrations need from a model: its template and its identity.
         self.tokenizer = cast("Any", RemoteTokenizer(self._tokenize, facts.get("chat_template")))
         self.model = cast("Any", RemoteModel(str(facts["system_fingerprint"])))
 
     @property
     def name(self) -> str:
-        """What the server calls its model."""
+        """The server's name for its model."""
         return self._name
 
     @property
     def window(self) -> int | None:
-        """The context window in tokens, prompt and answer together; None where none is known."""
+        """The context window in tokens, for prompt and answer together; None if unknown."""
         return self._window
 
     @property
     def rows(self) -> int:
-        """Not known here.
+        """Not known to the client.
 
         Raises:
-            RequestError: always; the server's /metrics tells.
+        RequestError: always; see the server's /metrics.
         """
         raise RequestError("rows: only the server knows them; see its /metrics.")
 
     @property
     def cache_bytes(self) -> int:
-        """Not known here; see `rows`."""
+        """Not known to the client; see `rows`."""
         raise RequestError("cache_bytes: only the server knows them; see its /metrics.")
 
     def prepare(self, request: Request) -> ReplyStream:
         """Return the answer to a `Request`, which is sent at the first read.
 
         Raises:
-            RequestError: it holds what can't be sent.
+            RequestError: it contains something that can't be sent.
         """
         body = to_body(request, self._name)
         return RemoteStream(lambda: self._send(self._client, body), request)
 
     def astart(self, request: Request | ReplyStream) -> AsyncReplyStream:
-        """Answer a `Request` piece by piece in an event loop; it is sent at the first read."""
+        """Stream the answer to a `Request` in an event loop; it is sent at the first read."""
         if isinstance(request, RemoteStream):
             request = request.request
         elif isinstance(request, ReplyStream):
@@ -181,7 +181,7 @@ class RemoteAmulet(Amulet):
     async def abatch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
     ) -> list[Reply | AmuletError]:
-        """`batch` for asyncio."""
+        """The asynchronous `batch`."""
         places = asyncio.Semaphore(TOGETHER)
 
         async def read(given: Request | dict[str, Any]) -> Reply | AmuletError:
@@ -202,21 +202,21 @@ class RemoteAmulet(Amulet):
                 task.cancel()
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens the model's own tokenizer makes of a text."""
+        """Return the number of tokens of a text, by the model's tokenizer."""
         return len(self.encode(text))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids that the model's own tokenizer makes of a text."""
+        """Return the token ids of a text, by the model's tokenizer."""
         return self._tokenize({"prompt": text, "add_special_tokens": special})
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Return the ids of a chat's prompt without preference; options as for `chat`."""
+        """Return the token ids of a chat's prompt without preference; options as for `chat`."""
         request = Request(messages=messages, **options)
         body = {"messages": list(request.messages or ()), **chat_options(request)}
         return self._tokenize(body)
 
     def calls_tools(self, tools_prompt: Literal["template", "fallback"] = "template") -> bool:
-        """Tell whether tools can be used, as far as the template's text says it."""
+        """Tell whether tools can be used, judging by the template's text."""
         template = self.tokenizer.chat_template or ""
         return tools_prompt == "fallback" or (
             "tools" in template and find_dialect(template) is not None

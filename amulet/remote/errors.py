@@ -1,4 +1,4 @@
-"""A server's errors, and those of the way there, as the `AmuletError`s of a local model."""
+"""Converts errors of a server and its connection to the `AmuletError`s of a local model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BY_CODE: Mapping[str, type[AmuletError]] = {
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Raise the package `openai`'s errors as ours."""
+    """Convert errors of the package `openai` that are raised in the block."""
     try:
         yield
     except openai.APIError as error:
@@ -41,7 +41,7 @@ def to_amulet(error: openai.APIError) -> AmuletError:
     """Return the error that a local model would have raised."""
     if isinstance(error, openai.APITimeoutError):
         return DecodeError(
-            "The server did not answer in time; give connect(...) a longer timeout, or ask again."
+            "The server did not answer in time; give connect(...) a longer timeout, or retry."
         )
     if isinstance(error, openai.APIConnectionError):
         return DecodeError(

@@ -1,4 +1,4 @@
-"""What integrations ask of a loaded model's tokenizer and weights, answered for a remote one."""
+"""Stand-ins for a remote model's tokenizer and weights, for the integrations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 class RemoteTokenizer:
-    """Stands for the tokenizer of a remote model: its template, and ids by the server.
+    """Stands for the tokenizer of a remote model: has its template, and ids from the server.
 
     Args:
         tokenize: asks the server.
-        chat_template: the model's, None where it has none.
+        chat_template: the model's template, or None if it has none.
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class RemoteTokenizer:
 
 
 class RemoteModel:
-    """Stands for the weights of a remote model: caches of answers are keyed by what they are.
+    """Stands for the weights of a remote model, by which caches of answers are keyed.
 
     Args:
-        fingerprint: the server's for its model.
+        fingerprint: the server's fingerprint of its model.
     """
 
     def __init__(self, fingerprint: str) -> None:

@@ -1,4 +1,4 @@
-"""The streams of a remote answer: those of `amulet.output`, read from a server."""
+"""The streams of `amulet.output` for an answer that a server decodes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ UNFINISHED = "The answer is not finished: read the stream to its end first."
 
 
 class Chunks(Protocol):
-    """What the package `openai` returns for a stream."""
+    """The stream type of the package `openai`."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def close(self) -> None: ...
 
 
 class AsyncChunks(Protocol):
-    """The same for asyncio."""
+    """The asynchronous stream type of the package `openai`."""
 
     def __aiter__(self) -> AsyncIterator[Any]: ...
     async def close(self) -> None: ...
 
 
 class _Collected:
-    """What both streams tell of their answer, from what was collected so far."""
+    """The properties of both streams, from what was received so far."""
 
     _collector: Collector
     _traced_too: bool
@@ -49,12 +49,12 @@ class _Collected:
 
     @property
     def usage(self) -> Usage:
-        """Token counts, known at the end."""
+        """Token counts, known at the end of the answer."""
         return self._collector.usage
 
     @property
     def trace(self) -> tuple[TokenTrace, ...] | None:
-        """The trace so far, if it was asked for."""
+        """The trace so far, if requested."""
         return tuple(self._collector.trace) if self._traced_too else None
 
     @property
@@ -68,7 +68,7 @@ class RemoteStream(_Collected, ReplyStream):
 
     Args:
         send: sends the request and returns its chunks.
-        request: what is asked.
+        request: the request.
     """
 
     def __init__(self, send: Callable[[], Chunks], request: Request) -> None:
@@ -88,10 +88,10 @@ class RemoteStream(_Collected, ReplyStream):
         """Do nothing: `events` waits for the server."""
 
     def events(self) -> Iterator[Event]:
-        """The rest of the answer as events; see `Event`.
+        """Yield the rest of the answer as events; see `Event`.
 
         Raises:
-            AmuletError: the server refused the request or could not go on.
+            AmuletError: the server refused the request or could not continue.
         """
         yield from self._pending
 
@@ -105,7 +105,7 @@ class RemoteStream(_Collected, ReplyStream):
                         return
             self.ended = True
         except BaseException as error:
-            was_closed = self._cancelled  # elsewhere: reading on fails, and that is no error
+            was_closed = self._cancelled  # by another thread; then a failed read is not an error
             self.close()
             if not (was_closed and isinstance(error, Exception)):
                 raise
@@ -115,11 +115,11 @@ class RemoteStream(_Collected, ReplyStream):
         return next(self._pending, None)
 
     def cancel(self) -> None:
-        """The same as `close`."""
+        """Close the stream; see `close`."""
         self.close()
 
     def close(self) -> None:
-        """End the decode: the server stops once the connection is closed."""
+        """End the answer: the server stops when the connection is closed."""
         if not self.ended:
             self._cancelled = self.ended = True
             if self._chunks is not None:
@@ -164,7 +164,7 @@ class AsyncRemoteStream(_Collected, AsyncReplyStream):
         return None
 
     async def aclose(self) -> None:
-        """End the decode: the server stops once the connection is closed."""
+        """End the answer: the server stops when the connection is closed."""
         if not self._ended:
             self._cancelled = self._ended = True
             if self._chunks is not None:

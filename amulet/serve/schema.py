@@ -2,8 +2,7 @@
 
 An unsupported option that would change the answer is refused unless it has its neutral value. An
 option without effect here (`store`, `metadata`, ...) is accepted. So is null, for any option,
-because
-clients send it for options that are not set.
+because clients send it for options that are not set.
 """
 
 from __future__ import annotations

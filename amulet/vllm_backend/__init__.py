@@ -1,5 +1,5 @@
-"""vLLM's engine and OpenAI server with a preference per request, through vLLM's own plug-in points.
+"""Steers requests in vLLM's engine and OpenAI server, through vLLM's own plug-in points.
 
-`frontend` makes a request's prompts, `scheduler` has the rows of one request live and die as one,
-`processor` combines them and has them sample one token. `wire` is what travels between the three.
+`frontend` builds a request's prompts, `scheduler` keeps the rows of a request together, and
+`processor` combines them and chooses one token. `wire` is the data that these three exchange.
 """

@@ -1,4 +1,4 @@
-"""`amulet serve --backend vllm`: vLLM's own server, with this backend's plug-ins named to it."""
+"""The command `amulet serve --backend vllm`: runs vLLM's server with this backend's plug-ins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from amulet.vllm_backend.version import check_vllm
 
 SCHEDULER = "amulet.vllm_backend.scheduler.pair_scheduler"
 PROCESSOR = "amulet.vllm_backend.processor:PairProcessor"
-# Groups of which vLLM loads all plug-ins unless VLLM_PLUGINS names some.
+# vLLM loads all plug-ins of these groups unless VLLM_PLUGINS names some.
 _GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -21,15 +21,15 @@ _GROUPS = (
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Serve until a signal comes.
+    """Serve until a signal arrives.
 
     Args:
-        arguments: those of `vllm serve`; `--help` lists them. Without a model it is the embedded
-            one, and without a host the loopback address.
+        arguments: those of `vllm serve`; `--help` lists them. The default model is the embedded
+            one, the default host the loopback address.
 
     Raises:
         ModelError: this vLLM is not supported.
-        RequestError: an option can't be had together with steering.
+        RequestError: an option can't be combined with steering.
     """
     check_vllm()
     os.environ.update(environment(os.environ))
@@ -41,9 +41,9 @@ def serve(arguments: Sequence[str]) -> None:
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="amulet serve --backend vllm"))
-    # Otherwise the page /docs loads its scripts from another host.
+    # Otherwise the page /docs would load scripts from another host.
     parser.set_defaults(host="127.0.0.1", model=None, enable_offline_docs=True)
-    # As `amulet serve` does: `cached_tokens` in the usage, `x-request-id` on responses.
+    # As in `amulet serve`: `cached_tokens` in the usage, `x-request-id` on responses.
     parser.set_defaults(enable_prompt_tokens_details=True, enable_request_id_headers=True)
     args = parser.parse_args(list(arguments))
     if args.model is None and args.model_tag is None:
@@ -51,17 +51,17 @@ def serve(arguments: Sequence[str]) -> None:
 
         args.model = str(embedded_folder())
         args.served_model_name = args.served_model_name or [HUB_NAME.split("/")[-1]]
-    if not args.api_key:  # vLLM's own variable is another one
+    if not args.api_key:  # vLLM reads another variable
         args.api_key = os.environ.get("AMULET_API_KEY", "").split() or None
     if args.speculative_config:
         raise RequestError(
-            "--speculative-config: a steered request needs the logits of every token that is "
-            "chosen, and drafts would skip them; leave it out."
+            "--speculative-config: steering needs the logits of every chosen token, "
+            "and drafts would skip them; leave it out."
         )
     if args.kv_transfer_config:
-        raise RequestError("--kv-transfer-config: not together with steering; leave it out.")
+        raise RequestError("--kv-transfer-config: can't be combined with steering; leave it out.")
     if args.scheduler_cls is not None:
-        raise RequestError("--scheduler-cls: steering needs its own; leave it out.")
+        raise RequestError("--scheduler-cls: steering requires its own scheduler; leave it out.")
     args.scheduler_cls = SCHEDULER
     args.logits_processors = [*(args.logits_processors or ()), PROCESSOR]
     configure_logging_from_args(args)
@@ -71,7 +71,7 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 def environment(given: os._Environ[str] | dict[str, str]) -> dict[str, str]:
-    """Return the variables to set: vLLM loads plug-ins of this kind only where they are named."""
+    """Return the variables to set; vLLM loads this kind of plug-in only if it is named."""
     named = given.get("VLLM_PLUGINS")
     if named is not None:
         names = [name for name in named.split(",") if name]
@@ -80,5 +80,5 @@ def environment(given: os._Environ[str] | dict[str, str]) -> dict[str, str]:
         names = list(dict.fromkeys(found))
     if "amulet" not in names:
         names.append("amulet")
-    # The second model runner gives logits processors no batch whose rows they could follow.
+    # The V2 model runner does not tell logits processors which rows are in the batch.
     return {"VLLM_PLUGINS": ",".join(names), "VLLM_USE_V2_MODEL_RUNNER": "0"}

@@ -1,8 +1,8 @@
-"""vLLM's OpenAI server reads the settings of `Steering`, and `preference`, of a request.
+"""An endpoint plug-in by which vLLM's OpenAI server accepts `preference` and steering settings.
 
-Installed as vLLM's endpoint plug-in `amulet` (entry point `vllm.endpoint_plugins`), which every API
-server process loads. It adds no route: it makes the prompts of steered chats and completions, by
-Amulet's own rules, so that a preference stays in its place whatever is written in it.
+Installed as the plug-in `amulet` (entry point `vllm.endpoint_plugins`), which every API server
+process loads. It adds no route. It builds the prompts of steered chats and completions by Amulet's
+own rules, so that the text of a preference can't leave its place in the prompt.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 SETTINGS = ("preference", *Steering.model_fields)
-MAX_PREFERENCES = 4  # as `amulet serve` has it
-# Options of `amulet serve` that vLLM doesn't know, and would drop without a word.
+MAX_PREFERENCES = 4  # as in `amulet serve`
+# Options of `amulet serve` that vLLM would ignore silently.
 OWN_ENGINE = ("trace", "grammar", "steer_grammar", "return_details")
 
 
 class SteeringPlugin:
-    """The endpoint plug-in; vLLM calls `init_state` once its own handlers are there."""
+    """The endpoint plug-in; vLLM calls `init_state` once its own handlers exist."""
 
     name = "amulet"
     required_tasks = ("generate",)
@@ -48,7 +48,7 @@ class SteeringPlugin:
     async def init_state(
         self, engine_client: EngineClient | None, state: Any, args: Namespace
     ) -> None:
-        """Have vLLM's handlers render through `SteeringRenderer`."""
+        """Make vLLM's handlers render through `SteeringRenderer`."""
         from amulet.vllm_backend.scheduler import one_step
 
         if engine_client is None:
@@ -56,13 +56,13 @@ class SteeringPlugin:
         config = engine_client.vllm_config
         if "amulet.vllm_backend" not in str(config.scheduler_config.scheduler_cls):
             raise ModelError(
-                "The plug-in amulet needs Amulet's scheduler and logits processor: start the "
+                "The plug-in amulet requires Amulet's scheduler and logits processor: start the "
                 "server with amulet serve --backend vllm."
             )
         tokenizer = engine_client.renderer.get_tokenizer()
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(
-                f"The tokenizer is a {type(tokenizer).__name__}: steering needs Transformers'; "
+                f"The tokenizer is a {type(tokenizer).__name__}: steering requires Transformers'; "
                 "use --tokenizer-mode hf."
             )
         encoder = Encoder(
@@ -84,23 +84,23 @@ class SteeringPlugin:
 
 @dataclass(frozen=True)
 class Steered:
-    """A request's own prompt, and its pair; None where one row does it."""
+    """A request's own prompt, and its pair, or None if one row suffices."""
 
     prompt: list[int]
     pair: Pair | None
 
 
 class Encoder:
-    """Turns settings and a chat or text into prompts and weights; one call at a time.
+    """Converts settings and a chat or text to prompts and weights; not thread-safe.
 
     Args:
-        tokenizer: the model's; it is copied.
+        tokenizer: the model's tokenizer, which is copied.
         chat_template: a template to use instead of the tokenizer's.
         options: variables of the chat template.
         window: the context window in tokens.
-        rows: rows that the engine decodes at once.
-        step: tokens that the engine reads of one request in one step.
-        repetition_penalty: of requests that name none.
+        rows: maximum rows of the engine.
+        step: tokens of one request that the engine reads in one step.
+        repetition_penalty: the default of requests that set none.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class Encoder:
         options: Mapping[str, Any] | None = None,
         repetition_penalty: float | None = None,
     ) -> Steered | None:
-        """Return what to decode for a chat; None where it is to be decoded plainly.
+        """Return what to decode for a chat, or None to decode it plainly.
 
-        With a repetition penalty there is always a base row: its prompt is what the penalty counts.
+        With a repetition penalty there is always a base row, because the penalty counts its prompt.
 
         Raises:
-            RequestError: a setting or message is not valid, or the prompts are too long.
+            RequestError: a setting or message is invalid, or the prompts are too long.
         """
         merged = {**self._options, **(options or {})}
         request = Request(messages=list(messages), template_options=merged, **settings)
@@ -198,24 +198,22 @@ class Encoder:
             return None
         most = min(MAX_PREFERENCES, self._rows - 1)
         if len(preferences) > most:
-            raise RequestError(
-                f"preference: {len(preferences)} of them; this server permits {most}."
-            )
+            raise RequestError(f"preference: {len(preferences)} given; this server permits {most}.")
         prompts = encode(steering.placement)
-        has_room = len(preferences) + 2 <= self._rows  # for the row that focus takes
+        has_room = len(preferences) + 2 <= self._rows  # for the focus row
         rows, weights = steered_rows(prompts, preferences, steering, alone if has_room else None)
         lengths = [len(prompt) for prompt in rows]
         longest = max(lengths)
         if min(lengths) == 1 and sum(lengths) > self._step:
             raise RequestError(
-                f"preference: a prompt of one token, together with others of {sum(lengths) - 1}, "
-                f"is more than this server reads in one step ({self._step}); shorten it."
+                f"preference: a prompt of one token with others of {sum(lengths) - 1} "
+                f"exceeds what this server reads in one step ({self._step}); shorten it."
             )
         room_for_answer(longest, self._window)
         marked, opening = spans()
         if repetition_penalty is None:
             repetition_penalty = self._repetition_penalty
-        # The preference in the prompt, and nothing else.
+        # Only the preference in the prompt.
         if weights == [1.0] and not marked and repetition_penalty == 1.0:
             return Steered(prompts.preferred[0], None)
         pair = Pair(
@@ -231,7 +229,7 @@ class Encoder:
     def _spans(
         self, tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
     ) -> tuple[list[list[int]], str]:
-        """Return the spans that are decoded plainly, and what opens a thinking span."""
+        """Return the spans to decode plainly, and the marker that opens a thinking span."""
         source = ChatTemplate(self._tokenizer, list(tools or ()) or None, options).source
         texts = []
         thinking = find_thinking(source)
@@ -242,7 +240,7 @@ class Encoder:
             texts += dialect.SPANS
         elif tools:
             raise RequestError(
-                "tools: the chat template does not show in which form the model calls them, so a "
+                "tools: the chat template does not show how the model writes calls, so a "
                 "preference would change the calls; leave out one of the two."
             )
         spans = []
@@ -252,8 +250,8 @@ class Encoder:
             if first is None or last is None:
                 raise RequestError(
                     f"preference: the model marks machine-read parts by {opening!r}, which is more "
-                    "than one token; this backend then can't leave them alone. Leave out the "
-                    "tools, or use amulet serve without --backend vllm."
+                    "than one token, so this backend can't exempt them from steering. Leave out "
+                    "the tools, or use amulet serve without --backend vllm."
                 )
             spans.append([first, last])
         return spans, thinking[0] if thinking else ""
@@ -264,17 +262,17 @@ class Encoder:
 
 
 class SteeringRenderer:
-    """vLLM's renderer, which for a steered request returns Amulet's prompts.
+    """Wraps vLLM's renderer; for a steered request it returns Amulet's prompts.
 
     Args:
-        inner: vLLM's `OnlineRenderer`; plain requests are left to it.
-        encoder: makes prompts.
+        inner: vLLM's `OnlineRenderer`, which renders plain requests.
+        encoder: builds the prompts.
     """
 
     def __init__(self, inner: Any, encoder: Encoder) -> None:
         self._inner = inner
         self._encoder = encoder
-        self._thread = ThreadPoolExecutor(1, "amulet-encode")  # a tokenizer is not for two threads
+        self._thread = ThreadPoolExecutor(1, "amulet-encode")  # a tokenizer is not thread-safe
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -295,7 +293,7 @@ class SteeringRenderer:
         def encode() -> Steered | None:
             _refuse(request, inputs)
             if request.chat_template is not None:
-                raise RequestError("chat_template: not together with a preference.")
+                raise RequestError("chat_template: can't be combined with a preference.")
             return self._encoder.chat(
                 asked["messages"],
                 settings,
@@ -319,21 +317,21 @@ class SteeringRenderer:
         def encode() -> Steered | None:
             _refuse(request, rendered)
             if request.echo or request.suffix:
-                raise RequestError("echo, suffix: not together with a preference.")
+                raise RequestError("echo, suffix: can't be combined with a preference.")
             given = request.prompt
             if isinstance(given, list) and len(given) == 1:
                 given = given[0]
             if not isinstance(given, str):
                 raise RequestError(
-                    "prompt: expected one text, not a list or token ids, together with a "
-                    "preference; send a request for each."
+                    "prompt: expected one text, not a list or token ids, with a "
+                    "preference; send one request per text."
                 )
             return self._encoder.text(given, settings, request.repetition_penalty)
 
         return await self._steer(request, rendered, encode, lambda steered: steered)
 
     async def render_responses(self, request: Any, **options: Any) -> Any:
-        """Refuse a preference, which this route can't take."""
+        """Refuse a preference, which this route does not support."""
         if _settings(request):
             return self._inner.create_error_response(
                 "preference: use /v1/chat/completions.", param="preference"
@@ -341,13 +339,13 @@ class SteeringRenderer:
         return await self._inner.render_responses(request, **options)
 
     def _refuse_own_engine(self, request: Any) -> Any:
-        """Return an error response where an option is for Amulet's own engine; else None."""
+        """Return an error response for an option of Amulet's own engine, else None."""
         extra = request.model_extra or {}
         for name in OWN_ENGINE:
             if extra.get(name):
                 return self._inner.create_error_response(
-                    f"{name}: only Amulet's own engine has it; leave it out, or use amulet serve "
-                    "without --backend vllm.",
+                    f"{name}: only Amulet's own engine supports it; leave it out, or use amulet "
+                    "serve without --backend vllm.",
                     param=name,
                 )
         return None
@@ -371,8 +369,8 @@ class SteeringRenderer:
 
 
 def as_meant(request: Any) -> None:
-    """Write what OpenAI's clients send, and vLLM refuses or drops, in the form that vLLM knows."""
-    if request.top_p == 0:  # nothing but the likeliest token
+    """Convert options of OpenAI's clients that vLLM would refuse or ignore to vLLM's form."""
+    if request.top_p == 0:  # only the likeliest token
         request.top_p, request.temperature = 1.0, 0.0
     form = getattr(request, "response_format", None)
     if form is not None and form.type == "json_object":
@@ -383,14 +381,14 @@ def as_meant(request: Any) -> None:
 
 
 def _settings(request: Any) -> dict[str, Any]:
-    """Return how the request is to be steered; {} for a plain one."""
+    """Return the request's steering settings; {} for a plain request."""
     extra = request.model_extra or {}
     settings = {name: extra[name] for name in SETTINGS if extra.get(name) is not None}
     return settings if settings.get("preference") else {}
 
 
 def _is_machine_read(request: Any) -> bool:
-    """Tell whether a machine reads the answer: it is then decoded plainly."""
+    """Tell whether a machine reads the answer, which is then decoded plainly."""
     form = getattr(request, "response_format", None)
     return (
         getattr(request, "structured_outputs", None) is not None
@@ -400,16 +398,16 @@ def _is_machine_read(request: Any) -> bool:
 
 
 def _refuse(request: Any, inputs: list[Any]) -> None:
-    """Refuse what a steered request can't have.
+    """Refuse options that can't be combined with steering.
 
     Raises:
-        RequestError: naming it.
+        RequestError: names the option.
     """
     if PAIR in (request.vllm_xargs or {}):
-        raise RequestError(f"vllm_xargs: {PAIR} is for the server.")
+        raise RequestError(f"vllm_xargs: {PAIR} is reserved for the server.")
     if request.use_beam_search:
-        raise RequestError("use_beam_search: not together with a preference.")
+        raise RequestError("use_beam_search: can't be combined with a preference.")
     if request.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs: not together with a preference.")
+        raise RequestError("prompt_logprobs: can't be combined with a preference.")
     if len(inputs) != 1 or inputs[0].get("type") != "token":
-        raise RequestError("messages: only text can be steered; leave out images and sounds.")
+        raise RequestError("messages: only text can be steered; leave out images and audio.")

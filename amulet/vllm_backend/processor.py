@@ -1,9 +1,9 @@
-"""The logits processor: combines the rows of every steered request and has them sample one token.
+"""The logits processor that combines the rows of each steered request and chooses one token.
 
-vLLM calls it once a step for the whole batch, `[rows, vocab]` in float32, after what excludes
-tokens (`min_tokens`, `logit_bias`, `bad_words`) and before temperature. The arithmetic is
-`amulet.decoding.mixture`'s, as in Amulet's own engine, and so are draws where the request has a
-seed. A token is drawn here, once, and every row of the request is left with no other choice.
+vLLM calls it once per step for the whole batch, `[rows, vocab]` in float32, after `min_tokens`,
+`logit_bias` and `bad_words` and before temperature. It computes with `amulet.decoding.mixture`, as
+Amulet's own engine does, and draws the same tokens if the request has a seed. The token is drawn
+here, once; then every row of the request has no other choice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ check_vllm()
 
 @dataclass
 class _Entry:
-    """A row in the batch: what it is, its prompt, and vLLM's own list of its output tokens."""
+    """A row in the batch: its `Row`, its prompt, and vLLM's own list of its output tokens."""
 
     row: Row
     prompt: list[int]
@@ -44,16 +44,16 @@ class _Entry:
 
 @dataclass
 class _Steered:
-    """A request all of whose rows are in the batch.
+    """A request whose rows are all in the batch.
 
     Attributes:
         row: its first row.
-        indices: where its rows are in the batch, the base row last.
+        indices: positions of its rows in the batch, the base row last.
         prompt: token ids of its base row.
-        output: of its first row: vLLM's own list, which grows.
-        generator: of its draws; has drawn for `drawn` tokens.
-        read: how many output tokens were looked at for spans; `inside` one after those, which the
-            last one before them ended at `behind`.
+        output: output tokens of its first row: vLLM's own list, which grows.
+        generator: the generator of its draws, which has drawn for `drawn` tokens.
+        read: the number of output tokens searched for spans; `inside` tells whether a span is open
+            after them, and `behind` is the end of the last closed one.
     """
 
     row: Row
@@ -69,7 +69,7 @@ class _Steered:
     repeats: Repeats | None = None
 
     def weights(self) -> Sequence[float]:
-        """Return the w_i of this step: none inside a span that a machine reads."""
+        """Return the weights w_i of this step; none inside a machine-read span."""
         pair = self.row.pair
         if pair.spans:
             if len(self.output) < self.read:
@@ -82,7 +82,7 @@ class _Steered:
         return [0.0] * len(pair.weights) if self.inside else pair.weights
 
     def costs(self, weights: Sequence[float]) -> dict[int, float]:
-        """Return what tokens lose in this step that would repeat what was said behind a span."""
+        """Return the loop guard's penalties in this step, for the tokens after the last span."""
         guard = self.row.pair.loop_guard
         if not guard or not any(weights):
             self.repeats = None
@@ -92,10 +92,10 @@ class _Steered:
         return self.repeats.costs(self.output)
 
     def noise(self, device: torch.device, vocab: int) -> torch.Generator:
-        """Return the generator, ready for the draw of the next token.
+        """Return the generator, positioned at the draw of the next token.
 
-        Token n of a request takes the n-th draw, also after a preemption, and where vLLM threw the
-        last choice away, as it does while prompts are still read in parts.
+        Token n of a request takes the n-th draw, even after a preemption, and even if vLLM
+        discarded the last choice, as it does while prompts are read in parts.
         """
         number = len(self.output)
         if self.generator is None or self.drawn != number:
@@ -113,11 +113,11 @@ class _Steered:
 
 
 class PairProcessor(LogitsProcessor):
-    """Combines rows; for `--logits-processors amulet.vllm_backend.processor:PairProcessor`."""
+    """Combines rows; used by `--logits-processors amulet.vllm_backend.processor:PairProcessor`."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse what is no pair; vLLM turns the error into an HTTP 400."""
+        """Refuse an invalid pair; vLLM converts the error to an HTTP 400."""
         Pair.read(sampling_params.extra_args)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -125,16 +125,16 @@ class PairProcessor(LogitsProcessor):
         self._steered: list[_Steered] = []
 
     def is_argmax_invariant(self) -> bool:
-        """It changes which token is the likeliest."""
+        """Return False: it changes which token is the likeliest."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow which rows are where in the batch."""
+        """Update the positions of the rows in the batch."""
         if process_dict_updates(self._entries, batch_update, _entry):
             self._steered = self._complete()
 
     def _complete(self) -> list[_Steered]:
-        """Return the requests all of whose rows are there, with what they had before."""
+        """Return the requests whose rows are all present, with their previous state."""
         known = {steered.row.request: steered for steered in self._steered}
         found: dict[str, dict[int, int]] = {}
         for index, entry in self._entries.items():
@@ -144,7 +144,7 @@ class PairProcessor(LogitsProcessor):
             indices = [places[number] for number in sorted(places)]
             first, base = self._entries[indices[0]], self._entries[indices[-1]]
             if len(indices) < first.row.count:
-                continue  # its prompts are still read in parts: there is no token to choose yet
+                continue  # its prompts are still read in parts, so there is no token to choose
             before = known.get(request)
             if before is not None and before.output is first.output:
                 before.indices = indices
@@ -175,7 +175,7 @@ class PairProcessor(LogitsProcessor):
             [len(one.indices) for one in steered],
         )
         mix.lower([one.costs(own) for one, own in zip(steered, weights, strict=True)])
-        # What vLLM excluded is -inf in all rows, so the floor is taken among what is left.
+        # Tokens that vLLM excluded are -inf in all rows, so the floor applies to the others.
         mix.cut([one.row.pair.floor for one in steered])
         scores = _penalised(mix.scores, steered)
         drawn = [i for i, one in enumerate(steered) if not one.sampling.is_greedy]
@@ -184,7 +184,7 @@ class PairProcessor(LogitsProcessor):
             only = torch.full((len(drawn), scores.shape[-1]), NEVER, device=scores.device)
             only.scatter_(1, tokens[:, None], 0.0)
             scores = put_rows(scores.clone(), drawn, only) if len(drawn) < len(scores) else only
-        # All first rows, then all second ones, ...: the scores need not be repeated by row.
+        # All first rows, then all second rows, ..., so the scores need not be repeated by row.
         for number in range(max(len(one.indices) for one in steered)):
             having = [i for i, one in enumerate(steered) if number < len(one.indices)]
             rows = [steered[i].indices[number] for i in having]
@@ -200,8 +200,8 @@ def _entry(params: SamplingParams, prompt: list[int] | None, output: list[int]) 
 def _drawn(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
     """Return a token for each request, `[requests]`, by its temperature, top-k, top-p and min-p.
 
-    One that names its seed gets what Amulet's own engine draws. That takes noise for the whole
-    vocabulary, request by request; the others take one number each, whose place in the cumulated
+    A request with a seed gets the token that Amulet's own engine draws, which takes noise for the
+    whole vocabulary per request. The others take one number each, whose place in the cumulative
     probabilities is the token.
     """
     scores = warp(scores, [one.sampling for one in steered])
@@ -214,16 +214,17 @@ def _drawn(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
     if others:
         upto = take_rows(scores, others).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         numbers = on_device([[steered[i].number()] for i in others], upto.device, upto.dtype)
-        # Of the sum, which is 1 but for rounding: so the place is never behind the last token.
+        # Relative to the sum, which is 1 up to rounding, so that the place is never after the last
+        # token.
         places = torch.searchsorted(upto, numbers * upto[:, -1:], right=True)
         put_rows(tokens, others, places[:, 0])
     return tokens
 
 
 def _penalised(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
-    """Apply vLLM's penalties where asked for, with the base row's prompt as the prompt.
+    """Apply vLLM's penalties where requested, with the base row's prompt as the prompt.
 
-    vLLM's own come later and would see another prompt in every row, preferences included.
+    vLLM itself applies them later, when every row has another prompt, preferences included.
     """
     asked = [i for i, one in enumerate(steered) if tuple(one.row.penalties) != (1.0, 0.0, 0.0)]
     if not asked:

@@ -1,17 +1,17 @@
-"""vLLM's scheduler, for which the rows of one steered request are one thing.
+"""A vLLM scheduler that keeps the rows of a steered request together.
 
-Rows are engine requests of their own, with their own prompts and blocks; prefix caching shares what
-the prompts share. What makes them one:
+Each row is an engine request with its own prompt and blocks; prefix caching shares the prompts'
+common prefix. The rows are kept together as follows:
 
-- they are admitted together, in one step, and only where all of them have room;
-- a row whose prompt is read up to its last token waits there (`_reserve_prefill_lookahead`) until
-  all are, so that all choose their first token in the same step; from then on each step has all of
+- they are admitted in one step, and only if there is room for all of them;
+- a row whose prompt is read up to its last token waits there (`_reserve_prefill_lookahead`) for the
+  others, so that all choose their first token in the same step; from then on each step has all of
   them or none;
-- a row that must make room takes the others with it, and they come back together;
-- one that ends, ends all; only the first row's tokens leave the engine.
+- if one row is preempted, all are, and they return together;
+- if one row ends, all end; only the first row's tokens leave the engine.
 
-vLLM's `schedule` is left as it is. It asks three things per request that are answered here: how
-many tokens it may have, whether there are blocks, and what goes when there are none.
+vLLM's `schedule` is not changed. It makes three decisions per request, which are overridden here:
+how many tokens it gets, whether there are blocks, and what is preempted if there are none.
 """
 
 from __future__ import annotations
@@ -46,30 +46,31 @@ logger = init_logger("vllm.amulet")
 
 
 class Group:
-    """The rows of one steered request: preferred rows, then the base row; the first is its own."""
+    """The rows of a steered request: preferred rows, then the base row; the first is its own."""
 
     def __init__(self, rows: Sequence[Request]) -> None:
         self.rows = list(rows)
 
     @property
     def first(self) -> Request:
-        """The row that the client knows."""
+        """The row that is the client's request."""
         return self.rows[0]
 
     @property
     def is_running(self) -> bool:
-        """Whether the rows are in the running batch."""
+        """Tells whether the rows are in the running batch."""
         return all(row.status == RequestStatus.RUNNING for row in self.rows)
 
 
 @dataclass
 class _StepPlan:
-    """What a group may do in this step.
+    """The decisions about a group in this step.
 
     Attributes:
-        is_whole: every row takes all it has left, and so a token is chosen; else each keeps one.
-        is_held: no row takes anything.
-        has_room: it was found that there are blocks for all of it.
+        is_whole: every row takes all its remaining tokens, so a token is chosen; otherwise each
+        row keeps one.
+        is_held: no row takes any token.
+        has_room: there are enough blocks for all rows.
     """
 
     is_whole: bool
@@ -78,24 +79,24 @@ class _StepPlan:
 
 
 class PairScheduler(Scheduler):
-    """For engines that wait for each step's tokens before they schedule the next."""
+    """The scheduler of engines that wait for a step's tokens before they schedule the next."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **options: Any) -> None:
         check_config(vllm_config)
         super().__init__(vllm_config, *args, **options)
-        self._groups: dict[str, Group] = {}  # by the ids of all of their rows
+        self._groups: dict[str, Group] = {}  # by the ids of all their rows
         self._ended: list[Group] = []
         self._failed: set[str] = set()
         self._plans: dict[Group, _StepPlan] = {}
-        self._spent = 0  # tokens given away in this step
+        self._spent = 0  # tokens assigned in this step
         self._allocating: Request | None = None
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate
 
-    # ---- a request comes ----
+    # ---- new requests ----
 
     def add_request(self, request: Request) -> None:
-        """Queue a request; a steered one with all of its rows."""
+        """Queue a request; if it is steered, with all its rows."""
         params = request.sampling_params
         pair = None if params is None else Pair.read(params.extra_args)
         if pair is None or request.request_id in self.requests:
@@ -112,20 +113,20 @@ class PairScheduler(Scheduler):
             super().add_request(row)
 
     def _limit(self, group: Group) -> str:
-        """Shorten the answer to what can be held; return what is wrong where nothing can."""
+        """Limit the answer to what fits; return an error message if nothing fits."""
         rows, count = group.rows, len(group.rows)
         if count > self.max_num_active_reqs:
             return f"{count} rows; --max-num-seqs allows {self.max_num_active_reqs}."
         shortest = min(row.num_prompt_tokens for row in rows)
         total = sum(row.num_prompt_tokens for row in rows)
         if shortest == 1 or not self.scheduler_config.enable_chunked_prefill:
-            # A prompt of one token has nothing that could be read before the others are.
+            # No part of a one-token prompt can be read before the other prompts.
             step = one_step(self.scheduler_config)
             if total > step:
-                return f"{total} prompt tokens, to be read in one step that has room for {step}."
+                return f"{total} prompt tokens must be read in one step, which has room for {step}."
         room = self.max_model_len - max(row.num_prompt_tokens for row in rows)
         limit = min(group.first.max_tokens, room)
-        blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # vLLM keeps one for itself
+        blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # vLLM reserves one
 
         def fits(answer: int) -> bool:
             needs = (self._blocks_for(row, row.num_prompt_tokens + answer) for row in rows)
@@ -143,15 +144,15 @@ class PairScheduler(Scheduler):
             row.max_tokens = limit
         return ""
 
-    # ---- a step ----
+    # ---- steps ----
 
     def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
-        """Choose what the next step computes."""
+        """Schedule the next step."""
         self._plans.clear()
         self._spent = 0
         if self.policy == SchedulingPolicy.PRIORITY:
-            # The one that makes room is then the last one, as without priorities, and so never
-            # one that has its tokens already.
+            # Then the last request is preempted, as without priorities, and never one that has
+            # # its tokens already.
             self.running.sort(key=lambda row: (row.priority, row.arrival_time))
         try:
             output = super().schedule(*args, **options)
@@ -168,11 +169,11 @@ class PairScheduler(Scheduler):
     def _new_plan(self, group: Group) -> _StepPlan:
         left = [_tokens_left(row) for row in group.rows]
         if not group.is_running:
-            # What later rows find in the cache may be gone once the first one has its blocks.
+            # Cached blocks of later rows may be evicted once the first row has its blocks.
             left[0] -= self._local_hit(group.first)[1]
         threshold = self.scheduler_config.long_prefill_token_threshold
         budget = self._budget
-        if min(left) < 1:  # nothing to do before the last step's tokens are back
+        if min(left) < 1:  # nothing to do until the last step's tokens arrive
             return _StepPlan(is_whole=False, is_held=True)
         if sum(left) <= budget and (not threshold or max(left) <= threshold):
             return _StepPlan(is_whole=True)
@@ -186,14 +187,14 @@ class PairScheduler(Scheduler):
 
     @property
     def _budget(self) -> int:
-        """How many more tokens this step has room for."""
+        """Return how many more tokens this step has room for."""
         limit = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
         return limit - self._spent
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Return how many tokens a request may have; vLLM asks here for all of them."""
+        """Return how many tokens a request may take; vLLM calls this for every request."""
         count = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         group = self._groups.get(request.request_id)
         if group is None:
@@ -204,23 +205,23 @@ class PairScheduler(Scheduler):
         left = request.num_tokens_with_spec + request.num_output_placeholders - num_computed_tokens
         if group.is_running:
             return 0 if plan.is_held else max(min(count, left - 1), 0)
-        # At its admission every row needs a token at least: one that has none isn't admitted.
+        # A row needs at least one token to be admitted.
         later = sum(row.status != RequestStatus.RUNNING for row in group.rows) - 1
         return max(min(count, left - 1, self._budget - later), 1)
 
     def _allocate(self, request: Request, num_new_tokens: int, **options: Any) -> Any:
-        """Return blocks for a request's tokens, or None: instead of vLLM's `allocate_slots`."""
+        """Return blocks for a request's tokens, or None; replaces vLLM's `allocate_slots`."""
         self._allocating = request
         group = self._groups.get(request.request_id)
         if group is not None:
             plan = self._plan(group)
             if request.status == RequestStatus.RUNNING and not group.is_running:
-                return None  # another row made room in this step, this one is about to
+                return None  # another row was preempted in this step, and this one will be
             if not plan.has_room:
                 plan.has_room = self._has_room(group, plan)
             if not plan.has_room:
                 return None
-            # The watermark was looked at for all rows together: a later one must not fail by it.
+            # The watermark was checked for all rows together; a later row must not fail it.
             options = {**options, "has_scheduled_reqs": False}
         blocks = self._allocate_slots(request, num_new_tokens, **options)
         if blocks is not None:
@@ -228,7 +229,7 @@ class PairScheduler(Scheduler):
         return blocks
 
     def _has_room(self, group: Group, plan: _StepPlan) -> bool:
-        """Tell whether there are blocks for what all rows may take now, or to admit all of them."""
+        """Tell whether there are blocks for the tokens of all rows, or to admit all of them."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         if group.is_running:
             keep = 0 if plan.is_whole else 1
@@ -251,7 +252,7 @@ class PairScheduler(Scheduler):
         )
 
     def _blocks_for(self, row: Request, tokens: int, cached: KVCacheBlocks | None = None) -> int:
-        """Return how many free blocks it takes until a row holds so many tokens."""
+        """Return how many free blocks a row needs to hold this many tokens."""
         manager = self.kv_cache_manager
         tokens = min(tokens, self.max_model_len)
         found = manager.empty_kv_cache_blocks if cached is None else cached
@@ -276,7 +277,7 @@ class PairScheduler(Scheduler):
         return blocks, count
 
     def _shared(self, group: Group, number: int) -> int:
-        """Return how many blocks a row takes from the rows before it, beyond what is cached."""
+        """Return how many uncached blocks a row shares with the rows before it."""
         if (
             not self.cache_config.enable_prefix_caching
             or len(self.kv_cache_config.kv_cache_groups) > 1
@@ -291,12 +292,12 @@ class PairScheduler(Scheduler):
                     break
                 same += 1
             shared = max(shared, same)
-        # The last token is computed in any case.
+        # The last token is always computed.
         shared = min(shared * self.hash_block_size, row.num_tokens - 1) // self.block_size
         return max(shared - self._local_hit(row)[1] // self.block_size, 0)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
-        """Leave a row that is to wait at its end something to compute at its admission."""
+        """Leave a row that has to wait at its last token something to compute at admission."""
         blocks, count, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         group = self._groups.get(request.request_id)
         if group is None or count <= request.num_tokens - 2 or self._plan(group).is_whole:
@@ -310,7 +311,7 @@ class PairScheduler(Scheduler):
         )
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """Tell whether a waiting request may be looked at in this step."""
+        """Tell whether a waiting request may be considered in this step."""
         if request.request_id in self._failed:
             return False
         group = self._groups.get(request.request_id)
@@ -321,22 +322,22 @@ class PairScheduler(Scheduler):
         return super()._handle_blocked_waiting_request(request)
 
     def _preempt_request(self, request: Request, *args: Any, **options: Any) -> None:
-        """Put a request back into the queue, and the other rows of its group with it."""
+        """Put a request and the other rows of its group back into the queue."""
         super()._preempt_request(request, *args, **options)
         group = self._groups.get(request.request_id)
-        # From the last to the first: each is put in front of the queue.
+        # From last to first, because each is put at the front of the queue.
         for row in reversed(group.rows if group is not None else ()):
             if row.status != RequestStatus.RUNNING:
                 continue
-            # The row that blocks are wanted for goes once vLLM finds that it is the last one, and
-            # those before it go then.
+            # The row that needs the blocks is preempted once vLLM finds that it is the last one,
+            # # and the rows before it then.
             if row is self._allocating:
                 break
             self.running.remove(row)
             super()._preempt_request(row, *args, **options)
 
     def _check(self, output: SchedulerOutput) -> None:
-        """Fail a request whose rows came apart: a wrong token must not leave the engine."""
+        """Fail a request whose rows are out of step: a wrong token must not leave the engine."""
         for group in self._plans:
             chooses = {
                 row.request_id in output.num_scheduled_tokens and not row.is_prefill_chunk
@@ -344,15 +345,15 @@ class PairScheduler(Scheduler):
             }
             runs = {row.status == RequestStatus.RUNNING for row in group.rows}
             if len(chooses) > 1 or len(runs) > 1:
-                logger.error("The rows of request %s came apart.", group.first.request_id)
+                logger.error("The rows of request %s are out of step.", group.first.request_id)
                 self._failed.add(group.first.request_id)
 
-    # ---- a request ends ----
+    # ---- finished requests ----
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take the step's tokens; only the first rows' leave the engine."""
+        """Process the step's tokens; only those of first rows leave the engine."""
         self.grammar_compile_error_reqs |= self._failed  # vLLM's way to fail a request
         self._failed.clear()
         others = self._other_rows()
@@ -364,7 +365,7 @@ class PairScheduler(Scheduler):
             if given.finished_requests:
                 given.finished_requests = given.finished_requests - others
         for first in self._end_groups():
-            # A row ended alone, which no rule of vLLM's should bring about.
+            # A row ended alone, which vLLM should never cause.
             error = EngineCoreOutput(
                 request_id=first.request_id,
                 new_token_ids=[],
@@ -377,7 +378,7 @@ class PairScheduler(Scheduler):
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
-        """End requests from outside, as when a client has gone."""
+        """End requests from outside, for example when a client disconnects."""
         others = self._other_rows() if request_ids is None else set()
         finished = super().finish_requests(request_ids, finished_status)
         self._end_groups(finished_status)
@@ -393,7 +394,7 @@ class PairScheduler(Scheduler):
         return super()._free_request(request, *args, **options)
 
     def _end_groups(self, status: RequestStatus = RequestStatus.FINISHED_ERROR) -> list[Request]:
-        """End what is left of groups of which a row has ended; return first rows that were left."""
+        """End the remaining rows of groups with an ended row; return first rows that remained."""
         orphaned = []
         while self._ended:
             group = self._ended.pop()
@@ -407,24 +408,24 @@ class PairScheduler(Scheduler):
 
 
 class AsyncPairScheduler(PairScheduler, AsyncScheduler):
-    """For engines that schedule a step before the last one's tokens are back."""
+    """The scheduler of engines that schedule a step before the last one's tokens arrive."""
 
 
 def pair_scheduler(vllm_config: VllmConfig, **options: Any) -> PairScheduler:
     """Return the scheduler for a configuration.
 
-    For `--scheduler-cls amulet.vllm_backend.scheduler.pair_scheduler`: vLLM decides only after that
-    option whether it schedules ahead.
+    Used by `--scheduler-cls amulet.vllm_backend.scheduler.pair_scheduler`, because vLLM decides
+    only after reading that option whether it schedules ahead.
     """
     is_async = vllm_config.scheduler_config.async_scheduling
     return (AsyncPairScheduler if is_async else PairScheduler)(vllm_config=vllm_config, **options)
 
 
 def check_config(config: VllmConfig) -> None:
-    """Refuse what steered requests can't be served with.
+    """Refuse options that can't be combined with steered requests.
 
     Raises:
-        ModelError: naming the option.
+        ModelError: names the option.
     """
     refused = {
         "speculative decoding (--speculative-config)": config.speculative_config is not None,
@@ -434,25 +435,25 @@ def check_config(config: VllmConfig) -> None:
     for name, is_there in refused.items():
         if is_there:
             raise ModelError(
-                f"Steered requests and {name}: not both; leave it out, or serve plain requests "
-                "with vllm serve."
+                f"Steered requests can't be combined with {name}; leave it out, or serve plain "
+                "requests with vllm serve."
             )
 
 
 def one_step(config: SchedulerConfig) -> int:
-    """Return how many tokens of one request a step reads for certain."""
+    """Return how many tokens of one request a step is certain to read."""
     limits = (config.max_num_batched_tokens, config.max_num_scheduled_tokens)
     threshold = config.long_prefill_token_threshold
     return min(limit for limit in (*limits, threshold) if limit)
 
 
 def _tokens_left(row: Request) -> int:
-    """Return how many tokens a row has that no step has computed, or is computing."""
+    """Return how many tokens of a row are neither computed nor being computed."""
     return row.num_tokens_with_spec + row.num_output_placeholders - row.num_computed_tokens
 
 
 def _rows(request: Request, pair: Pair) -> list[Request]:
-    """Make the rows of a steered request; the first one is the request itself."""
+    """Create the rows of a steered request; the first is the request itself."""
     given = request.sampling_params
     row = Row(
         request=request.request_id,
@@ -464,7 +465,7 @@ def _rows(request: Request, pair: Pair) -> list[Request]:
         top_p=given.top_p,
         min_p=given.min_p,
         penalties=(given.repetition_penalty, given.presence_penalty, given.frequency_penalty),
-        # Every worker of a tensor-parallel group must draw the same.
+        # All workers of a tensor-parallel group must draw the same token.
         seed=random.getrandbits(63) if given.seed is None else given.seed,
         is_seeded=given.seed is not None,
     )
@@ -491,9 +492,9 @@ def _rows(request: Request, pair: Pair) -> list[Request]:
 
 
 def _row_params(given: SamplingParams, row: Row) -> SamplingParams:
-    """Return parameters for a row: greedy and without penalties, which the processor applies."""
+    """Return a row's parameters: greedy and without penalties, which the processor applies."""
     params = copy.copy(given)
-    params.__dict__.clear()  # what was derived from the old values
+    params.__dict__.clear()  # cached values derived from the old ones
     params.temperature, params.top_p, params.top_k, params.min_p = 0.0, 1.0, 0, 0.0
     params.repetition_penalty, params.presence_penalty, params.frequency_penalty = 1.0, 0.0, 0.0
     params.seed = None

@@ -1,4 +1,4 @@
-"""Which vLLM this backend was written for and tested on; others are refused before they start."""
+"""The supported versions of vLLM; others are refused at start."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ SUPPORTED = ("0.32",)
 
 
 def check_vllm() -> None:
-    """Check that the installed vLLM is one whose scheduler this backend knows.
+    """Check that this backend supports the installed vLLM.
 
     Raises:
         MissingPackageError: vLLM is not installed.
-        ModelError: its version is another one.
+        ModelError: its version is not supported.
     """
     try:
         import vllm
@@ -30,5 +30,5 @@ def check_version(version: str) -> None:
         raise ModelError(
             f"vLLM {version}: this backend extends vLLM's scheduler and supports "
             f"{', '.join(f'{known}.*' for known in SUPPORTED)}. "
-            f'Install one of those, such as pip install "vllm=={SUPPORTED[-1]}.*".'
+            f'Install one of these, such as pip install "vllm=={SUPPORTED[-1]}.*".'
         )

@@ -1,7 +1,7 @@
-"""What frontend, scheduler and logits processor tell each other, in vLLM's `extra_args`.
+"""The data that frontend, scheduler and logits processor exchange in vLLM's `extra_args`.
 
-A steered request carries a `Pair` under `PAIR`; the scheduler makes rows of it, whose sampling
-parameters carry a `Row` under `ROW`. Both are plain JSON there, because they cross processes.
+A steered request has a `Pair` under `PAIR`. The scheduler makes rows of it, whose sampling
+parameters have a `Row` under `ROW`. Both are plain JSON, because they cross processes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Pair:
     """How one request is steered; its own prompt is the first preferred prompt.
 
     Attributes:
-        prompts: token ids of the further rows: the other preferred prompts, with focus that of the
-            preferences alone, then the base prompt.
+        prompts: token ids of the further rows: the other preferred prompts, with focus the prompt
+            of the preferences alone, then the base prompt.
         weights: w_i of `r + Σ w_i·(p_i − r)`, one per preferred row.
         floor: plausibility floor in [0, 1]; 0 is off.
         loop_guard: see `Steering`; 0 is off.
-        spans: pairs of token ids; between the two the base row alone decides, as in thinking and
-            tool calls, which machines read.
-        inside: the prompts end in such a span.
+        spans: pairs of token ids between which only the base row decides, as in thinking and tool
+            calls, which machines read.
+        inside: the prompts end inside such a span.
     """
 
     prompts: list[list[int]]
@@ -40,15 +40,15 @@ class Pair:
     inside: bool = False
 
     def args(self) -> dict[str, Any]:
-        """Return what belongs into `extra_args`."""
+        """Return the entry for `extra_args`."""
         return {PAIR: asdict(self)}
 
     @classmethod
     def read(cls, extra_args: Mapping[str, Any] | None) -> Pair | None:
-        """Return the request's pair; None for a plain request.
+        """Return the request's pair, or None for a plain request.
 
         Raises:
-            RequestError: what is there is no pair.
+            RequestError: the entry is not a pair.
         """
         given = (extra_args or {}).get(PAIR)
         if given is None:
@@ -69,7 +69,7 @@ class Pair:
             is_right = False
         if not is_right:
             raise RequestError(
-                f"extra_args[{PAIR!r}] is no pair: give the request a `preference` instead."
+                f"extra_args[{PAIR!r}] is not a pair: give the request a `preference` instead."
             )
         return pair
 
@@ -80,17 +80,17 @@ def _is_prompt(ids: Any) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a steered request, as the logits processor needs it.
+    """One row of a steered request, for the logits processor.
 
     Attributes:
-        request: id of the request, the same for all of its rows.
-        number: which row this is, from 0; the last one is the base row.
-        count: how many rows the request has.
-        pair: how they are combined; without its prompts.
+        request: id of the request, the same for all its rows.
+        number: the row's index; the last one is the base row.
+        count: the number of rows of the request.
+        pair: how the rows are combined, without the prompts.
         temperature, top_k, top_p, min_p: how the token is chosen; 0 is greedy.
         penalties: repetition, presence and frequency penalty.
-        seed: of the draws.
-        is_seeded: the request names it; else any draw will do.
+        seed: the seed of the draws.
+        is_seeded: the request set the seed; otherwise any draw is valid.
     """
 
     request: str
@@ -106,12 +106,12 @@ class Row:
     is_seeded: bool
 
     def args(self) -> dict[str, Any]:
-        """Return what belongs into `extra_args`."""
+        """Return the entry for `extra_args`."""
         return {ROW: asdict(self)}
 
     @classmethod
     def read(cls, extra_args: Mapping[str, Any] | None) -> Row | None:
-        """Return the row; None where the engine request is not one."""
+        """Return the row, or None if the engine request is not one."""
         given = (extra_args or {}).get(ROW)
         if given is None:
             return None

@@ -87,7 +87,7 @@ def test_what_is_refused(options: dict[str, object], words: str) -> None:
 def test_gpus_by_name() -> None:
     assert find_gpu("nvidia a100-40gb") == GPUS["A100 40GB"]
     assert find_gpu("rtx 4090").memory == 24 * 2**30
-    with pytest.raises(RequestError, match=r"gpu='H900': known are T4.*give --memory GB"):
+    with pytest.raises(RequestError, match=r"gpu='H900': expected one of T4.*give --memory GB"):
         find_gpu("H900")
 
 

@@ -161,7 +161,7 @@ def test_what_is_no_pair() -> None:
     pair = Pair([[1, 2]], [3.0], 0.1)
     assert Pair.read(pair.args()) == pair
     for given in ("x", {}, {"prompts": [[1]], "weights": []}, {"prompts": [["a"]], "weights": [1]}):
-        with pytest.raises(RequestError, match="no pair"):
+        with pytest.raises(RequestError, match="not a pair"):
             Pair.read({PAIR: given})
 
 

@@ -61,8 +61,7 @@ def team() -> Iterator[None]:
 
     For a block in which the C code does most of the work; see `threads.c`. Changes nothing if there
     are more than `MOST_THREADS` threads, or fewer cores for this thread than threads: OpenMP may
-    have
-    bound each thread to a core.
+    have bound each thread to a core.
     """
     code = library()
     code.amulet_leave_team()  # in case an interrupt came between entering and leaving
