@@ -111,7 +111,7 @@ def test_settings_are_checked_and_kept(scripted: Scripted) -> None:
     assert printed[5] == "floor='2': input should be less than or equal to 1."
     assert printed[4] == printed[6] == "More: Amulet's documentation, Troubleshooting, RequestError"
     assert printed[9].startswith("loop_guard='1.5': input should be a valid integer")
-    assert "".join(printed[11].split()).startswith("/preferenceTEXTwhatyouwant")
+    assert "".join(printed[11].split()).startswith("/preferenceTEXTwhatanswersshouldbelike")
 
 
 def test_an_unknown_command_is_not_asked_of_the_model(scripted: Scripted) -> None:
