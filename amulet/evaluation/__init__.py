@@ -1,1 +1,1 @@
-"""Compare ways of decoding: questions, methods, judges, runs and their report."""
+"""Compares decoding methods: questions, methods, judges, runs and their report."""

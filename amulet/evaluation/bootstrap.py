@@ -1,7 +1,7 @@
-"""Means with bootstrap intervals over questions, alone and as paired differences.
+"""Computes means with bootstrap intervals over questions, and paired differences.
 
-Answers to one question resemble each other, so whole questions are drawn, not answers. Drawn and
-summed with numpy, which Transformers brings along; SciPy's bootstrap knows no clusters.
+Answers to one question are similar, so whole questions are resampled, not answers. Uses numpy,
+which Transformers requires anyway; SciPy's bootstrap does not support clusters.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def interval(
 
     Args:
         values_by_question: one value per question, or a mapping from the question to its value or
-            values. Every value counts alike, so a question with more of them counts for more.
+            values. Every value counts equally, so a question with more values counts for more.
         level: the interval's probability, between 0 and 1.
         resamples: how often the questions are drawn, with replacement; at least 1.
-        seed: of the draws; the same one gives the same interval.
+        seed: the seed of the draws; the same seed gives the same interval.
 
-    With one question low and high are the mean: that says nothing of how questions differ. With
-    fewer than some twenty a percentile interval is too narrow.
+    With one question, low and high are the mean, which says nothing about how questions differ.
+    With fewer than about twenty, a percentile interval is too narrow.
 
     Raises:
-        EvaluationError: no values, one that is not finite, or a level or count out of range.
+        EvaluationError: no values, a value that is not finite, or a level or count out of range.
 
     >>> interval([1.0, 1.0, 1.0])
     (1.0, 1.0, 1.0)
@@ -44,9 +44,11 @@ def interval(
     _check(level, resamples)
     groups = [_array(values) for values in _groups(values_by_question)]
     if not groups:
-        raise EvaluationError("An interval needs values of at least one question; none was given.")
+        raise EvaluationError(
+            "An interval requires values of at least one question; none was given."
+        )
     smallest = min(float(group.min()) for group in groups)
-    # Less the smallest: equal values then sum to exactly 0, not to 0 give or take a rounding.
+    # Minus the smallest, so that equal values sum to exactly 0, without rounding errors.
     sums = np.array([((group - smallest).sum(), group.size) for group in groups])  # [questions, 2]
     mean = smallest + float(sums[:, 0].sum() / sums[:, 1].sum())
     drawn = _resample(sums, resamples, seed)
@@ -63,8 +65,8 @@ def difference(
     """Return the mean of `values − others`, paired by question, and its interval.
 
     Args:
-        values, others: as for `interval`, over the same questions, and with as many values, in
-            the same order, for each.
+        values, others: as for `interval`, over the same questions, with equally many values in
+            the same order for each.
         level, resamples, seed: as for `interval`.
 
     Raises:
@@ -92,17 +94,17 @@ def at_zero(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Return what y is where x is 0, by the least-squares line of y on x, and its interval.
+    """Return y at x = 0 on the least-squares line of y on x, and its interval.
 
-    With y a difference of two answers' scores and x their difference in length, this is the
-    difference in score that length doesn't explain.
+    If y is the difference of two answers' scores and x that of their lengths, this is the
+    difference in score that length does not explain.
 
     Args:
         points_by_question: (x, y) of every pair of answers, by question.
         level, resamples, seed: as for `interval`.
 
     Raises:
-        EvaluationError: no points, one that is not finite, or a level or count out of range.
+        EvaluationError: no points, a point that is not finite, or a level or count out of range.
 
     >>> round(at_zero({"a": [(0.0, 1.0), (1.0, 3.0)], "b": [(2.0, 5.0)]})[0], 6)
     1.0
@@ -111,9 +113,9 @@ def at_zero(
     groups = [np.asarray(points, dtype=np.float64) for points in points_by_question.values()]
     groups = [group.reshape(-1, 2) for group in groups if group.size]
     if not groups:
-        raise EvaluationError("A line needs points of at least one question; none was given.")
+        raise EvaluationError("A line requires points of at least one question; none was given.")
     if not all(np.isfinite(group).all() for group in groups):
-        raise EvaluationError("A line needs finite points: leave the others out.")
+        raise EvaluationError("A line requires finite points: leave the others out.")
     sums = np.array([_moments(group[:, 0], group[:, 1]) for group in groups])  # [questions, 5]
     mean = float(_intercept(sums.sum(axis=0, keepdims=True))[0])
     return _percentiles(mean, _intercept(_resample(sums, resamples, seed)), level)
@@ -127,7 +129,9 @@ def _intercept(sums: _Floats) -> _Floats:
     """Return the intercepts `[draws]` from the sums of 1, x, y, x², xy, `[draws, 5]`."""
     n, x, y, xx, xy = sums.T
     spread = xx / n - (x / n) ** 2
-    is_line = spread > 1e-12 * (1.0 + xx / n)  # else all x are alike, and only the mean is known
+    is_line = spread > 1e-12 * (
+        1.0 + xx / n
+    )  # otherwise all x are equal, and only the mean is known
     slope = np.where(is_line, (xy / n - x * y / n**2) / np.where(is_line, spread, 1.0), 0.0)
     return np.asarray(y / n - slope * x / n)
 
@@ -142,7 +146,7 @@ def _check(level: float, resamples: int) -> None:
 def _percentiles(mean: float, drawn: _Floats, level: float) -> tuple[float, float, float]:
     tail = (1.0 - level) / 2.0
     low, high = (float(value) for value in np.quantile(drawn, [tail, 1.0 - tail]))
-    # Few resamples or a low level can leave the mean of the data outside the quantiles.
+    # With few resamples or a low level, the mean can be outside the quantiles.
     return mean, min(low, mean), max(high, mean)
 
 
@@ -155,7 +159,9 @@ def _array(values: object) -> _Floats:
     array = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if not np.isfinite(array).all():
         wrong = array[~np.isfinite(array)][0]
-        raise EvaluationError(f"An interval needs finite values, and one is {wrong}: leave it out.")
+        raise EvaluationError(
+            f"An interval requires finite values, and one is {wrong}: leave it out."
+        )
     return array
 
 
@@ -164,14 +170,14 @@ def _subtract(values: object, others: object, name: object = None) -> list[float
     if left.size != right.size:
         where = "" if name is None else f" for question {name!r}"
         raise EvaluationError(
-            f"{left.size} values can't be paired with {right.size}{where}: expected as many on "
-            "both sides."
+            f"{left.size} values can't be paired with {right.size}{where}: expected equally many "
+            "on both sides."
         )
     return [float(value) for value in left - right]
 
 
 def _resample(sums: _Floats, resamples: int, seed: int) -> _Floats:
-    """Return `[resamples, k]`: the sums `[questions, k]` of draws of whole questions."""
+    """Return sums over draws of whole questions, `[resamples, k]`, from `[questions, k]`."""
     draw = np.random.default_rng(seed)
     questions = len(sums)
     step = max(1, _DRAWN_AT_ONCE // questions)

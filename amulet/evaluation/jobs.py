@@ -1,4 +1,4 @@
-"""The answers that a run needs, one job each, and the request that each job is."""
+"""The answers that a run needs, as jobs, and the request of each job."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from amulet.request import Request
 
 
 class Settings(BaseModel):
-    """How every answer of a run is decoded.
+    """The settings with which all answers of a run are decoded.
 
     Attributes:
         max_new_tokens: limit per answer.
-        temperature, top_p: for every method alike; 0 is greedy.
-        seed: of the draws, and of the questions' sample.
-        system_prompt: stands before every question; "" is none.
+        temperature, top_p: the same for every method; 0 is greedy.
+        seed: for sampling, and for drawing the questions.
+        system_prompt: the system message of every question; "" is none.
         as_published: decode as the paper's authors did: base and pref are sampled with the
-            model's own generation config, the others are greedy. (They also cut what the reward
-            model reads at 128 tokens, which is the judge's to do, and took the argmax after
-            top-p 0.95, which is the plain argmax. That they left padding unmasked is not repeated.)
-        trace: keep what each token gained by steering.
+            model's own generation config, the others are greedy. (They also truncated what the
+            reward model reads to 128 tokens, which the judge does, and took the argmax after
+            top-p 0.95, which is the plain argmax. Their unmasked padding is not reproduced.)
+        trace: store how much steering raised each token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class Settings(BaseModel):
 class Job:
     """One answer to decode, for the preferences that share it.
 
-    Plain answers don't depend on the preference: one is decoded and written for each.
+    Plain answers don't depend on the preference: one is decoded and stored for all.
     """
 
     set: str
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of the answers that come of it."""
+        """The keys of the job's answers."""
         return [
             f"{self.set}/{self.question.index}/{preference.name}/{self.method.name}"
             for preference in self.preferences
@@ -89,7 +89,7 @@ def jobs_of(
 
 
 def request_of(job: Job, settings: Settings, sampling: dict[str, Any] | None = None) -> Request:
-    """Return the request that a job is; `sampling` overrides the settings' decoding options."""
+    """Return a job's request; `sampling` overrides the settings' decoding options."""
     method = job.method
     options: dict[str, Any] = {
         "messages": messages_of(job.question.question, settings.system_prompt),
@@ -98,7 +98,7 @@ def request_of(job: Job, settings: Settings, sampling: dict[str, Any] | None = N
         "top_p": settings.top_p,
         **(sampling or {}),
         "seed": seed_of(job, settings),
-        "trace": method.kind == "base",  # for `log_probability`; the row is there anyway
+        "trace": method.kind == "base",  # for `log_probability`; needs no further row
     }
     if method.steering is not None:
         preference = job.preferences[0]
@@ -114,7 +114,7 @@ def request_of(job: Job, settings: Settings, sampling: dict[str, Any] | None = N
 
 
 def with_every_row(request: Request) -> Request:
-    """Return the request so that all its rows are there, whatever its own strength."""
+    """Return the request with all its rows, whatever its strength."""
     return request.model_copy(update={"strength": 1.0, "trace": True})
 
 
@@ -125,6 +125,6 @@ def messages_of(question: str, system_prompt: str) -> list[dict[str, str]]:
 
 
 def seed_of(job: Job, settings: Settings) -> int:
-    """Return an answer's own seed: it hangs on the run's and on what is asked, not on the order."""
+    """Return an answer's seed, which depends on the run's seed and the job, not on the order."""
     digest = hashlib.sha256(f"{settings.seed}/{job.keys[0]}".encode()).digest()
     return int.from_bytes(digest[:6], "big")

@@ -1,4 +1,4 @@
-"""Scores the answers of a run with one of the judges; those that are scored are left alone."""
+"""Scores the answers of a run with one of the judges; existing scores are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 JUDGES = ("rules", "guards", "armorm", "llm")
 
-# Where each further judge is: `function(run, options, tell)`, imported when it is asked for.
+# The function of each further judge, `function(run, options, tell)`, imported on use.
 SCORERS = {
     "guards": ("amulet.evaluation.guards", "score_guards"),
     "armorm": ("amulet.evaluation.judges.armorm", "score_armorm"),
@@ -31,14 +31,14 @@ class JudgeOptions:
     """What a judge needs beyond the run.
 
     Attributes:
-        amulet: the model that answered; the guards ask it how likely its answers are.
-        model: the judging model: for armorm a hub id or folder, for llm the endpoint's name of it.
-        base_url: of the OpenAI-compatible endpoint that the llm judge asks.
+        amulet: the model that answered, for the guards' log-probabilities.
+        model: the judging model: a hub id or folder for armorm, the endpoint's name for llm.
+        base_url: the llm judge's OpenAI-compatible endpoint.
         baseline: the method that the llm judge compares every other one with; None is the
-            preference in the prompt alone, in the same place.
-        prices: what the llm judge's endpoint takes, US dollars per million tokens read and written.
-        concurrency: requests to that endpoint under way at once.
-        batch_size: how many answers a judging model reads at once.
+            preference in the prompt alone, with the same placement.
+        prices: of the llm judge's endpoint, US dollars per million tokens read and written.
+        concurrency: concurrent requests to that endpoint.
+        batch_size: answers that a judging model reads at once.
     """
 
     amulet: Amulet | None = None
@@ -51,7 +51,7 @@ class JudgeOptions:
 
 
 def check_judges(names: Sequence[str], preferences: Sequence[PreferenceMeta]) -> None:
-    """Raise EvaluationError for what a judge can't do, before anything is decoded."""
+    """Raise EvaluationError for judges that can't score these preferences, before decoding."""
     for name in names:
         if name not in JUDGES:
             close = difflib.get_close_matches(name, JUDGES, n=1)
@@ -61,7 +61,7 @@ def check_judges(names: Sequence[str], preferences: Sequence[PreferenceMeta]) ->
             )
     if "rules" in names and not any(preference.rule for preference in preferences):
         raise EvaluationError(
-            "The judge 'rules' checks preferences that have a rule, and these have none: take "
+            "The judge 'rules' checks preferences that have a rule, and these have none: use "
             "--preferences rules, or another judge."
         )
 
@@ -69,16 +69,16 @@ def check_judges(names: Sequence[str], preferences: Sequence[PreferenceMeta]) ->
 def score_run(
     run: Run, name: str, options: JudgeOptions | None = None, tell: Tell | None = None
 ) -> None:
-    """Score every answer of a run that this judge has not scored yet.
+    """Score every answer of a run that this judge has not scored.
 
     Args:
-        run: its answers are read, its scores written one by one.
+        run: its answers are read; scores are stored one by one.
         name: "rules", "guards", "armorm" or "llm".
-        options: what the judge needs.
+        options: the judge's options.
         tell: called with (answers scored, answers in all).
 
     Raises:
-        EvaluationError: there is no such judge, or it lacks something.
+        EvaluationError: there is no such judge, or it lacks an option or package.
     """
     check_judges([name], run.meta.preferences)
     options = options or JudgeOptions()
@@ -114,6 +114,6 @@ def _score_by_rules(run: Run, tell: Tell | None) -> None:
 
 
 def missing(run: Run, name: str) -> list[Answer]:
-    """Return the answers that a judge has not scored yet, in the run's order."""
+    """Return the answers that a judge has not scored, in the run's order."""
     scored = run.scores(name)
     return [answer for answer in run.answers() if answer.key not in scored]

@@ -1,7 +1,7 @@
-"""The paper's online game played step by step over the vocabulary, in torch.
+"""Plays the paper's online game step by step over the vocabulary, in torch.
 
-`amulet.gain.game_gain` says what it amounts to. This is the other side of that comparison and
-nothing else: it takes T passes over the vocabulary for what one multiply-add does.
+`amulet.gain.game_gain` is its closed form. This module only serves to check that: it takes T passes
+over the vocabulary for one multiply-add.
 """
 
 from __future__ import annotations

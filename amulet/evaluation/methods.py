@@ -1,12 +1,12 @@
-"""The ways of decoding that are compared: the paper's by name, ours by its numbers.
+"""The decoding methods to compare: the paper's by name, ours by its settings.
 
 base                     no preference
 pref                     the preference in the prompt alone, in the system message
-pref:placement=user      the same in another place: what ours with that placement is compared with
+pref:placement=user      the same with another placement, for comparison with ours
 beam                     the same prompt, beam search with 16 beams
 linear_alignment         g = 2, no floor
-amulet                   g = 4.6487, what the paper's 60-step game amounts to; no floor
-amulet_literal           the 60 steps played one by one (to show that they do amount to it)
+amulet                   g = 4.6487, the closed form of the paper's 60-step game; no floor
+amulet_literal           the 60 steps played one by one, to check the closed form
 ours                     the library's defaults
 ours:strength=4,floor=0.05,placement=user,adapt=decay
 ours:strength=0.5,focus=0,loop_guard=0
@@ -43,21 +43,21 @@ BEAMS = 16
 
 
 class Method(BaseModel):
-    """One way of decoding.
+    """One decoding method.
 
     Attributes:
-        name: what it is called in a run; two different methods have two names.
-        kind: which of the paper's methods it is, or "ours".
-        strength, floor, placement: see `Steering`; None where the method has none.
-        focus, loop_guard: see `Steering`; 0 where the method has none.
-        adapt: how strength or the base row vary; None is a constant strength against the plain
-            prompt. See `amulet.evaluation.pairs` for the formulas.
+        name: its name in a run; different methods have different names.
+        kind: one of the paper's methods, or "ours".
+        strength, floor, placement: see `Steering`; None if the method has none.
+        focus, loop_guard: see `Steering`; 0 if the method has none.
+        adapt: how strength or the base row varies; None is a constant strength against the plain
+        prompt. See `amulet.evaluation.pairs` for the formulas.
             "jsd": strength times the Jensen-Shannon divergence of the two rows (AdaCAD).
             "decay": strength halves every 32 tokens.
-            "entropy": less strength where the preferred row is sure of its token.
-            "opposite": the base row holds the opposite preference.
-            "default-system": the base row holds the template's own system prompt, if any.
-            "separate": of a preference such as "concise+formal" each part has a row of its own.
+            "entropy": less strength where the preferred row is certain of its token.
+            "opposite": the base row has the opposite preference.
+            "default-system": the base row has the template's own system prompt, if any.
+            "separate": each part of a preference such as "concise+formal" has its own row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +73,7 @@ class Method(BaseModel):
 
     @property
     def steering(self) -> Steering | None:
-        """Its settings; None for plain decoding."""
+        """The method's settings; None for plain decoding."""
         if self.strength is None:
             return None
         given = self.model_dump(include=set(Steering.model_fields), exclude_none=True)
@@ -81,19 +81,19 @@ class Method(BaseModel):
 
     @property
     def is_steered(self) -> bool:
-        """Whether the base row takes part in the choice of a token."""
+        """Whether the base row influences the choice of a token."""
         return self.strength is not None and (self.strength != 0 or self.adapt is not None)
 
     @property
     def in_pairs(self) -> bool:
-        """Whether it needs `pairs.py`: the library's own step doesn't do it."""
+        """Whether it needs `pairs.py` because the library's own step does not support it."""
         return self.kind == "amulet_literal" or self.adapt not in (None, "separate")
 
 
 def parse_method(text: str) -> Method:
-    """Return the method that a text such as "amulet" or "ours:strength=2,floor=0.1" names.
+    """Return the method named by a text such as "amulet" or "ours:strength=2,floor=0.1".
 
-    Two spellings of one setting give one name: every number is spelled out in it.
+    Different spellings of the same settings give the same name, which states every number.
 
     Raises:
         EvaluationError: there is no such method, option or value.
@@ -122,7 +122,7 @@ def parse_method(text: str) -> Method:
 
 
 def parse_methods(texts: Iterable[str]) -> list[Method]:
-    """Return the methods in the order given, each once."""
+    """Return the methods in the given order, without duplicates."""
     methods = {method.name: method for method in map(parse_method, texts)}
     if not methods:
         raise EvaluationError(f"No methods: expected some of {', '.join(KINDS)}.")
@@ -130,7 +130,7 @@ def parse_methods(texts: Iterable[str]) -> list[Method]:
 
 
 def with_prompt_only(methods: Iterable[Method]) -> list[Method]:
-    """Return the methods with a `pref` for every placement of ours that lacks one, before it."""
+    """Return the methods, with a `pref` before every ours whose placement has none."""
     methods = list(methods)
     known = {method.placement for method in methods if method.kind == "pref"}
     found: list[Method] = []
@@ -145,13 +145,13 @@ def with_prompt_only(methods: Iterable[Method]) -> list[Method]:
 def prompt_only_methods(
     methods: Iterable[tuple[str, float | None, str | None, str | None]],
 ) -> dict[str | None, str]:
-    """Return by placement which method has the preference in the prompt alone.
+    """Return, by placement, the method with the preference in the prompt alone.
 
-    It is `pref`, or ours at strength 0 where a run has no `pref` with that placement. Under None,
-    for methods without a preference, stands the only one there is; with several there is none.
+    It is `pref`, or ours at strength 0 if a run has no `pref` with that placement. The key None,
+    for methods without a preference, has the only prompt-only method; if there are several, none.
 
     Args:
-        methods: name, strength, placement and adapt of each.
+        methods: the name, strength, placement and adapt of each.
     """
     found: dict[str | None, str] = {}
     for name, strength, placement, adapt in methods:
@@ -166,12 +166,12 @@ def prompt_only_methods(
 
 
 def placement_of(strength: float | None, placement: str | None) -> str | None:
-    """Return where a method has the preference: None where it has none."""
+    """Return a method's placement, or None if it has no preference."""
     return placement or (None if strength is None else "system")
 
 
 def label(name: str, placement: str | None) -> str:
-    """Return what a report calls a method: its name says where the preference stands."""
+    """Return a method's label in reports, which states the placement."""
     return name if placement is None or "placement=" in name else f"{name} ({placement})"
 
 
@@ -197,14 +197,14 @@ def _prompt_only(text: str, given: dict[str, str]) -> Method:
         method = Method.model_validate({"name": "pref", "kind": "pref", **options})
     except ValidationError as error:
         raise EvaluationError(f"method {text!r}: {describe(error)}") from None
-    if method.placement == "system":  # the paper's own has the short name
+    if method.placement == "system":  # the paper's, which has the short name
         return method
     return method.model_copy(update={"name": f"pref:placement={method.placement}"})
 
 
 def _ours(text: str, given: dict[str, str]) -> Method:
     options: dict[str, object] = {**DEFAULT_STEERING.model_dump(), **given}
-    if given.get("adapt", "separate") != "separate":  # the library's own step doesn't do it
+    if given.get("adapt", "separate") != "separate":  # not supported by the library's own step
         options.update(focus=given.get("focus", 0.0), loop_guard=given.get("loop_guard", 0))
     try:
         method = Method.model_validate({"name": "ours", "kind": "ours", **options})
@@ -212,8 +212,7 @@ def _ours(text: str, given: dict[str, str]) -> Method:
         raise EvaluationError(f"method {text!r}: {describe(error)}") from None
     if method.in_pairs and (method.focus or method.loop_guard):
         raise EvaluationError(
-            f"method {text!r}: adapt={method.adapt} knows neither focus nor loop_guard; leave them "
-            "out."
+            f"method {text!r}: adapt={method.adapt} has no focus or loop_guard; leave them out."
         )
     name = (
         f"ours:strength={method.strength:.10g},floor={method.floor:.10g},"
@@ -230,4 +229,4 @@ def _unknown(what: str, given: str, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(given, names, n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{given!r} is no {what}: expected one of {', '.join(names)}.{meant}"
+    return f"{given!r} is not a known {what}: expected one of {', '.join(names)}.{meant}"

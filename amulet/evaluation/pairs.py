@@ -1,8 +1,8 @@
-"""Answers decoded by Transformers' `generate`: beams, the literal game, strengths that vary.
+"""Decodes with Transformers' `generate`: beam search, the literal game, varying strength.
 
-What the library's own step doesn't do is done here, slower and greedily. Preferred and base prompt
-are two rows of one batch, padded on the left; a logits processor writes the combined scores into
-both, so that both go on with the same token.
+This is for methods that the library's own step does not support; it is slower, and greedy.
+Preferred and base prompt are two rows of one batch, padded on the left. A logits processor writes
+the combined scores into both rows, so that both continue with the same token.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decoded:
 
 
 def combine_of(method: Method) -> Combine:
-    """Return what a method makes of p and r at a step: scores `[answers, vocab]`.
+    """Return the function that combines p and r at a step to scores, `[answers, vocab]`.
 
     p and r are log-probabilities of that shape; steps count from 0. With g the strength:
 
@@ -79,7 +79,7 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 
 
 class Pairing(LogitsProcessor):
-    """Combines rows 0..n−1 (preferred) with rows n..2n−1 (base); keeps what each token gained."""
+    """Combines rows 0..n−1 (preferred) with rows n..2n−1 (base); records each token's gain."""
 
     def __init__(self, combine: Combine, floor: float) -> None:
         self._combine = combine
@@ -125,7 +125,7 @@ def decode_pairs(
 def decode_beams(
     amulet: Amulet, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[Decoded]:
-    """Return the answers that a beam search finds, decoded in one batch of 16 rows each."""
+    """Return the answers of a beam search, decoded in one batch of 16 rows each."""
     return _generate(amulet, prompts, max_new_tokens, beams=BEAMS)
 
 
@@ -145,7 +145,7 @@ def _generate(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    # Whatever the model's own generation config says of sampling or penalties is not meant here.
+    # Overrides sampling and penalties in the model's own generation config.
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -1,4 +1,4 @@
-"""The paper's protocol: its eight preferences, a neutral system prompt, and preferences by name."""
+"""The paper's protocol: its eight preferences, a neutral system prompt, preferences by name."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ METHODS = ("base", "pref", "beam", "linear_alignment", "amulet")
 
 
 def preferences_of(names: Iterable[str]) -> list[PreferenceMeta]:
-    """Return preferences by name, each once.
+    """Return preferences by name, without duplicates.
 
     Args:
-        names: "paper" (the eight), "rules" (all that a program checks), "rules-dev" and
-            "rules-heldout" (the halves with which the defaults were chosen and reported),
-            one of the eight, or a rule's name. A name that is both is the paper's, and
-            "rule:NAME" the rule's. "concise+formal" is one preference that asks for both.
+        names: "paper" (the eight), "rules" (all that a program can check), "rules-dev" and
+            "rules-heldout" (the halves for choosing and for reporting the defaults),
+            one of the eight, or a rule's name. If a name is both, it means the paper's, and
+            "rule:NAME" the rule's. "concise+formal" is one preference that combines both.
 
     Raises:
         EvaluationError: there is no such preference.
@@ -43,12 +43,12 @@ def preferences_of(names: Iterable[str]) -> list[PreferenceMeta]:
 
 
 def parts_of(preference: PreferenceMeta) -> list[PreferenceMeta]:
-    """Return the single preferences that one such as "concise+formal" is made of."""
+    """Return the parts of a preference such as "concise+formal"."""
     return [part for name in preference.name.split("+") for part in _named(name)]
 
 
 def opposite_of(preference: PreferenceMeta) -> str:
-    """Return the text that asks for the contrary of a preference.
+    """Return the text of the opposite of a preference.
 
     Raises:
         EvaluationError: the preference has none.
@@ -118,6 +118,6 @@ def _of_paper(adjective: str) -> PreferenceMeta:
 def _of_rule(name: str) -> PreferenceMeta:
     from amulet.evaluation.rules import rule
 
-    # A rule may be called what a preference of the paper is called; the run keeps them apart.
+    # A rule and a preference of the paper may have the same name; the run distinguishes them.
     shown = f"rule:{name}" if name in NAMES else name
     return PreferenceMeta(name=shown, text=rule(name).preference, rule=name)

@@ -1,4 +1,4 @@
-"""Draws the report's plots: inline SVG in the page's light or dark colours, or a picture."""
+"""Draws the report's plots: as inline SVG in the page's colours, or as an image file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from amulet.errors import EvaluationError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_INK = "#010203"  # stands for the page's text colour, which matplotlib has no name for
+_INK = "#010203"  # placeholder for the page's text colour, which matplotlib can't name
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")
-_DASHES = ("-", "--", ":")  # one after another, when the colours are used up
+_DASHES = ("-", "--", ":")  # used in turn when the colours run out
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
@@ -35,7 +35,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class PlotPoint:
-    """One method in the plane of quality and adherence; both are means."""
+    """One method's mean quality and mean adherence."""
 
     log_probability: float
     score: float
@@ -44,7 +44,7 @@ class PlotPoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Methods that differ in strength alone, weakest first; `is_mark` draws a single sign."""
+    """Methods that differ only in strength, weakest first; `is_mark` draws a single marker."""
 
     name: str
     points: Sequence[PlotPoint]
@@ -55,9 +55,9 @@ def strength_plot(curves: Sequence[Curve], score_name: str, number: int = 1) -> 
     """Return an `<svg>` of a score against the mean log-probability under the plain model.
 
     Args:
-        curves: what is drawn; labels and names are shown as they are, never as formulas.
-        score_name: the vertical axis.
-        number: of the plot on its page; keeps the ids of two plots apart.
+        curves: the curves; labels and names are plain text, never formulas.
+        score_name: the label of the vertical axis.
+        number: the plot's number on its page; keeps the ids of plots distinct.
 
     Raises:
         EvaluationError: matplotlib is not installed.
@@ -69,10 +69,10 @@ def strength_plot(curves: Sequence[Curve], score_name: str, number: int = 1) -> 
 
 
 def save_plot(curves: Sequence[Curve], score_name: str, path: str | os.PathLike[str]) -> None:
-    """Write the same plot as a picture on white, .svg or .png by the path's ending.
+    """Write the same plot to an image file with a white background, .svg or .png.
 
     Raises:
-        EvaluationError: matplotlib is not installed, or the path ends otherwise.
+        EvaluationError: matplotlib is not installed, or the path has another suffix.
     """
     kind = Path(path).suffix.removeprefix(".")
     if kind not in ("svg", "png"):
@@ -84,7 +84,7 @@ def save_plot(curves: Sequence[Curve], score_name: str, path: str | os.PathLike[
 
 @contextmanager
 def _drawn(curves: Sequence[Curve], score_name: str, settings: dict[Any, Any]) -> Iterator[Figure]:
-    """Draw the plot, under settings that hold until it is saved."""
+    """Draw the plot, with settings that apply until it is saved."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def _drawn(curves: Sequence[Curve], score_name: str, settings: dict[Any, Any]) -
             'Plots need matplotlib: run `pip install "amulet-integrations[eval]"`.'
         ) from error
     with rc_context(settings), warnings.catch_warnings():
-        # Where a glyph is missing here, the browser has it.
+        # The browser has glyphs that are missing here.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
@@ -101,7 +101,7 @@ def _drawn(curves: Sequence[Curve], score_name: str, settings: dict[Any, Any]) -
             xs = [point.log_probability for point in curve.points]
             ys = [point.score for point in curve.points]
             style: dict[str, Any] = {"marker": "o", "markersize": 4}
-            if curve.is_mark:  # over the curves that begin there
+            if curve.is_mark:  # on top of the curves that start there
                 style = {"marker": "*", "markersize": 14, "linestyle": "", "zorder": 3}
             colour = _COLOURS[index % len(_COLOURS)]
             dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]

@@ -1,6 +1,6 @@
-"""Question sets: read from a file, a folder of files or a data set on the hub; sampled by seed.
+"""Reads question sets from a file, a folder or a data set on the hub, and samples them.
 
-A set is a JSON file that holds `[{"index": 0, "question": "..."}, ...]`; its name is the file's.
+A set is a JSON file with `[{"index": 0, "question": "..."}, ...]`, named after the file.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class Question(BaseModel):
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions under one name."""
+    """A named set of questions."""
 
     name: str
     questions: tuple[Question, ...]
 
     @property
     def digest(self) -> str:
-        """A short hash of the questions, by which a run knows its own again."""
+        """A short hash of the questions, by which a run recognises them."""
         content = json.dumps([[q.index, q.question] for q in self.questions])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def sample(self, limit: int | None, seed: int = 0) -> QuestionSet:
-        """Return `limit` questions drawn by seed, in the order that they have here.
+        """Return `limit` questions drawn by the seed, in their original order.
 
-        A larger limit with the same seed holds the questions of a smaller one. None takes all.
+        A larger limit with the same seed includes the questions of a smaller one. None means all.
 
         Raises:
             EvaluationError: the limit is below 1.
@@ -65,7 +65,7 @@ _QUESTIONS = TypeAdapter(list[Question])
 def load_question_sets(
     sources: Iterable[str | os.PathLike[str]], *, limit: int | None = None, seed: int = 0
 ) -> list[QuestionSet]:
-    """Return the question sets of several sources, each sampled by itself.
+    """Return the question sets of several sources, each sampled separately.
 
     Args:
         sources: a .json file, a folder of .json files, or a data set's id on the hub
@@ -73,7 +73,8 @@ def load_question_sets(
         limit, seed: see `QuestionSet.sample`.
 
     Raises:
-        EvaluationError: nothing is there, a file is no question set, or two sets share a name.
+        EvaluationError: a source is missing, a file is not a question set, or two sets share a
+            name.
     """
     files = [file for source in sources for file in _files(source)]
     sets = [_read(file).sample(limit, seed) for file in files]
@@ -97,7 +98,7 @@ def _files(source: str | os.PathLike[str]) -> Sequence[Path]:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise EvaluationError(
-            f"{str(source)!r} holds no .json file: expected files of "
+            f"{str(source)!r} contains no .json file: expected files of "
             '[{"index": 0, "question": "..."}, ...].'
         )
     return files
@@ -128,7 +129,7 @@ def _read(path: Path) -> QuestionSet:
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path.name} is no JSON file: {error}") from None
+        raise EvaluationError(f"{path.name} is not a JSON file: {error}") from None
     try:
         questions = _QUESTIONS.validate_python(data)
     except ValidationError as error:
@@ -143,7 +144,7 @@ def _read(path: Path) -> QuestionSet:
         if str(question.index) in seen:
             raise EvaluationError(
                 f"{path.name}: index {question.index!r} occurs twice; answers are identified by "
-                "it, so it must be unique."
+                "their index, so it must be unique."
             )
         seen.add(str(question.index))
     return QuestionSet(path.stem, tuple(questions))

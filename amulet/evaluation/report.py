@@ -1,4 +1,4 @@
-"""Makes one HTML page and a Markdown table of one run or several: scores, curves, answers."""
+"""Writes one or several runs as an HTML page or Markdown: scores, curves, answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from amulet.evaluation.tables import (
     win_tables,
 )
 
-# Judged by these, in this order, where a run has them: (file, value, what the page calls it).
+# The scores to report, if a run has them: (file, value, title).
 _SCORES = (
     ("rules", "adherence", "Adherence"),
     ("armorm", "instruction_following", "ArmoRM: instruction following"),
@@ -32,7 +32,7 @@ _SCORES = (
 
 @dataclass(frozen=True)
 class Report:
-    """What all forms of the report show; `curves` are of one plot each, by the score's title."""
+    """The content of a report in any format; `curves` has one plot per score title."""
 
     runs: tuple[tuple[str, Run], ...]
     entries: tuple[Entry, ...]
@@ -44,13 +44,15 @@ def read_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
     """Read runs and compute their tables and plots.
 
     Raises:
-        EvaluationError: no run is given, one can't be read, or they hold no answer.
+        EvaluationError: no run is given, one can't be read, or they contain no answer.
     """
     runs = _named([Run(folder) for folder in folders])
     several = len(runs) > 1
     entries = [entry for name, run in runs for entry in _entries(name if several else "", run)]
     if not entries:
-        raise EvaluationError("The runs hold no answers: `amulet eval --out FOLDER` makes them.")
+        raise EvaluationError(
+            "The runs contain no answers: `amulet eval --out FOLDER` decodes them."
+        )
     found = {name for entry in entries for name in entry.values}
     scores = [(f"{file}.{value}", title) for file, value, title in _SCORES]
     scores = [(name, title) for name, title in scores if name in found]
@@ -68,12 +70,12 @@ def read_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
 
 
 def write_html(report: Report, path: str | os.PathLike[str], examples: int = 6) -> None:
-    """Write the page: one file, no scripts, nothing loaded from elsewhere.
+    """Write the page: one file without scripts or external resources.
 
     Args:
-        report: what is shown.
-        path: where to.
-        examples: how many questions' answers stand side by side.
+        report: the report.
+        path: the file to write.
+        examples: number of questions whose answers are shown side by side.
 
     Raises:
         EvaluationError: Jinja is not installed.
@@ -92,7 +94,7 @@ def write_html(report: Report, path: str | os.PathLike[str], examples: int = 6) 
         runs=report.runs,
         tables=report.tables,
         plots=[
-            Markup(strength_plot(curves, title, number))  # ours; texts in it are escaped
+            Markup(strength_plot(curves, title, number))  # trusted; its texts are escaped
             for number, (title, curves) in enumerate(report.curves, 1)
         ],
         examples=_examples(report.entries, examples),
@@ -102,7 +104,7 @@ def write_html(report: Report, path: str | os.PathLike[str], examples: int = 6) 
 
 
 def write_markdown(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the tables as Markdown; texts of runs can't break a cell or become HTML."""
+    """Write the tables as Markdown; texts from runs are escaped."""
     lines: list[str] = []
     for table in report.tables:
         lines += [f"### {_cell(table.title)}", "", _row(table.columns)]
@@ -114,10 +116,10 @@ def write_markdown(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def write_plot(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the first strength curves as a picture of their own, .svg or .png.
+    """Write the first strength curves to an image file, .svg or .png.
 
     Raises:
-        EvaluationError: there are no curves, or the name ends otherwise.
+        EvaluationError: there are no curves, or the name has another suffix.
     """
     if not report.curves:
         raise EvaluationError(
@@ -129,7 +131,7 @@ def write_plot(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def _named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
-    """Name each run after its folder; two of one name get numbers."""
+    """Name each run after its folder; equal names get numbers."""
     if not runs:
         raise EvaluationError("No runs: expected at least one run folder.")
     names = [run.folder.resolve().name for run in runs]
@@ -140,7 +142,7 @@ def _named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
 
 
 def _entries(name: str, run: Run) -> Iterable[Entry]:
-    # Pairwise judgements are of two answers, so that no single answer has a value of theirs.
+    # Pairwise verdicts are about two answers and give no value for a single one.
     files = [file for file in run.score_names() if not file.endswith("-pairs")]
     scores = {file: run.scores(file) for file in files}
     methods = {meta.name: place for place, meta in enumerate(run.meta.methods)}
@@ -152,7 +154,7 @@ def _entries(name: str, run: Run) -> Iterable[Entry]:
         first, second, third = (places.get(name, len(places)) for places, name in given)
         return first, second, third
 
-    # In the order of the plan; they are written as they end.
+    # In the planned order; answers are stored in the order in which they finish.
     for answer in sorted(run.answers(), key=place):
         values = {
             f"{file}.{value}": number
@@ -164,9 +166,9 @@ def _entries(name: str, run: Run) -> Iterable[Entry]:
 
 
 def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
-    """Return one curve per setting but strength, and a sign for what has no strength.
+    """Return a curve per combination of the other settings, and markers for other methods.
 
-    The prompt alone, which is strength 0, is where the curves of its placement begin.
+    Curves start at the prompt alone with their placement, which is strength 0.
     """
     scored = [e for e in entries if name in e.values and "guards.log_probability" in e.values]
     signs: dict[str, PlotPoint] = {}
@@ -199,7 +201,7 @@ def _curves(entries: Sequence[Entry], name: str) -> list[Curve]:
 
 
 def _setting(answer: Answer) -> str:
-    """Return how an answer was steered, but for the strength."""
+    """Return an answer's settings except the strength."""
     parts = [f"floor {answer.floor or 0.0:g}", answer.placement or "system"]
     parts += [f"focus {answer.focus:g}"] if answer.focus else []
     parts += [f"loop guard {answer.loop_guard}"] if answer.loop_guard else []
@@ -208,7 +210,7 @@ def _setting(answer: Answer) -> str:
 
 
 def _examples(entries: Sequence[Entry], count: int) -> list[tuple[Answer, list[Entry]]]:
-    """Return the first answers of each preference in turn: as they come, not the best ones."""
+    """Return the first answers of each preference in turn, without selecting good ones."""
     groups: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[(entry.answer.preference, *entry.asked)].append(entry)
@@ -221,7 +223,7 @@ def _examples(entries: Sequence[Entry], count: int) -> list[tuple[Answer, list[E
 
 
 def _opacity(gain: float) -> str:
-    """Return how strongly a token is marked: 0 for no gain, 0.6 from 4 nats on."""
+    """Return the opacity of a token's mark: 0 for no gain, 0.6 from 4 nats on."""
     return f"{min(max(gain, 0.0) / 4.0, 1.0) * 0.6:.2f}" if math.isfinite(gain) else "0.60"
 
 

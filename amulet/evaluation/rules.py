@@ -1,6 +1,6 @@
-"""Preferences that a program can check: the words for the model, and the check of an answer.
+"""Preferences that a program can check: the text for the model, and the check of an answer.
 
-An empty answer keeps no rule. The checks look at the text alone, never at the model.
+An empty answer satisfies no rule. The checks use only the text, never the model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from typing import Any
 
 from amulet.errors import EvaluationError
 
-LANGUAGES = ("de", "en", "es", "fr", "it", "pt")  # Portuguese would else be taken for Spanish
-MARKS = r"[ \t>#*_]*"  # a quote, a heading or bold print may stand before an item's own mark
+LANGUAGES = (
+    "de",
+    "en",
+    "es",
+    "fr",
+    "it",
+    "pt",
+)  # without pt, Portuguese would be taken for Spanish
+MARKS = r"[ \t>#*_]*"  # a quote, heading or bold mark may precede an item's own mark
 ITEM = re.compile(rf"^{MARKS}(?:[-*•–]|\d{{1,2}}[.)])[*_]*\s+\S")
 BULLET = re.compile(r"^\s*(?:[-*•–]\s+\S|[-•–][^\W\d_])")
 NUMBER = re.compile(rf"^{MARKS}(\d+)[.)](?!\d)[*_]*\s*[^\s\d]")
 WORD = re.compile(r"[^\W_]+(?:['’.,][^\W_]+)*")
 MARK = re.compile(rf"^{MARKS}(?:[-•–]\s+|\d{{1,2}}[.)](?!\d)\s*(?=\S))?{MARKS}")
-# Dots that end no sentence: of titles, of "e.g.", and of initials before a word in lower case.
+# Dots that don't end a sentence: of titles, of "e.g.", of initials before a lower-case word.
 DOTTED = re.compile(
     r"\b(?:(?:Dr|Mr|Mrs|Ms|Prof|St|vs|approx)\.|(?i:e\.\s?g\.|i\.\s?e\.)|"
     r"(?:[A-Za-z]\.){2,}(?=\W*\s[^\W\d_A-Z])|[A-Z]\.(?=[A-Z]\.))"
@@ -34,8 +41,8 @@ CONTRACTION = re.compile(
     r"['’](?:m|s|re|ve|ll|d))\b",
     re.IGNORECASE,
 )
-QUESTION = re.compile(r"[?？]!*[^\w?!.？]*$")  # quotes, bold print or an emoji may follow
-# The sea's own words don't make a pirate: an answer about ships has them too.
+QUESTION = re.compile(r"[?？]!*[^\w?!.？]*$")  # quotes, bold marks or an emoji may follow
+# Nautical words alone are not enough, because an answer about ships has them, too.
 PIRATE = re.compile(
     r"\b(?:arrr*|ahoy|matey|mateys|aye|ye|yer|yarr|landlubbers?|scallywags?|scurvy|hearties|avast|"
     r"doubloons?)\b",
@@ -49,11 +56,11 @@ class Rule:
     """A preference and its check.
 
     Attributes:
-        name: as in `RULES`.
-        preference: the words to the model, one sentence.
-        checks: what an answer must have, in words.
-        check: whether an answer keeps it.
-        opposite: a preference that asks for the contrary, where there is one.
+        name: its key in `RULES`.
+        preference: the text for the model, one sentence.
+        checks: a description of what is checked.
+        check: tells whether an answer satisfies the rule.
+        opposite: the opposite preference, if there is one.
     """
 
     name: str
@@ -64,14 +71,14 @@ class Rule:
 
 
 def words(text: str) -> list[str]:
-    """Return the words and numbers of a text; the numbers of list items are none."""
+    """Return the words and numbers of a text, without the numbers of list items."""
     return WORD.findall("\n".join(MARK.sub("", line) for line in text.splitlines()))
 
 
 def sentences(text: str) -> int:
-    """Return how many sentences a text has.
+    """Return the number of sentences of a text.
 
-    One that no stop ends counts too, and ends with its line: so does a heading or a list item.
+    A sentence without a full stop counts, too, and ends with its line, as in headings and lists.
     """
     count = 0
     for line in _lines(text):
@@ -82,7 +89,7 @@ def sentences(text: str) -> int:
 
 
 def _spelled(text: str) -> int:
-    """Return how many words have a letter: numbers are of no language."""
+    """Return the number of words with a letter; numbers belong to no language."""
     return sum(any(c.isalpha() for c in word) for word in words(text))
 
 
@@ -92,7 +99,7 @@ def _lines(text: str) -> list[str]:
 
 def _bullets(text: str) -> bool:
     lines = _lines(text)
-    found = sum(bool(BULLET.match(line)) for line in lines)  # an introduction is fine
+    found = sum(bool(BULLET.match(line)) for line in lines)  # an introduction is permitted
     return found >= 2 and found * 2 >= len(lines)
 
 
@@ -149,11 +156,13 @@ def _positive(text: str) -> bool:
 
 def _has_emoji(text: str) -> bool:
     found = {entry["emoji"] for entry in _package("emoji").emoji_list(text)}
-    return bool(found - {"©", "®", "™"})  # emojis by Unicode, and legal signs to everybody
+    return bool(found - {"©", "®", "™"})  # emojis by Unicode, but used as legal signs
 
 
 def _simple(text: str) -> bool:
-    grade = _package("textstat").coleman_liau_index(text)  # letters and sentences: no dictionary
+    grade = _package("textstat").coleman_liau_index(
+        text
+    )  # uses letters and sentences, no dictionary
     return _spelled(text) >= 5 and grade <= 7.0
 
 
@@ -404,7 +413,7 @@ _ALL = (
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in _ALL}
 
-# The halves with which the library's defaults were chosen, and those on which it is reported.
+# The half for choosing the library's defaults, and the held-out half for reporting.
 DEV = ("one-sentence", "bullets", "capitals", "question", "french", "positive")
 HELD_OUT = ("few-words", "numbered", "exclamation", "spanish", "pirate", "name")
 
@@ -413,7 +422,7 @@ def rule(name: str) -> Rule:
     """Return a rule by its name.
 
     Raises:
-        EvaluationError: there is none; says which are close.
+        EvaluationError: there is no such rule; suggests close names.
     """
     if name in RULES:
         return RULES[name]
@@ -421,7 +430,7 @@ def rule(name: str) -> Rule:
 
 
 def unknown_rule(name: str) -> str:
-    """Return the error for a name without a rule: all names, the close ones first."""
+    """Return the error message for an unknown rule: all names, and the close ones."""
     close = difflib.get_close_matches(name, RULES, n=3)
     meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return (

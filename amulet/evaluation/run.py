@@ -1,12 +1,12 @@
-"""A run folder: what was asked of which model, every answer, every score; survives `kill -9`.
+"""A run folder: the settings, every answer and every score of an evaluation; crash-safe.
 
     run.json             what was run: model, settings, questions, preferences, methods, versions
-    answers.jsonl        one answer a line, written as soon as it is decoded
-    scores/<name>.jsonl  one judge's values for one answer a line
-    facts.jsonl          which facts a method got right under a preference, with `--facts`
+    answers.jsonl        one answer per line, written as soon as it is decoded
+        scores/<name>.jsonl  one judge's values for one answer per line
+        facts.jsonl          which facts a method got right under a preference, with `--facts`
 
-Nothing in it names a place on the machine, so the folder can be moved. A line is complete once its
-newline is there; a last line without one (the process was killed) counts as not written.
+It contains no paths of the machine, so the folder can be moved. A line is complete once it ends in
+a newline; a last line without one (the process was killed) counts as not written.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _Record = TypeVar("_Record", bound="BaseModel")
 
 
 class Answer(BaseModel):
-    """One answer of a run, with everything that it was decoded under.
+    """One answer of a run, with the settings that it was decoded with.
 
     Attributes:
-        key: "set/index/preference/method"; no two answers of a run share it.
-        strength, floor, placement, adapt: None where the method has none.
-        focus, loop_guard: 0 where it has none.
-        seed: of the draw, where the answer was sampled.
+        key: "set/index/preference/method", unique in a run.
+        strength, floor, placement, adapt: None if the method has none.
+        focus, loop_guard: 0 if the method has none.
+        seed: the seed, if the answer was sampled.
         token_ids: every decoded id, the end-of-turn id included.
         finish_reason: "stop" or "length".
         changed: share of tokens, 0 to 1, in which steering changed the choice; None if not steered.
-        log_probability: mean over its tokens under the plain model, nats; None where not known.
+        log_probability: mean over its tokens under the plain model, nats; None if unknown.
         steered_tokens: (text, steered minus base log-probability) per token, with a trace.
-        seconds: wall time that the answer cost; answers decoded together share theirs.
+        seconds: wall time of the answer; answers decoded together share it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,7 +71,7 @@ class Answer(BaseModel):
 
 
 class SetMeta(BaseModel):
-    """A question set of a run: its name and how many questions were taken."""
+    """A question set of a run: its name and the number of questions used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,7 +91,7 @@ class PreferenceMeta(BaseModel):
 
 
 class MethodMeta(BaseModel):
-    """A method of a run; what a method doesn't have is None."""
+    """A method of a run; absent settings are None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -105,13 +105,13 @@ class MethodMeta(BaseModel):
 
 
 class Meta(BaseModel):
-    """What `run.json` holds.
+    """The content of `run.json`.
 
     Attributes:
-        model, revision, dtype: the model as it was given, and the commit where the hub has one.
-        versions, machine: of the session that began the run.
+        model, revision, dtype: the given model, and its commit on the hub, if any.
+        versions, machine: of the session that started the run.
         settings: max_new_tokens, temperature, top_p, seed, system_prompt, as_published, ...
-        created: when, ISO 8601 in UTC.
+        created: the time of creation, ISO 8601 in UTC.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,18 +129,18 @@ class Meta(BaseModel):
     created: str = ""
 
 
-# What may differ between the session that began a run and the one that goes on with it.
+# Fields that may differ between the session that started a run and one that resumes it.
 _FREE = ("created", "versions", "machine")
 
 
 class Run:
-    """A run folder, opened for reading and appending; `Run.create` begins one or goes on with it.
+    """A run folder, opened for reading and appending; `Run.create` starts or resumes one.
 
     Args:
         folder: the run's folder.
 
     Raises:
-        EvaluationError: no run is there, or one that this version can't read.
+        EvaluationError: there is no run, or this version can't read it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -149,21 +149,23 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], meta: Meta) -> Run:
-        """Begin a run, or go on with the same run.
+        """Start a run, or resume it.
 
         Raises:
-            EvaluationError: the folder holds a run with other settings (names the first that
-                differs), or something that is no run.
+            EvaluationError: the folder contains a run with other settings (names the first that
+                differs), or something else.
         """
         path = Path(folder)
         if not (path / "run.json").exists():
             if path.is_dir() and any(path.iterdir()) and not (path / "run.json.part").exists():
                 raise EvaluationError(
-                    f"{str(folder)!r} holds files, but no run.json: expected an empty or new "
+                    f"{str(folder)!r} contains files, but no run.json: expected an empty or new "
                     "folder, or that of a run to resume."
                 )
             path.mkdir(parents=True, exist_ok=True)
-            part = path / "run.json.part"  # a kill while writing must not leave half a run.json
+            part = (
+                path / "run.json.part"
+            )  # a kill while writing must not leave an incomplete run.json
             part.write_text(meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
             part.replace(path / "run.json")
             return cls(path)
@@ -172,21 +174,21 @@ class Run:
         return run
 
     def answers(self) -> list[Answer]:
-        """Return the answers so far, in the order in which they were written."""
+        """Return the answers so far, in the order in which they were stored."""
         return list(_read_lines(self.folder / "answers.jsonl", Answer))
 
     def append_answer(self, *answers: Answer) -> None:
-        """Write answers; they are in the file when this returns."""
+        """Store answers; they are in the file when this returns."""
         append_lines(
             self.folder / "answers.jsonl", [answer.model_dump(mode="json") for answer in answers]
         )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing answers to this run; a killed one's lock is gone.
+        """Keep other processes from writing answers to this run; a kill releases the lock.
 
         Raises:
-            EvaluationError: another process is at it.
+            EvaluationError: another process has the lock.
         """
         lock = FileLock(self.folder / ".lock")
         try:
@@ -201,22 +203,22 @@ class Run:
             lock.release()
 
     def scores(self, name: str) -> dict[str, dict[str, float]]:
-        """Return one judge's values by answer key; empty where it has not judged yet.
+        """Return one judge's values by answer key; empty if it has not judged yet.
 
-        Where an answer was judged again, its last line counts.
+        If an answer was judged again, its last line counts.
         """
         lines = _read_lines(self.folder / "scores" / f"{name}.jsonl", _Score)
         return {score.key: score.values for score in lines}
 
     def append_scores(self, name: str, key: str, values: Mapping[str, float]) -> None:
-        """Write one judge's values for one answer."""
+        """Store one judge's values for one answer."""
         record = {"key": key, "values": dict(values)}
         append_lines(self.folder / "scores" / f"{name}.jsonl", [record])
 
     def facts(self) -> dict[tuple[str, str], dict[str, bool]]:
-        """Return which facts were got right: by (method, preference), then by the question.
+        """Return which facts were right, by (method, preference), then by question.
 
-        The preference of the method base is "": it has none.
+        The preference of the method base is "".
         """
         found: dict[tuple[str, str], dict[str, bool]] = {}
         for line in _read_lines(self.folder / "facts.jsonl", _FactLine):
@@ -224,7 +226,7 @@ class Run:
         return found
 
     def append_facts(self, fact: str, right: Mapping[tuple[str, str], bool]) -> None:
-        """Write under which (method, preference) a fact was got right."""
+        """Store whether a fact was right under each (method, preference)."""
         records = [
             {"fact": fact, "method": method, "preference": preference, "right": is_right}
             for (method, preference), is_right in right.items()
@@ -249,7 +251,7 @@ class _FactLine(BaseModel):
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append records to a JSONL file, in one write, after taking off a torn last line."""
+    """Append records to a JSONL file in one write, after removing an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     with open(path, "a+b") as file:
@@ -258,10 +260,10 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, record) of a JSONL file; a torn last line and a missing file are empty.
+    """Yield (line number, record) of a JSONL file, if any, without an incomplete last line.
 
     Raises:
-        EvaluationError: a complete line is no JSON object.
+        EvaluationError: a complete line is not a JSON object.
     """
     if not path.exists():
         return
@@ -290,7 +292,7 @@ def _read_lines(path: Path, record_type: type[_Record]) -> Iterator[_Record]:
 
 
 def _take_off_torn_line(file: Any) -> None:
-    """Cut an open binary file after its last newline, and stand at its end."""
+    """Truncate an open binary file after its last newline, and seek to its end."""
     end = file.seek(0, os.SEEK_END)
     if not end:
         return
@@ -314,7 +316,7 @@ def _read_meta(folder: Path) -> Meta:
     except FileNotFoundError:
         raise EvaluationError(
             f"{str(folder)!r} is not a run: it has no run.json. `amulet eval --out "
-            "FOLDER` makes one."
+            "FOLDER` creates one."
         ) from None
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{str(path)!r} can't be read: {error}") from None
@@ -330,7 +332,7 @@ def _read_meta(folder: Path) -> Meta:
 
 
 def _check_same(old: Meta, new: Meta, folder: str) -> None:
-    """Raise for the first setting in which two runs differ, and name it."""
+    """Raise an error that names the first setting in which two runs differ."""
     was, given = (_flat(meta.model_dump(mode="json", exclude=set(_FREE))) for meta in (old, new))
     for name in dict.fromkeys([*was, *given]):
         if was.get(name) != given.get(name):
@@ -341,7 +343,7 @@ def _check_same(old: Meta, new: Meta, folder: str) -> None:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Turn nested dicts and lists into one dict with names such as "settings.seed"."""
+    """Flatten nested dicts and lists to one dict with names such as "settings.seed"."""
     if isinstance(value, dict):
         pairs = [(f"{name}.{key}" if name else str(key), entry) for key, entry in value.items()]
     elif isinstance(value, list):

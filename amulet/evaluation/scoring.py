@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers: under each preferred row, the base row, and steered."""
+"""Computes log-probabilities of given answers: by preferred rows, the base row, and steered."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
     from amulet import Amulet, Request
 
-TOKENS = 2048  # of one forward pass, padding included; more gains no speed on a CPU, only memory
+TOKENS = 2048  # per forward pass with padding; more only takes memory on a CPU
 
 Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rows of one request think of an answer of T tokens.
+    """The log-probabilities of an answer of T tokens in the rows of one request.
 
     Attributes:
-        token_ids: the answer's, `[T]`.
-        rows: log-probabilities of all tokens at each place, `[rows, T, vocab]`, float32: the
-            preferred rows, that of the preferences alone if the request has focus, then the base
-            row. A request without preference has the base row alone.
-        preferences: of the preferred rows, in their order.
+        token_ids: the answer's token ids, `[T]`.
+        rows: log-probabilities of all tokens at each position, `[rows, T, vocab]`, float32: the
+            preferred rows, the focus row if the request has focus, then the base row. A request
+            without preference has only the base row.
+        preferences: the preferences of the preferred rows, in order.
     """
 
     token_ids: torch.Tensor
@@ -44,24 +44,24 @@ class Scores:
 
     @property
     def preferred(self) -> torch.Tensor:
-        """Of the answer's tokens in each preferred row, `[preferences, T]`."""
+        """Log-probabilities of the answer's tokens in each preferred row, `[preferences, T]`."""
         return self._gathered(self.rows[: len(self.preferences)])
 
     @property
     def base(self) -> torch.Tensor:
-        """Of the answer's tokens without any preference, `[T]`."""
+        """Log-probabilities of the answer's tokens in the base row, `[T]`."""
         return self._gathered(self.rows[-1])
 
     def steered(
         self, strength: float, floor: float = 0.0, focus: float = 0.0, loop_guard: int = 0
     ) -> torch.Tensor:
-        """Of the answer's tokens as decoding steers them, `[T]`; −inf below the floor.
+        """Return steered log-probabilities of the answer's tokens, `[T]`; −inf below the floor.
 
         Args:
             strength, floor, focus, loop_guard: see `Steering`.
 
         Raises:
-            EvaluationError: the request had no preference, or no focus and is to have it.
+            EvaluationError: the request had no preference, or no focus although `focus` is given.
         """
         if not self.preferences:
             raise EvaluationError("steered scores need a preference; this request has none.")
@@ -70,7 +70,7 @@ class Scores:
         if len(weights) >= count:
             raise EvaluationError("steered scores with focus need a request that has it.")
         weights += [0.0] * (count - 1 - len(weights))
-        # The decoder's own step, with the answer's places as if they were generations.
+        # The decoder's own step, with the answer's positions in place of generations.
         mixture = Mixture(
             self.rows.transpose(0, 1).reshape(places * count, vocab),
             [weights] * places,
@@ -88,7 +88,7 @@ class Scores:
 
 
 def answer_log_probabilities(amulet: Amulet, request: Request, token_ids: Sequence[int]) -> Scores:
-    """Score an answer that was written, or could have been, token by token as if decoded.
+    """Score any given answer token by token, as if it were decoded.
 
     Args:
         amulet: the model.
@@ -97,7 +97,7 @@ def answer_log_probabilities(amulet: Amulet, request: Request, token_ids: Sequen
 
     Raises:
         EvaluationError: the answer is empty, or too long for the context window.
-        RequestError: the request is not valid.
+        RequestError: the request is invalid.
     """
     return score_answers(amulet, [(request, token_ids)], lambda scores: scores)[0]
 
@@ -109,21 +109,22 @@ def score_answers(
     take: Callable[[Scores], Taken],
     tell: Callable[[int, int], None] | None = None,
 ) -> list[Taken]:
-    """Score many answers, answers of like length together in one forward pass.
+    """Score many answers, with answers of similar length in one forward pass.
 
     Args:
         amulet: the model.
         items: requests and their answers' token ids; see `answer_log_probabilities`.
-        take: what is kept of an answer's scores. They hold the whole vocabulary at every place,
-            25 MB for a row of 128 tokens of SmolLM2, so take numbers and let the rest go.
+        take: extracts the result from an answer's scores. These have the whole vocabulary at every
+            position, 25 MB for a row of 128 tokens of SmolLM2, so extract numbers and drop the
+            rest.
         tell: called with (answers scored, answers in all).
 
     Returns:
-        What was taken, in the order of the items.
+        The extracted results, in the order of the items.
 
     Raises:
         EvaluationError: an answer is empty, or too long for the context window.
-        RequestError: a request is not valid.
+        RequestError: a request is invalid.
     """
     rows = [_rows_of(amulet, request, list(token_ids)) for request, token_ids in items]
     taken: dict[int, Taken] = {}
@@ -137,7 +138,7 @@ def score_answers(
 
 @dataclass(frozen=True)
 class _Rows:
-    """One item's rows: their prompts, the base row's last, and the answer after each."""
+    """One item's rows: their prompts, the base row last, and the answer that follows each."""
 
     prompts: Sequence[list[int]]
     preferences: tuple[Preference, ...]
@@ -149,7 +150,7 @@ class _Rows:
 
 
 def rows_of(amulet: Amulet, request: Request) -> tuple[Sequence[list[int]], tuple[Preference, ...]]:
-    """Return the prompts of all rows, the base row's last, and the preferences."""
+    """Return the prompts of all rows, the base row last, and the preferences."""
     with amulet.start(with_every_row(request)) as stream:
         prompts = stream.generation.prompts
     return prompts, request.preference
@@ -159,20 +160,20 @@ def rows_of(amulet: Amulet, request: Request) -> tuple[Sequence[list[int]], tupl
 def score_continuations(
     amulet: Amulet, prompt: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
-    """Return for each of several answers to one prompt the log-probabilities, `[T, vocab]`.
+    """Return the log-probabilities `[T, vocab]` for each of several answers to one prompt.
 
-    The prompt goes through the model once; worth it where answers are short.
+    The prompt goes through the model once, which pays off for short answers.
 
     Args:
         amulet: the model.
         prompt: token ids.
-        answers: token ids of each, none of them empty.
+        answers: token ids of each answer; none is empty.
     """
     model = amulet.model
     name = cache_argument(model)
     out = model(torch.tensor([list(prompt)], device=model.device), use_cache=True)
     first = out.logits[0, -1:].to(torch.float32)  # [1, vocab]
-    width = max(map(len, answers)) - 1  # an answer's last token foretells nothing
+    width = max(map(len, answers)) - 1  # an answer's last token predicts nothing
     if not width:
         return [first.log_softmax(dim=-1)] * len(answers)
     cache = out.cache if name == "cache" else out.past_key_values
@@ -199,7 +200,7 @@ def _rows_of(amulet: Amulet, request: Request, answer: list[int]) -> _Rows:
 
 
 def _batches(rows: Sequence[_Rows]) -> Iterator[list[int]]:
-    """Yield indices, by length, of what goes through the model together: `TOKENS` or one item."""
+    """Yield indices of items to score together, by length: up to `TOKENS`, at least one."""
     batch: list[int] = []
     count = 0
     for i in sorted(range(len(rows)), key=lambda i: rows[i].width):
@@ -214,7 +215,7 @@ def _batches(rows: Sequence[_Rows]) -> Iterator[list[int]]:
 
 def _score(model: PreTrainedModel, items: Sequence[_Rows]) -> Iterator[Scores]:
     """Yield the scores of each item from one forward pass over all their rows."""
-    # An answer's last token foretells nothing that is asked for.
+    # An answer's last token predicts nothing that is needed.
     ids = [prompt + item.answer[:-1] for item in items for prompt in item.prompts]
     starts = [len(prompt) - 1 for item in items for prompt in item.prompts]
     width = max(map(len, ids))

@@ -1,4 +1,4 @@
-"""Makes the tables of a report from scored answers: scores, guards, facts and comparisons."""
+"""Builds the tables of a report from scored answers: scores, guards, facts and comparisons."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from amulet.evaluation.rules import words
 from amulet.evaluation.run import Answer, Run
 
 PLAIN = "base"
-# Guards that are means over answers of any length, and so can be compared.
+# Guards that don't depend on an answer's length, and so can be compared.
 COMPARED = ("guards.log_probability", "guards.distinct_3", "guards.similarity")
 NONE = "–"
 PROMPT_ONLY_NOTE = (
-    "Against prompt only: the difference to the preference in the prompt alone, in the same place."
+    "Against prompt only: the difference to the preference in the prompt alone, same placement."
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An answer with its scores; `run` is "" where the report shows one run alone."""
+    """An answer with its scores; `run` is "" if the report has only one run."""
 
     run: str
     answer: Answer
@@ -33,18 +33,18 @@ class Entry:
 
     @property
     def arm(self) -> str:
-        """What the report calls its method, after its run's name if there are several."""
+        """The label of its method, after its run's name if there are several runs."""
         called = label(self.answer.method, self.answer.placement)
         return f"{self.run}: {called}" if self.run else called
 
     @property
     def asked(self) -> tuple[str, str]:
-        """The question, which is what intervals resample."""
+        """The question, the unit that intervals resample."""
         return self.answer.set, str(self.answer.index)
 
     @property
     def placement(self) -> str | None:
-        """Where the preference stands; None where there is none."""
+        """The placement of the preference, or None without one."""
         return placement_of(self.answer.strength, self.answer.placement)
 
 
@@ -56,9 +56,9 @@ class Table:
     """A table of texts.
 
     Attributes:
-        title, note: stand above and below it.
-        columns, rows: a mean and its interval are one text, such as "0.50 [0.40, 0.60]".
-        is_detail: a part of the table before it, which may be folded away.
+        title, note: shown above and below the table.
+        columns, rows: texts; a mean with its interval is one text, such as "0.50 [0.40, 0.60]".
+        is_detail: a detail of the table before it, which may be collapsed.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Table:
 
 
 def score_tables(entries: Sequence[Entry], name: str, title: str) -> list[Table]:
-    """Return methods by preferences, over all sets and per set, compared with the prompt alone."""
+    """Return scores of methods by preferences, in all and per set, against the prompt alone."""
     entries = [entry for entry in entries if name in entry.values]
     sets = list(dict.fromkeys(entry.answer.set for entry in entries))
     parts = [("all sets", entries)] if len(sets) > 1 else []
@@ -96,7 +96,7 @@ def score_tables(entries: Sequence[Entry], name: str, title: str) -> list[Table]
 
 
 def guard_tables(entries: Sequence[Entry]) -> list[Table]:
-    """Return the guards' means with the time spent, and how they differ from the prompt alone."""
+    """Return tables of the guards' means and times, and of differences to the prompt alone."""
     names = {name for entry in entries for name in entry.values if _is_guard(name)}
     found = [name for name in COMPARED if name in names] + sorted(names - set(COMPARED))
     rows = []
@@ -137,7 +137,7 @@ def guard_tables(entries: Sequence[Entry]) -> list[Table]:
 
 
 def fact_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
-    """Return the share of facts for which each method finds the right option likeliest."""
+    """Return the share of facts for which the right option is likeliest under each method."""
     tables = []
     for name, run in runs:
         right = run.facts()
@@ -172,7 +172,7 @@ def fact_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
 
 
 def win_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
-    """Return how often the language model that judges pairs preferred a method's answer."""
+    """Return the win rates of the language model that judges pairs."""
     tables = []
     for name, run in runs:
         if rates := win_rates(run):
@@ -185,8 +185,8 @@ def win_tables(runs: Sequence[tuple[str, Run]]) -> list[Table]:
             )
             note = (
                 "A tie is half a win. Consistent: the same verdict with the positions swapped. "
-                "First one won: of verdicts other than ties; far from .5, the judge looks at the "
-                "position."
+                "First one won: share of the verdicts without ties; far from .5, the judge goes by "
+                "the position."
             )
             tables.append(Table(title, columns, rows, note))
     return tables
@@ -230,7 +230,7 @@ def _prompt_only(entries: Iterable[Entry]) -> _PromptOnly:
 def _paired(
     of_arm: Iterable[Entry], before: _PromptOnly, name: str
 ) -> Iterable[tuple[Entry, Entry]]:
-    """Yield each answer with the prompt-only one: same question, preference and place of it."""
+    """Yield each answer with the prompt-only one: same question, preference and placement."""
     for entry in of_arm:
         other = before.get((entry.run, entry.placement, *entry.asked, entry.answer.preference))
         if other is None or other is entry:
@@ -255,7 +255,7 @@ def _difference(of_arm: Sequence[Entry], before: _PromptOnly, name: str) -> str:
 
 
 def _at_equal_length(of_arm: Sequence[Entry], before: _PromptOnly, name: str) -> str:
-    """Return the difference that the answers' lengths in words don't explain."""
+    """Return the difference that the answers' lengths in words do not explain."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for entry, other in _paired(of_arm, before, name):
         longer = float(len(words(entry.answer.answer)) - len(words(other.answer.answer)))

@@ -1,16 +1,16 @@
-"""Fits strength and weights from thumbs: pairs of answers, and which of the two was liked better.
+"""Fits strength and weights to thumbs: pairs of answers of which one was preferred.
 
-The decoder answers from `π ∝ r·Π (p_i/r)^w_i`. That is the best policy for somebody whose reward
+The decoder samples from `π ∝ r·Π (p_i/r)^w_i`. That is the optimal policy for a user whose reward
 for a token is `Σ w_i·(log p_i − log r)`, so the weights of the reward are the weights to decode
-with. An answer's score is the mean of that reward over its tokens, and the chance that answer a is
-preferred to b is the logistic function of the difference of their scores (Bradley-Terry):
+with. An answer's score is the mean of that reward over its tokens, and the probability that answer
+a is preferred to b is the logistic function of the difference of their scores (Bradley-Terry):
 
     f_i(y) = mean_t (log p_i(y_t) − log r(y_t)),      P(a over b) = σ( Σ w_i·(f_i(a) − f_i(b)) )
 
-The exact log π would subtract a normaliser per token that depends on w: it needs whole rows over
-the vocabulary for every w tried. Without it the model is linear in w, one forward pass per row is
-enough for all w, and the fit is convex. The mean instead of the sum keeps a long answer from
-outweighing all others.
+The exact log π would subtract a normaliser per token that depends on w, which requires whole rows
+over the vocabulary for every w. Without it, the model is linear in w, one forward pass per row is
+enough for all w, and the fit is convex. The mean, not the sum, keeps a long answer from outweighing
+all others.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from amulet.request import Request
 if TYPE_CHECKING:
     from amulet import Amulet
 
-SPREAD = 5.0  # standard deviation of the prior about the default weight; wide, so that data win
-LARGEST = 1.0 + game_gain()  # thumbs that all agree would push without end; the paper's push is it
+SPREAD = 5.0  # standard deviation of the prior around the default weight; wide, so that data decide
+LARGEST = 1.0 + game_gain()  # the paper's; thumbs that all agree would have no maximum
 _FOLDS = 10
 _SQLITE = b"SQLite format 3\0"
 
@@ -50,7 +50,7 @@ class Thumb(BaseModel):
 
     Args:
         messages: the chat; or `question`, its only message.
-        preferences: the texts in force when the answers were shown, one or more.
+        preferences: one or more texts, which were active when the answers were shown.
         a, b: the two answers.
         chosen: "a" or "b".
     """
@@ -77,7 +77,7 @@ class Thumb(BaseModel):
 
     @property
     def chat(self) -> tuple[dict[str, Any], ...]:
-        """The chat that both answers answer."""
+        """The chat that both answers reply to."""
         return self.messages or ({"role": "user", "content": self.question},)
 
 
@@ -88,8 +88,8 @@ class Fit:
     Attributes:
         weights: w_i, one per preference; w = 1 + g for a single one.
         deviations: their standard deviations, from the curvature at the fit.
-        agreement: share of thumbs, 0 to 1, that weights fitted to the *other* thumbs foretell.
-        log_loss: mean of −log P(chosen) under those same weights; ln 2 is a coin.
+        agreement: share of thumbs, 0 to 1, that weights fitted to the *other* thumbs predict.
+        log_loss: mean of −log P(chosen) under these weights; ln 2 is chance.
     """
 
     weights: tuple[float, ...]
@@ -100,13 +100,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class TunedByThumbs:
-    """What thumbs say: how to decode for whoever gave them.
+    """The settings fitted to a user's thumbs.
 
     Attributes:
-        steering: for every class that takes one.
-        preferences: the texts with their weights, to be given together.
-        fit: the weights before they were bounded, and how well they foretell.
-        thumbs: how many there were.
+        steering: the settings, for every class that takes them.
+        preferences: the texts with their weights, to be used together.
+        fit: the weights before bounding, and how well they predict.
+        thumbs: the number of thumbs.
     """
 
     steering: Steering
@@ -116,10 +116,10 @@ class TunedByThumbs:
 
 
 def differing(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return texts without the spaces around them.
+    """Return the stripped texts.
 
     Raises:
-        ValueError: one is empty, or stands there twice.
+        ValueError: one is empty or occurs twice.
     """
     stripped = tuple(text.strip() for text in texts)
     if not all(stripped) or len(set(stripped)) < len(stripped):
@@ -131,7 +131,7 @@ def pairs(rated: Iterable[Mapping[str, Any]]) -> list[Thumb]:
     """Return every pair of a liked and a disliked answer to the same chat.
 
     Args:
-        rated: what a server keeps of one user: `messages`, `preferences`, `answer`, and `thumb`,
+        rated: a server's thumbs of one user: `messages`, `preferences`, `answer`, and `thumb`,
             "up" or "down". Pairs have the same messages and the same preferences.
     """
     groups: dict[str, tuple[list[Mapping[str, Any]], list[str]]] = {}
@@ -162,10 +162,11 @@ def read_thumbs(path: str | os.PathLike[str], user: str | None = None) -> list[T
 
     Args:
         path: the file.
-        user: whose thumbs of a server's file; None is all users'.
+        user: the user whose thumbs are read from a server's file; None means all users.
 
     Raises:
-        EvaluationError: there is no such file, it has none, or a line is not a thumb (says which).
+        EvaluationError: there is no such file, it has no thumbs, or a line is not a thumb (says
+            which).
     """
     if not Path(path).is_file():
         raise EvaluationError(f"{str(path)!r}: no such file; expected JSON lines of thumbs.")
@@ -176,7 +177,7 @@ def read_thumbs(path: str | os.PathLike[str], user: str | None = None) -> list[T
     if user is not None:
         raise EvaluationError(
             f"user={user!r}: only a server's SQLite file distinguishes users, and {str(path)!r} is "
-            "none; leave the user out."
+            "not one; leave the user out."
         )
     thumbs = []
     for number, record in read_lines(Path(path)):
@@ -188,12 +189,12 @@ def read_thumbs(path: str | os.PathLike[str], user: str | None = None) -> list[T
                 '{"question": ..., "preferences": [...], "a": ..., "b": ..., "chosen": "a"}.'
             ) from None
     if not thumbs:
-        raise EvaluationError(f"{str(path)!r} has no thumbs: expected one JSON object a line.")
+        raise EvaluationError(f"{str(path)!r} has no thumbs: expected one JSON object per line.")
     return thumbs
 
 
 def _stored_thumbs(path: Path, user: str | None) -> list[Thumb]:
-    """Return the pairs of a file that `amulet.serve.store` has written; no pair is of two users."""
+    """Return the pairs of a file of `amulet.serve.store`; no pair mixes two users."""
     by_user: dict[str, list[dict[str, Any]]] = {}
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
@@ -201,7 +202,7 @@ def _stored_thumbs(path: Path, user: str | None) -> list[Thumb]:
                 by_user.setdefault(name, []).append(json.loads(kept))
     except (sqlite3.Error, ValueError) as error:
         raise EvaluationError(
-            f"{str(path)!r}: {error}; expected the file that `amulet serve --thumbs` keeps."
+            f"{str(path)!r}: {error}; expected a file of `amulet serve --thumbs`."
         ) from None
     found = [one for name in by_user if user in (None, name) for one in pairs(by_user[name])]
     if not found:
@@ -220,13 +221,14 @@ def tune_by_thumbs(
     placements: Sequence[Placement] | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> TunedByThumbs:
-    """Return the steering, and the weights of the preferences, that best explain thumbs.
+    """Return the steering and the weights of the preferences that explain the thumbs best.
 
     Args:
-        amulet: the model that will answer; its own steering is where the fit starts from, and
-            gives floor and loop guard, of which thumbs say nothing. The fit has no focus.
-        thumbs: about 30 are enough for a few preferences.
-        placements: those to choose from, by log-loss on thumbs left out; None is the model's own.
+        amulet: the model that will answer. Its own steering is the start of the fit, and sets floor
+                and loop guard, which thumbs can't determine. The fit has no focus.
+            thumbs: about 30 are enough for a few preferences.
+            placements: the candidates, compared by log-loss on left-out thumbs; None means the
+                model's own.
         tell: called with (pairs of answers scored, pairs in all).
 
     Raises:
@@ -247,7 +249,7 @@ def tune_by_thumbs(
         fits[placement] = fit_weights(torch.tensor(rows, dtype=torch.float64), prior)
     placement = min(places, key=lambda place: fits[place].log_loss)
     strength, preferences = _as_steering(names, fits[placement].weights)
-    # The weights are fitted to p − r alone.
+    # The weights are fitted to p − r only.
     steering = amulet.steering.model_copy(
         update={"strength": strength, "placement": placement, "focus": 0.0}
     )
@@ -259,8 +261,8 @@ def fit_weights(differences: torch.Tensor, prior: float, spread: float = SPREAD)
 
     Args:
         differences: f(chosen) − f(other), nats per token, `[thumbs, preferences]`, float64; 0
-            where a preference was not in force.
-        prior: the weight that each preference has without data.
+            for a preference that was not active.
+            prior: the weight of each preference without data.
         spread: standard deviation of the prior.
     """
     count = len(differences)
@@ -283,7 +285,7 @@ def fit_weights(differences: torch.Tensor, prior: float, spread: float = SPREAD)
 
 
 def _most_likely(differences: torch.Tensor, prior: float, spread: float) -> torch.Tensor:
-    """Return the weights with the highest posterior; the problem is convex, so there is one."""
+    """Return the weights with the highest posterior; the problem is convex."""
     centre = torch.full((differences.shape[1],), prior, dtype=differences.dtype)
     weights = centre.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
@@ -321,7 +323,7 @@ def features(amulet: Amulet, thumb: Thumb, answer: str, placement: Placement) ->
     ids = encode(tokenizer, break_all(answer, token_pattern(tokenizer.all_special_tokens)))
     end = tokenizer.eos_token_id
     if end is not None and end in amulet.end_ids:
-        ids = [*ids, end]  # where an answer stops is part of it: brevity shows there
+        ids = [*ids, end]  # the end belongs to the answer: brevity shows there
     if not ids:
         return [0.0] * len(thumb.preferences)
     request = Request(
@@ -337,10 +339,10 @@ def features(amulet: Amulet, thumb: Thumb, answer: str, placement: Placement) ->
 def _as_steering(
     names: Sequence[str], weights: Sequence[float]
 ) -> tuple[float, tuple[Preference, ...]]:
-    """Return strength and weighted preferences whose product is the (bounded) fitted weights."""
+    """Return a strength and weighted preferences whose products are the bounded weights."""
     push = math.fsum(map(abs, weights))
     bounded = min(1.0, LARGEST / push) if push else 1.0
-    if len(names) == 1:  # its strength says all, and may steer away
+    if len(names) == 1:  # the strength is enough, and may steer away
         return round(weights[0] * bounded - 1.0, 4), (Preference(names[0]),)
     preferences = tuple(
         Preference(name, weight=round(weight / push, 4) if push else 0.0)

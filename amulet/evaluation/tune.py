@@ -1,8 +1,8 @@
-"""Searches the steering for a model and preferences, within quality guards.
+"""Searches the best settings for a model and preferences, within quality guards.
 
-Successive halving: every setting answers a few questions, the better half goes on with twice as
-many, until three or fewer have answered all. A setting that harms the text more than the guards
-permit ranks below every one that doesn't, however well it adheres.
+Successive halving: every setting answers a few questions, and the better half continues with twice
+as many, until three or fewer have answered all. A setting that exceeds the guards ranks below every
+setting that doesn't, however well it follows the preference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FINALISTS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """An answer to be scored, with what was asked and wished for."""
+    """An answer to score, with its question and preference."""
 
     question: str
     preference: str
@@ -39,17 +39,17 @@ class Case:
 
 
 Score = Callable[[Sequence[Case]], Sequence[float]]
-"""A judge: a number per case, more is better; 0 and 1 from a rule, anything from a model."""
+"""A judge: a number per case, higher is better; a rule gives 0 or 1, a model any number."""
 
 
 @dataclass(frozen=True)
 class Guards:
-    """How far text quality may fall below that of the preference in the prompt alone.
+    """Limits of the loss of text quality against the preference in the prompt alone.
 
     Attributes:
-        log_probability: of the mean log-probability of the answer's tokens under the plain model,
-            in nats per token, 0 or more.
-        distinct_3: of the share of an answer's runs of three words that are not repeats, 0 to 1.
+        log_probability: loss in mean log-probability of the answer's tokens under the plain model,
+                in nats per token, 0 or more.
+            distinct_3: loss in the share of runs of three words that are not repeats, 0 to 1.
     """
 
     log_probability: float = 0.3
@@ -58,14 +58,14 @@ class Guards:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one setting came to.
+    """The results of one setting.
 
     Attributes:
         steering: the setting; strength 0 is the preference in the prompt alone.
-        answers: how many answers the figures are means of.
-        score: mean of the judge's numbers.
-        log_probability_fall, distinct_3_fall: below the prompt alone on the same questions.
-        holds: whether both falls are within the guards.
+        answers: number of answers that the means cover.
+        score: mean score of the judge.
+        log_probability_fall, distinct_3_fall: loss against the prompt alone on the same questions.
+        holds: whether both losses are within the guards.
     """
 
     steering: Steering
@@ -78,12 +78,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome of a search.
+    """The result of a search.
 
     Attributes:
-        steering: the best setting that holds the guards; strength 0 where none beats the prompt.
-        prompt_only: what the preference in the prompt alone came to, on all questions.
-        trials: every setting tried, the finalists first, each group best first.
+        steering: the best setting within the guards; strength 0 if none beats the prompt alone.
+        prompt_only: the results of the preference in the prompt alone, on all questions.
+        trials: all settings tried, the finalists first, each group best first.
     """
 
     steering: Steering
@@ -100,7 +100,7 @@ class _Outcome:
 
 @dataclass
 class _Search:
-    """Decodes and scores; keeps outcomes, so that no question is answered twice by a setting."""
+    """Decodes and scores; keeps outcomes, so that no setting answers a question twice."""
 
     amulet: Amulet
     cases: Sequence[tuple[str, str]]  # question and preference
@@ -114,7 +114,7 @@ class _Search:
     outcomes: dict[Steering, list[_Outcome]] = field(default_factory=dict)
 
     def extend(self, steerings: Sequence[Steering], count: int) -> None:
-        """Answer the first `count` cases with each setting, as far as that is not done yet."""
+        """Answer the first `count` cases with each setting, except those already answered."""
         jobs = [
             (steering, case)
             for steering in steerings
@@ -132,7 +132,7 @@ class _Search:
             )
             if len(numbers) != len(part):
                 raise EvaluationError(
-                    f"The judge gave {len(numbers)} numbers for {len(part)} answers: expected "
+                    f"The judge returned {len(numbers)} numbers for {len(part)} answers: expected "
                     "one for each."
                 )
             for (steering, _), reply, number in zip(part, answered, numbers, strict=True):
@@ -149,7 +149,7 @@ class _Search:
             preference=preference,
             **steering.model_dump(),
             max_new_tokens=self.max_new_tokens,
-            trace=True,  # tells each token's log-probability under the plain model
+            trace=True,  # has each token's log-probability under the plain model
         )
 
 
@@ -171,25 +171,25 @@ def tune(
     seed: int = 0,
     tell: Callable[[int, int], None] | None = None,
 ) -> Tuned:
-    """Search the grid for the setting whose answers a judge likes best, within quality guards.
+    """Search the grid for the setting with the best score within quality guards.
 
     Args:
         amulet: the model.
-        questions: what is asked, each with each preference; 30 or more tell settings apart.
-        preferences: what is wished for, in words, one at a time.
+        questions: asked with each preference; 30 or more are needed to distinguish settings.
+        preferences: texts, used one at a time.
         score: the judge, such as a rule's check or a reward model.
-        strengths, floors, placements, focuses, loop_guards: the grid. The last two are None for
+        strengths, floors, placements, focuses, loop_guards: the grid. None for the last two means
             the model's own focus and loop guard.
-        guards: how far quality may fall; None is `Guards()`. While few questions are answered, a
-            setting passes that is over the limit by no more than a standard error.
-        system_prompt: stands before every question; "" is none.
+        guards: limits of the quality loss; None is `Guards()`. While few questions are answered, a
+            setting passes if it exceeds a limit by no more than a standard error.
+        system_prompt: the system message of every question; "" is none.
         max_new_tokens: limit per answer.
         batch_size: answers decoded at once.
-        seed: of the order of the questions; answers are greedy.
+        seed: for the order of the questions; answers are greedy.
         tell: called with (answers decoded, answers in all).
 
     Raises:
-        EvaluationError: nothing to ask, to wish for or to try.
+        EvaluationError: there is no question, preference or setting to try.
     """
     guards = guards or Guards()
     own = amulet.steering
@@ -239,7 +239,7 @@ def tune(
 
 
 def _rungs(settings: int, questions: int) -> list[tuple[int, int]]:
-    """Return (settings alive, questions answered) of each rung, the last with all questions."""
+    """Return (remaining settings, questions) of each rung, the last with all questions."""
     alive = [settings]
     while alive[-1] > _FINALISTS:
         alive.append(math.ceil(alive[-1] / 2))
@@ -251,7 +251,7 @@ def _rungs(settings: int, questions: int) -> list[tuple[int, int]]:
 
 
 def _answers(rungs: Sequence[tuple[int, int]]) -> int:
-    """Return how many questions all settings answer over all rungs together."""
+    """Return the total number of answers over all rungs."""
     before = [0, *(questions for _, questions in rungs)]
     return sum(alive * (now - then) for (alive, now), then in zip(rungs, before, strict=False))
 
@@ -291,7 +291,7 @@ def _trial(
 
 
 def _rank(trial: Trial, guards: Guards) -> tuple[bool, float, float]:
-    """Return a sort key: what holds first, by score; then what breaks, by how much."""
+    """Return a sort key: settings within the guards by score, then the others by their excess."""
     if trial.holds:
         return False, -trial.score, trial.log_probability_fall
     excess = max(

@@ -128,12 +128,12 @@ def test_a_lines_interval_covers_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: at_zero({}), "needs points of at least one question"),
-        (lambda: at_zero({"q": [(1.0, math.inf)]}), "needs finite points"),
+        (lambda: at_zero({}), "requires points of at least one question"),
+        (lambda: at_zero({"q": [(1.0, math.inf)]}), "requires finite points"),
         (lambda: at_zero({"q": [(1.0, 1.0)]}, level=2), "level=2: expected between 0 and 1"),
-        (lambda: interval([]), "needs values of at least one question"),
-        (lambda: interval({"a": []}), "needs values of at least one question"),
-        (lambda: interval([1.0, math.nan]), "needs finite values, and one is nan"),
+        (lambda: interval([]), "requires values of at least one question"),
+        (lambda: interval({"a": []}), "requires values of at least one question"),
+        (lambda: interval([1.0, math.nan]), "requires finite values, and one is nan"),
         (lambda: interval([1.0], level=95), "level=95: expected between 0 and 1"),
         (lambda: interval([1.0], resamples=0), "resamples=0: expected 1 or more"),
         (lambda: difference([1.0], [1.0, 2.0]), "1 values can't be paired with 2"),

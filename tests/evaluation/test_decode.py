@@ -75,7 +75,7 @@ def test_what_is_decoded_greedily_refuses_a_temperature(
     tiny: Amulet, question_file: Path, tmp_path: Path
 ) -> None:
     warm = Settings(temperature=1.0)
-    with pytest.raises(EvaluationError, match="beam is decoded greedily only"):
+    with pytest.raises(EvaluationError, match="beam is only decoded greedily"):
         decode(tiny, tmp_path / "run", question_file, methods=("beam",), settings=warm)
     assert not (tmp_path / "run").exists()
 

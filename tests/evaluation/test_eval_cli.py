@@ -143,7 +143,7 @@ def test_the_default_is_the_papers_protocol(
             "'rulez' is not a judge: expected one of rules, guards, armorm, llm.",
         ),
         (("--judge", "rules"), "'rules' checks preferences that have a rule, and these have none"),
-        (("--method", "magic"), "'magic' is no method"),
+        (("--method", "magic"), "'magic' is not a known method"),
         (("--limit", "0"), "limit=0: expected 1 or more"),
         (("--max-new-tokens", "0"), "max_new_tokens=0"),
         (("--questions", "missing.json"), "No questions at 'missing.json'"),

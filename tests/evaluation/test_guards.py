@@ -106,7 +106,7 @@ def test_guards_ask_the_model_where_an_answer_came_without_its_likelihood(
             answer_of("beam", "tea tea tea tea", (116, 101), None),
             answer_of("ours", "", (), None),
         )
-    with pytest.raises(EvaluationError, match=r"concise/pref came without its log-probability"):
+    with pytest.raises(EvaluationError, match=r"concise/pref has no log-probability"):
         score_guards(run, JudgeOptions())
     told: list[tuple[int, int]] = []
     score_guards(run, JudgeOptions(amulet=tiny), lambda *counts: told.append(counts))

@@ -360,8 +360,8 @@ def test_a_refused_pair_does_not_end_the_run(tmp_path: Path) -> None:
     [
         (401, "judge.test refuses the key: set OPENAI_API_KEY"),
         (404, "judge.test has no model 'judge-1'"),
-        (429, "judge.test gave up, also after 2 retries"),
-        (500, "judge.test gave up, also after 2 retries"),
+        (429, "judge.test failed, even after 2 retries"),
+        (500, "judge.test failed, even after 2 retries"),
     ],
 )
 def test_an_endpoint_that_fails_is_named_and_nothing_is_written(

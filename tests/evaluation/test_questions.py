@@ -55,7 +55,7 @@ def test_the_digest_tells_other_questions() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "bad.json is no JSON file"),
+        ("[", "bad.json is not a JSON file"),
         ('{"index": 0, "question": "?"}', "bad.json: .*input should be a valid list"),
         ("[]", "bad.json is empty"),
         ('[{"index": 0}]', r"bad.json: 0.question.*field required"),
@@ -77,7 +77,7 @@ def test_two_sets_of_one_name_are_refused(question_file: Path) -> None:
 
 
 def test_a_folder_without_files_and_a_missing_path_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"holds no \.json file"):
+    with pytest.raises(EvaluationError, match=r"contains no \.json file"):
         load_question_sets([tmp_path])
     with pytest.raises(EvaluationError, match=r"No questions at '.*missing\.json'"):
         load_question_sets([tmp_path / "missing.json"])

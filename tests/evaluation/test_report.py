@@ -132,7 +132,7 @@ def test_like_is_compared_with_like(tmp_path: Path) -> None:
         "ours:strength=2,floor=0.1,placement=user": "0.50",
     }
     assert {row[0]: row[2].split(" ")[0] for row in adherence.rows} == expected
-    assert adherence.note.endswith("in the prompt alone, in the same place.")
+    assert adherence.note.endswith("in the prompt alone, same placement.")
     assert [row[0] for row in guards.rows] == list(expected)
     assert [(row[0], row[1].split(" ")[0]) for row in likelihoods.rows] == [
         ("ours:strength=2,floor=0.1,placement=system", "-0.50"),

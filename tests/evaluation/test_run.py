@@ -295,7 +295,7 @@ def test_a_folder_of_something_else_is_left_alone(
     tmp_path: Path, question_file: Path, tiny: Amulet
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(EvaluationError, match=r"holds files, but no run\.json"):
+    with pytest.raises(EvaluationError, match=r"contains files, but no run\.json"):
         decode(tiny, tmp_path, question_file)
     with pytest.raises(EvaluationError, match=r"is not a run: it has no run\.json"):
         Run(tmp_path)

@@ -74,7 +74,7 @@ def test_what_breaks_a_guard_ranks_below_what_holds() -> None:
 
 
 def test_a_judge_that_skips_an_answer_is_an_error(tiny: Amulet) -> None:
-    with pytest.raises(EvaluationError, match="The judge gave 0 numbers"):
+    with pytest.raises(EvaluationError, match="The judge returned 0 numbers"):
         tune(tiny, ["Why?"], ["Be brief."], lambda cases: [], max_new_tokens=2)
     with pytest.raises(EvaluationError, match="No questions"):
         tune(tiny, [], ["Be brief."], letters)

@@ -148,7 +148,7 @@ async def test_tune_reads_the_export_and_the_file_itself(
     other = tmp_path / "other.sqlite"
     with sqlite3.connect(other) as database:
         database.execute("CREATE TABLE x (y)")
-    with pytest.raises(EvaluationError, match="expected the file that `amulet serve --thumbs`"):
+    with pytest.raises(EvaluationError, match="expected a file of `amulet serve --thumbs`"):
         read_thumbs(other)
 
 

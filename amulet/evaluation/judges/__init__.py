@@ -1,1 +1,1 @@
-"""Judges that are models: the reward model ArmoRM, and any language model behind an endpoint."""
+"""Judges that are models: the reward model ArmoRM, and language models behind an endpoint."""

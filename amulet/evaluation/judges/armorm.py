@@ -1,9 +1,8 @@
-"""ArmoRM, the paper's reward model: how well an answer follows its instruction, and other marks.
+"""The judge ArmoRM, the paper's reward model, which marks instruction following and more.
 
-The published model comes with Python code of its own. What is wanted here, its 19 marks, is one
-matrix times the hidden state of the last token, so the Llama below is loaded as any other, the
-matrix is read from the weights, and that code is never run. (Its gate, which mixes the marks into
-one score, is not needed.)
+The published model comes with its own Python code, which is never run. Its 19 marks are one matrix
+times the last token's hidden state, so its Llama body is loaded like any other and the matrix is
+read from the weights. (Its gate, which combines the marks to one score, is not needed.)
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ HEADS = (
     "code-instruction-following",
     "code-readability",
 )
-# What a run keeps of them, under these names.
+# The marks that a run keeps, by their names in the run.
 KEPT = {
     "instruction_following": "ultrafeedback-instruction_following",
     "coherence": "helpsteer-coherence",
@@ -86,15 +85,15 @@ class ArmoRM:
     def from_pretrained(
         cls, name_or_path: str = MODEL, device: str | None = None, dtype: Any = "auto"
     ) -> ArmoRM:
-        """Load the model from the hub or a folder; safetensors only, and no code from there.
+        """Load the model from the hub or a folder, only from safetensors, without its own code.
 
         Args:
-            name_or_path: a hub id, or the folder of a copy.
-            device: None takes cuda, else mps, else cpu.
+            name_or_path: a hub id, or a folder with a copy.
+            device: None means cuda, else mps, else cpu.
             dtype: "auto" (as saved: bfloat16), or a `torch.dtype`.
 
         Raises:
-            EvaluationError: nothing of this form is there.
+            EvaluationError: there is no such reward model.
         """
         from huggingface_hub.errors import HfHubHTTPError
         from safetensors import SafetensorError
@@ -104,7 +103,7 @@ class ArmoRM:
             folder = _folder(name_or_path)
             weight = _read_weight(folder, name_or_path)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            with _only_errors():  # the gate's weights have no place in the body, and needn't
+            with _only_errors():  # the gate's weights are not part of the body
                 loaded: Any = AutoModel.from_pretrained(
                     folder,
                     dtype=dtype,
@@ -121,7 +120,7 @@ class ArmoRM:
         model, report = loaded
         if report["missing_keys"]:
             raise EvaluationError(
-                f"The reward model {name_or_path!r} lacks weights, the first of them "
+                f"The reward model {name_or_path!r} lacks weights, the first is "
                 f"{min(report['missing_keys'])}: its copy is not complete."
             )
         return cls(model.eval(), tokenizer, weight)
@@ -130,11 +129,11 @@ class ArmoRM:
         """Return the token ids of the chat: the user asks the question, the assistant answers.
 
         Args:
-            question: with the preference in it.
-            answer: a control token that is written out in it stays text.
-            truncate: keep this many ids, counted from the front, and encode as the authors of
-                the paper did: a start token stands twice where the template writes one, and
-                control tokens are not kept text. None keeps everything.
+            question: the question, including the preference.
+            answer: the answer; names of control tokens in it stay text.
+            truncate: keep only this many ids from the front, and encode as the paper's authors
+                did: with a second start token if the template writes one, and with control
+                tokens in the text converted. None keeps everything.
         """
         published = truncate is not None
         texts = [question, answer]
@@ -153,7 +152,7 @@ class ArmoRM:
     def marks(self, chats: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the marks of encoded chats, `[len(chats), 19]`, float32 on the CPU.
 
-        The chats are read in one pass, padded on the right and masked there.
+        The chats are read in one pass, with masked padding on the right.
         """
         import torch
 
@@ -175,13 +174,13 @@ class ArmoRM:
 
 
 def score_armorm(run: Run, options: JudgeOptions, tell: Tell | None = None) -> None:
-    """Mark every answer of a run that has no marks yet, the longest first.
+    """Mark every answer of a run that lacks marks, longest first.
 
-    A run that was decoded as published is also judged so: `PUBLISHED_LIMIT` tokens are read.
+    A run that was decoded as published is also judged so, on `PUBLISHED_LIMIT` tokens.
 
     Args:
         run: its answers are read, its scores written after each batch.
-        options: `model` (hub id or folder; None is the published one) and `batch_size`.
+        options: `model` (hub id or folder; None means the published model) and `batch_size`.
         tell: called with (answers marked, answers in all).
 
     Raises:
@@ -207,14 +206,14 @@ def score_answers(
     truncate: int | None = None,
     tell: Tell | None = None,
 ) -> None:
-    """Mark answers of a run, in batches of like length, and write the marks in `KEPT`.
+    """Mark answers of a run, in batches of similar length, and store the marks in `KEPT`.
 
-    The question is followed by the preference, also where the method did not see it: every
-    method is asked how well it answers the same wish.
+    The preference follows the question even if the method did not see it, so that all methods are
+    judged by the same preference.
 
     Args:
-        run: where the marks are written.
-        answers: which to mark.
+        run: the run in which to store the marks.
+        answers: the answers to mark.
         judge: the reward model.
         batch_size: answers read at once, at least 1.
         truncate: see `ArmoRM.encode`.
@@ -229,7 +228,7 @@ def score_answers(
     _check_window(judge, answers, chats)
     total = len(run.answers())
     done = total - len(answers)
-    # The longest first: if the memory is too small, that is seen at once.
+    # Longest first, so that too little memory shows at once.
     order = sorted(range(len(chats)), key=lambda place: -len(chats[place]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -265,7 +264,7 @@ def _check_window(judge: ArmoRM, answers: Sequence[Answer], chats: Sequence[Sequ
 
 
 def _folder(name_or_path: str) -> Path:
-    """Return the folder of a model, fetched from the hub where it is no folder here."""
+    """Return the folder of a model, downloaded from the hub unless it is a local folder."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -275,7 +274,7 @@ def _folder(name_or_path: str) -> Path:
 
 
 def _read_weight(folder: Path, name: str) -> torch.Tensor:
-    """Return the matrix from the one weights file that holds it."""
+    """Return the matrix, reading only the weights file that contains it."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
@@ -291,7 +290,7 @@ def _read_weight(folder: Path, name: str) -> torch.Tensor:
 
 @contextmanager
 def _only_errors() -> Iterator[None]:
-    """Keep Transformers' warnings quiet for a while."""
+    """Silence Transformers' warnings in the block."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

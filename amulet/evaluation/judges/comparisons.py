@@ -1,4 +1,4 @@
-"""The comparisons of a run: how they are kept, what they cost, and how often who wins."""
+"""The comparisons of a run: how they are stored, their cost, and the win rates."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Identity: TypeAlias = tuple[str, str, Order]
 
 
 class Pair(BaseModel):
-    """One comparison: a line of `scores/llm-pairs.jsonl`.
+    """One comparison, a line of `scores/llm-pairs.jsonl`.
 
     Attributes:
         key_a, key_b: the answers' keys; b is the baseline's.
-        order: "ab" where a was shown first.
-        winner: "a", "b", "tie"; None where no verdict could be read, which is asked again by the
-            next session.
+        order: "ab" if a was shown first.
+        winner: "a", "b" or "tie"; None if there was no readable verdict, which is requested again
+            when the run is resumed.
         judge: the judging model's name.
-        calls: replies paid for; 0 where both answers are the same text, a tie without asking.
-        input_tokens, output_tokens: of all those calls, as the endpoint counts them.
+        calls: replies paid for; 0 if both answers are identical, which is a tie.
+        input_tokens, output_tokens: of all calls, as counted by the endpoint.
         cost_usd: by the prices given; None without prices.
         reason: the judge's sentence.
         error: why there is no verdict.
@@ -52,13 +52,13 @@ class Pair(BaseModel):
 
     @property
     def identity(self) -> Identity:
-        """What is compared, and which way round."""
+        """The compared answers and their order."""
         return self.key_a, self.key_b, self.order
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run's comparisons took; `usd` is None where any was made without prices."""
+    """The cost of a run's comparisons; `usd` is None if one was made without prices."""
 
     calls: int
     input_tokens: int
@@ -75,14 +75,14 @@ class Spent:
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a method's answer is preferred to the baseline's; a tie is half a win.
+    """How often a method's answer is preferred to the baseline's; a tie counts half.
 
     Attributes:
         rate, low, high: mean over pairs, and its bootstrap interval over questions.
-        pairs: pairs of answers with a verdict both ways round; others don't count.
-        consistent: share of the pairs asked about with the same verdict both ways round.
-        first: share of the verdicts other than ties that went to the answer shown first; far from
-            one half, this judge favours a position. None where there is no such verdict.
+        pairs: pairs of answers with a verdict in both orders; others don't count.
+        consistent: share of judged pairs with the same verdict in both orders.
+        first: share of the verdicts, without ties, for the answer shown first; far from one half,
+            this judge favours a position. None if there is no such verdict.
     """
 
     rate: float
@@ -97,17 +97,17 @@ class WinRate:
 
 
 def append_pair(run: Run, pair: Pair) -> None:
-    """Write a comparison; it is in the file when this returns."""
+    """Store a comparison; it is in the file when this returns."""
     append_lines(_path(run), [pair.model_dump(mode="json")])
 
 
 def read_pairs(run: Run) -> list[Pair]:
-    """Return a run's comparisons; where one was made again, the last counts."""
+    """Return a run's comparisons; if one was repeated, the last counts."""
     return list({pair.identity: pair for pair in _all_pairs(run)}.values())
 
 
 def spent(run: Run) -> Spent:
-    """Return what all comparisons of a run took, those without a verdict included."""
+    """Return the cost of all comparisons of a run, those without a verdict included."""
     pairs = list(_all_pairs(run))
     costs = [pair.cost_usd for pair in pairs if pair.calls]
     known = [cost for cost in costs if cost is not None]
@@ -120,7 +120,7 @@ def spent(run: Run) -> Spent:
 
 
 def win_rates(run: Run, level: float = 0.95) -> dict[tuple[str, str], WinRate]:
-    """Return the win rate of every (method, baseline) that has pairs judged both ways round."""
+    """Return the win rate of every (method, baseline) with pairs judged in both orders."""
     answers = {answer.key: answer for answer in run.answers()}
     both: dict[tuple[str, str], dict[Order, Pair]] = {}
     for pair in read_pairs(run):

@@ -1,9 +1,9 @@
-"""A language model behind an OpenAI-compatible endpoint compares answers, both ways round.
+"""The judge llm: a language model behind an OpenAI-compatible endpoint compares answers.
 
 Each pair is shown twice, with the positions swapped, because judges favour a position. Every
-verdict is one line of `scores/llm-pairs.jsonl`, written when it arrives: a run that is cut short
-pays for nothing twice. The client is the package `openai`: it has the time-outs and the retries
-with growing waits that the endpoints ask for.
+verdict is a line of `scores/llm-pairs.jsonl`, written when it arrives, so that an interrupted run
+pays for nothing twice. The client, the package `openai`, has the time-outs and the retries with
+growing waits that endpoints require.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from amulet.evaluation.judging import JudgeOptions, Tell
 from amulet.evaluation.methods import placement_of, prompt_only_methods
 from amulet.evaluation.run import Answer, Run
 
-ATTEMPTS = 3  # replies that are no verdict, per comparison, before it is given up
-LONG_REPLY = 16_000  # tokens, once a reply was cut at the first limit
-UNREADABLE = 10  # comparisons given up before any is read: this model can't judge
+ATTEMPTS = 3  # replies per comparison without a verdict before it is given up
+LONG_REPLY = 16_000  # token limit after a reply was cut off at the first limit
+UNREADABLE = 10  # comparisons given up before the first verdict: this model can't judge
 
 _AGAIN = "That is not the JSON object asked for. Reply with that object and nothing else."
-# What an endpoint may not take, and how its refusal names it.
+# Options that an endpoint may not support, and how its error names them.
 _EXTRAS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1000, "response_format": SCHEMA}
 _NAMED = {name: (name,) for name in _EXTRAS} | {"response_format": ("response_format", "schema")}
 
@@ -52,17 +52,16 @@ def score_llm(run: Run, options: JudgeOptions, tell: Tell | None = None) -> None
     Args:
         run: its answers are read; verdicts go to `scores/llm-pairs.jsonl`.
         options: `model`, `base_url` (None is OpenAI's), `baseline`, `prices` and `concurrency`. The
-            key is taken from the environment variable OPENAI_API_KEY; a `base_url` may do
-            without one.
+            key is read from the environment variable OPENAI_API_KEY; a `base_url` may need none.
         tell: called with (verdicts, verdicts in all).
 
     Raises:
-        EvaluationError: as `judge_pairs`, or no model or key is given.
+        EvaluationError: as for `judge_pairs`, or no model or key is given.
     """
     if options.model is None:
         raise EvaluationError(
-            "The judge 'llm' needs the judging model's name, as its endpoint calls it: give "
-            "--judge-model, and --judge-url where the endpoint is not OpenAI's."
+            "The judge 'llm' needs the judging model's name at its endpoint: give "
+            "--judge-model, and --judge-url if the endpoint is not OpenAI's."
         )
     key = os.environ.get("OPENAI_API_KEY")
     if not key and options.base_url is None:
@@ -95,21 +94,21 @@ def judge_pairs(
     concurrency: int = 4,
     tell: Tell | None = None,
 ) -> None:
-    """Ask for every verdict of a run that is not there yet.
+    """Request every missing verdict of a run.
 
     Args:
         run: its answers are read; verdicts go to `scores/llm-pairs.jsonl`.
-        client: of an OpenAI-compatible endpoint; its retries and time-out are kept to.
-        model: the judging model, as the endpoint calls it.
-        baseline: the method whose answers every other method's are compared with; None is the
-            preference in the prompt alone, in the same place.
-        prices: US dollars per million tokens, (input, output); None leaves the cost out.
-        concurrency: requests under way at once, at least 1.
+        client: the client of an OpenAI-compatible endpoint; its retries and time-out apply.
+        model: the judging model's name at the endpoint.
+        baseline: the method that every other method is compared with; None is the preference in
+            the prompt alone, with the same placement.
+        prices: US dollars per million tokens, (input, output); None records no cost.
+        concurrency: concurrent requests, at least 1.
         tell: called with (verdicts, verdicts in all).
 
     Raises:
         EvaluationError: there is nothing to compare, the run was judged by another model, the
-            endpoint refuses or gives up, or no reply can be read. What was judged is kept.
+            endpoint refuses or fails, or no reply can be read. Existing verdicts are kept.
     """
     if concurrency < 1:
         raise EvaluationError(f"concurrency={concurrency!r}: expected 1 or more.")
@@ -132,7 +131,7 @@ def judge_pairs(
                 if tell is not None:
                     tell(done, total)
         finally:
-            # What is under way is paid for: it ends, and is written.
+            # Running requests are paid for, so they finish and are stored.
             pool.shutdown(wait=True, cancel_futures=True)
     judge.check_read(at_least=1)
     if judge.unread:
@@ -157,7 +156,7 @@ class _Comparison:
 
 
 def _comparisons(answers: Sequence[Answer], baseline: str | None) -> Iterator[_Comparison]:
-    """Yield every answer with the baseline's to the same question and preference, twice."""
+    """Yield every answer with the baseline's for the same question and preference, twice."""
     methods = list(dict.fromkeys(answer.method for answer in answers))
     by_place = prompt_only_methods((a.method, a.strength, a.placement, a.adapt) for a in answers)
     if len(methods) < 2 or (not by_place if baseline is None else baseline not in methods):
@@ -179,7 +178,7 @@ def _comparisons(answers: Sequence[Answer], baseline: str | None) -> Iterator[_C
 
 @dataclass
 class _Judge:
-    """Asks for verdicts and writes them; shared by the threads."""
+    """Requests and stores verdicts; shared by the threads."""
 
     run: Run
     client: OpenAI
@@ -193,7 +192,7 @@ class _Judge:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def judge(self, comparison: _Comparison) -> bool:
-        """Make one comparison and write it, verdict or not; False once another one failed."""
+        """Make and store one comparison, with or without verdict; False once another failed."""
         if self.failed:
             return False
         try:
@@ -212,16 +211,16 @@ class _Judge:
             self.last_error = pair.error or self.last_error
 
     def _tie(self, comparison: _Comparison) -> Pair | None:
-        """Return the verdict on two answers that are the same text; None if they are not."""
+        """Return the tie of two identical answers, or None if they differ."""
         same = comparison.a.answer.strip() == comparison.b.answer.strip()
         return self._pair(comparison, winner="tie") if same else None
 
     def check_read(self, at_least: int) -> None:
-        """Raise EvaluationError if nothing was read and so many comparisons have no verdict."""
+        """Raise EvaluationError if this many comparisons failed and none has a verdict."""
         if not self.read and self.unread >= at_least:
             raise EvaluationError(
                 f"The judge {self.model!r} gave no readable verdict in {self.unread} "
-                f"comparisons, the last because: {self.last_error} Take another model."
+                f"comparisons, the last because: {self.last_error} Use another model."
             )
 
     def _ask(self, comparison: _Comparison) -> Pair:
@@ -238,14 +237,14 @@ class _Judge:
                 error = f"the endpoint refused: {_short(refusal)}"
                 break
             calls += 1
-            if reply.usage is not None:  # some local servers don't count
+            if reply.usage is not None:  # some local servers don't count tokens
                 tokens_in += reply.usage.prompt_tokens
                 tokens_out += reply.usage.completion_tokens
             text, cut = _text_of(reply)
             verdict = parse_verdict(text)
             if verdict is None:
                 error = f"the reply was {_short(text)!r}{', cut for its length' if cut else ''}."
-                if cut and "max_tokens" in self.extras:  # it thinks at length first
+                if cut and "max_tokens" in self.extras:  # it thinks at length before its verdict
                     self.extras["max_tokens"] = LONG_REPLY
                 said = [{"role": "assistant", "content": text}] if text else []
                 messages = [*messages[:2], *said, {"role": "user", "content": _AGAIN}]
@@ -272,7 +271,7 @@ class _Judge:
         )
 
     def _complete(self, messages: list[dict[str, str]]) -> Any:
-        """Return the endpoint's reply; leaves out for good what the endpoint doesn't take."""
+        """Return the endpoint's reply; permanently drops options that the endpoint refuses."""
         while True:
             extras = dict(self.extras)
             try:
@@ -294,12 +293,12 @@ class _Judge:
     def _explain(self, error: openai.OpenAIError) -> str:
         host = self.client.base_url.host
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return f"{host} refuses the key: set OPENAI_API_KEY to one that it takes."
+            return f"{host} refuses the key: set OPENAI_API_KEY to a valid one."
         if isinstance(error, openai.NotFoundError):
             return f"{host} has no model {self.model!r}, or no chat completions: {_short(error)}"
         return (
-            f"{host} gave up, also after {self.client.max_retries} retries: {_short(error)} -- "
-            "what is judged is kept; judge again to go on."
+            f"{host} failed, even after {self.client.max_retries} retries: {_short(error)} -- "
+            "existing verdicts are kept; judge again to resume."
         )
 
 
@@ -313,7 +312,7 @@ def _check_judge(pairs: Sequence[Pair], model: str) -> None:
 
 
 def _text_of(reply: Any) -> tuple[str, bool]:
-    """Return a reply's text, "" where it has none, and whether it was cut at its limit."""
+    """Return a reply's text, or "", and whether it was cut off at the limit."""
     if not reply.choices:
         return "", False
     choice = reply.choices[0]
