@@ -2,9 +2,9 @@
 
 LlamaIndex hands every component the same LLM. Its instrumentation tells a span handler which
 components are at work, in tasks and threads as well, whatever subclass or wrapper of the LLM they
-call. Evaluators, memories, index construction, agents' steps and streams of programs open no span.
-They, and spans that began while the handler was not registered, are found as the `self` of the
-functions that are running.
+call. Evaluators, memories, index construction and streams of programs open no span. They, and spans
+that began while the handler was not registered, are found as the `self` of the functions that are
+running.
 """
 
 from __future__ import annotations

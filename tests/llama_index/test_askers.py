@@ -278,6 +278,18 @@ async def test_agents(kind: Any, streaming: bool) -> None:
         assert llm.amulet.steered == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("agent", "steered"), [(ReActAgent, [False, True]), (FunctionAgent, [True])]
+)
+async def test_an_agents_turn_is_told_by_its_spans_alone(
+    agent: Any, steered: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(askers, "_running", lambda: iter(()))  # no stack frames
+    llm = calling({WISH: PLAIN, "": FINAL}, preference=WISH)
+    await agent(tools=[FunctionTool.from_defaults(add)], llm=llm).run("2 + 3?")
+    assert llm.amulet.steered == steered
+
+
 async def test_what_runs_inside_a_tool_is_plain(kind: Any) -> None:
     inner = scripted(kind=kind, preference=WISH)
     engine = index().as_query_engine(llm=inner, streaming=True)
