@@ -9,14 +9,14 @@ here, once; then every row of the request has no other choice.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-from vllm.v1.sample.ops.penalties import apply_all_penalties
 
 from amulet.backends.transfer import on_device
 from amulet.decoding.loop_guard import Repeats
@@ -222,23 +222,19 @@ def _drawn(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
 
 
 def _penalised(scores: torch.Tensor, steered: Sequence[_Steered]) -> torch.Tensor:
-    """Apply vLLM's penalties where requested, with the base row's prompt as the prompt.
+    """Apply penalties as vLLM does where requested, with the base row's prompt as the prompt.
 
     vLLM itself applies them later, when every row has another prompt, preferences included.
     """
     asked = [i for i, one in enumerate(steered) if tuple(one.row.penalties) != (1.0, 0.0, 0.0)]
-    if not asked:
-        return scores
-    scores = scores.clone()
-    vocab, device = scores.shape[-1], scores.device
-    longest = max(len(steered[i].prompt) for i in asked)
-    prompts = on_device(
-        [steered[i].prompt + [vocab] * (longest - len(steered[i].prompt)) for i in asked], device
-    )
-    repetition, presence, frequency = (
-        on_device([steered[i].row.penalties[kind] for i in asked], device) for kind in range(3)
-    )
-    chosen: Any = scores[asked].contiguous()
-    outputs = [list(steered[i].output) for i in asked]
-    scores[asked] = apply_all_penalties(chosen, prompts, presence, frequency, repetition, outputs)
+    scores = scores.clone() if asked else scores
+    for i in asked:
+        repetition, presence, frequency = steered[i].row.penalties
+        counts = Counter(steered[i].output)
+        seen = on_device(list({*steered[i].prompt, *counts}), scores.device)
+        found = scores[i, seen]
+        scores[i, seen] = torch.where(found > 0, found / repetition, found * repetition)
+        costs = [presence + frequency * count for count in counts.values()]
+        said = on_device(list(counts), scores.device, torch.int64)
+        scores[i, said] -= on_device(costs, scores.device, scores.dtype)
     return scores

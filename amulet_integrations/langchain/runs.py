@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Generator
+from contextvars import Context
+from functools import partial
+from types import coroutine
 from typing import Any
 
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables.config import set_config_context
 
 _END: Any = object()
 
@@ -19,40 +21,45 @@ def in_its_run(stream: Any) -> Any:
     returned as it is.
     """
     if isinstance(stream, Generator):
-        return _pieces(stream, var_child_runnable_config.get())
+        return _pieces(stream, ensure_config())
     if isinstance(stream, AsyncGenerator):
-        return _apieces(stream, var_child_runnable_config.get())
+        return _apieces(stream, ensure_config())
     return stream
 
 
-@contextmanager
-def _run(config: RunnableConfig | None) -> Iterator[None]:
-    token = var_child_runnable_config.set(config)
-    try:
-        yield
-    finally:
-        var_child_runnable_config.reset(token)
-
-
 def _pieces(
-    stream: Generator[Any, None, None], config: RunnableConfig | None
+    stream: Generator[Any, None, None], config: RunnableConfig
 ) -> Generator[Any, None, None]:
-    with closing(stream):
-        while True:
-            with _run(config):
-                piece = next(stream, _END)
-            if piece is _END:
-                return
-            yield piece
+    with set_config_context(config) as run:
+        try:
+            while (piece := run.run(next, stream, _END)) is not _END:
+                yield piece
+        finally:
+            run.run(stream.close)
 
 
 async def _apieces(
-    stream: AsyncGenerator[Any, None], config: RunnableConfig | None
+    stream: AsyncGenerator[Any, None], config: RunnableConfig
 ) -> AsyncGenerator[Any, None]:
-    async with aclosing(stream):
-        while True:
-            with _run(config):
-                piece = await anext(stream, _END)
-            if piece is _END:
-                return
-            yield piece
+    with set_config_context(config) as run:
+        try:
+            while (piece := await _within(run, anext(stream, _END))) is not _END:
+                yield piece
+        finally:
+            await _within(run, stream.aclose())
+
+
+@coroutine
+def _within(context: Context, awaited: Awaitable[Any]) -> Generator[Any, Any, Any]:
+    """Await in a context of its own; Python 3.10 can't start a task in one."""
+    steps: Any = awaited.__await__()
+    step = partial(steps.send, None)
+    while True:
+        try:
+            waits_for = context.run(step)
+        except StopIteration as end:
+            return end.value
+        try:
+            step = partial(steps.send, (yield waits_for))
+        except BaseException as error:
+            step = partial(steps.throw, error)

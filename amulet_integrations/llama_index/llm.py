@@ -17,6 +17,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.instrumentation.events.llm import (
     LLMStructuredPredictEndEvent,
+    LLMStructuredPredictInProgressEvent,
     LLMStructuredPredictStartEvent,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
@@ -166,32 +167,52 @@ class AmuletLLM(AmuletSettings):
         dispatcher.event(LLMStructuredPredictEndEvent(output=result))
         return result
 
-    def _structured_stream_call(
+    def stream_structured_predict(
         self,
         output_cls: type[Model],
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
+        """`structured_predict`, giving the object as far as it is known each time it grows."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+            yield from super().stream_structured_predict(
+                output_cls, prompt, llm_kwargs, **prompt_args
+            )
+            return
+        dispatcher.event(_started(output_cls, prompt, prompt_args))
         messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        return structured.partial_objects(output_cls, self.stream_chat(messages, **kwargs))
+        known = None
+        for known in structured.partial_objects(output_cls, self.stream_chat(messages, **kwargs)):
+            dispatcher.event(LLMStructuredPredictInProgressEvent(output=known))
+            yield known
+        dispatcher.event(LLMStructuredPredictEndEvent(output=known))
 
-    async def _structured_astream_call(
+    async def astream_structured_predict(
         self,
         output_cls: type[Model],
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
+        """`stream_structured_predict` for asyncio."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return await super()._structured_astream_call(
+            otherwise: AsyncGenerator[Any, None] = await super().astream_structured_predict(
                 output_cls, prompt, llm_kwargs, **prompt_args
             )
-        messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        responses = await self.astream_chat(messages, **kwargs)
-        return structured.apartial_objects(output_cls, responses)
+            return otherwise
+
+        async def objects() -> AsyncGenerator[Any, None]:
+            dispatcher.event(_started(output_cls, prompt, prompt_args))
+            messages, kwargs = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+            responses = await self.astream_chat(messages, **kwargs)
+            known = None
+            async for known in structured.apartial_objects(output_cls, responses):
+                dispatcher.event(LLMStructuredPredictInProgressEvent(output=known))
+                yield known
+            dispatcher.event(LLMStructuredPredictEndEvent(output=known))
+
+        return objects()
 
     def _structured(
         self,
@@ -200,7 +221,9 @@ class AmuletLLM(AmuletSettings):
         llm_kwargs: dict[str, Any] | None,
         prompt_args: dict[str, Any],
     ) -> tuple[list[ChatMessage], dict[str, Any]]:
-        messages = self._get_messages(prompt, **prompt_args)
+        messages = prompt.format_messages(llm=self, **prompt_args)
+        if self.output_parser is not None:
+            messages = self.output_parser.format_messages(messages)
         kwargs = structured.call_options(output_cls, llm_kwargs)
         return structured.with_schema(messages, output_cls), kwargs
 

@@ -183,7 +183,10 @@ class AmuletSettings(FunctionCallingLLM):
             return self._plan_chat([message], kwargs, "complete")
         if not formatted:
             to_prompt: Any = self.completion_to_prompt  # LlamaIndex's validators leave no None
-            prompt = self._extend_prompt(to_prompt(prompt))
+            parts = [self.system_prompt, to_prompt(prompt)]
+            prompt = "\n\n".join(part for part in parts if part is not None)
+            if self.query_wrapper_prompt:
+                prompt = self.query_wrapper_prompt.format(query_str=prompt)
         fields = options.request_fields(kwargs, self._defaults())
         source = {"prompt": without_marks(prompt)}
         return self._plan(source, fields, kwargs, stage_of_call("complete"), {})

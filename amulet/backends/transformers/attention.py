@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.masks import attention_kind
@@ -113,7 +115,7 @@ def grouped_attention(
     # Without a mask several tokens are causal, which can't be said of grouped ones.
     alike = heads == kv_heads or width > (1 if attention_mask is None else WIDEST)
     if alike or biased:
-        attended, _ = sdpa_attention_forward(
+        attended, _ = _sdpa_before(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return attended, None
@@ -358,7 +360,7 @@ def causal_behind_cached(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     is_asked: bool = model.is_backend_compatible()  # type: ignore[no-untyped-call]
     asked = attention_kind(config) == "sdpa" and is_asked
-    ours = ALL_ATTENTION_FUNCTIONS["sdpa"] is _sdpa  # or whose it was registered as since
+    ours = _registered(AttentionInterface) is _sdpa  # or whose it was registered as since
     return bool(asked and ours and model.device.type == "cpu")
 
 
@@ -383,7 +385,11 @@ def _behind_cached(
     return torch.lerp(new.to(share.dtype), old.to(share.dtype), share).to(query.dtype)
 
 
-_sdpa_before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def _registered(interface: Any) -> Any:
+    return interface()["sdpa"]
+
+
+_sdpa_before = _registered(AttentionInterface)
 AttentionInterface.register("sdpa", _sdpa)
-_sdpa_mask_before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+_sdpa_mask_before = _registered(AttentionMaskInterface)
 AttentionMaskInterface.register("sdpa", _sdpa_mask)

@@ -128,12 +128,12 @@ class CompiledStep:
         """
         if self.broken:
             return None
-        from torch._dynamo import config  # takes half a second
-
+        config: Any = torch.compiler.config
+        # Layers of other kinds, other models' and passes with and without a mask count alike. An
+        # early PyTorch has no such setting.
+        limit = {"recompile_limit": MOST_COMPILED} if hasattr(config, "recompile_limit") else {}
         try:
-            # Layers of other kinds, other models' and passes with and without a mask count alike.
-            # (The limit's old name; both of PyTorch's names for it work in 2.13.)
-            with grouped(), config.patch(cache_size_limit=MOST_COMPILED):
+            with grouped(), config.patch(limit):
                 arguments = ids, positions, targets, keys, values, columns
                 if self._compiled is None:
                     self._compile(arguments)
