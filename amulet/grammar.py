@@ -113,8 +113,12 @@ class Grammar:
         return cls.lark("start: " + " | ".join(json.dumps(option) for option in listed))
 
     @classmethod
-    def either(cls, first: Grammar, second: Grammar) -> Grammar:
+    def either(cls, first: Grammar, second: Grammar, head: str = "") -> Grammar:
         """What one of two grammars permits.
+
+        Args:
+            first, second: the grammars.
+            head: a Lark term for what precedes what the second permits.
 
         Raises:
             MissingPackageError: llguidance is not installed.
@@ -127,7 +131,7 @@ class Grammar:
             {**grammar._part(), "name": name}
             for name, grammar in (("first", first), ("second", second))
         ]
-        start = {"lark_grammar": "start: @first | @second"}
+        start = {"lark_grammar": f"start: @first | {head} @second"}
         return cls("either", json.dumps({"grammars": [start, *named]}))
 
     def _part(self) -> dict[str, Any]:

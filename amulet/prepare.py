@@ -14,6 +14,7 @@ from amulet.decoding.sampling import Sampling
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
 from amulet.output.answer import Answer
+from amulet.output.channels import Channels
 from amulet.output.policy import is_answer_steered
 from amulet.output.sections import Calls, Scanner, Spans, find_thinking
 from amulet.preference import Preference, Steering, guard_of, row_weights
@@ -26,6 +27,7 @@ from amulet.tool_calls import (
     find_dialect,
     forced_grammar,
     functions_of,
+    harmony,
     no_tools_error,
     tool_schemas,
 )
@@ -76,7 +78,8 @@ class Preparer:
         preferences = request.preference if is_answer_steered(request, grammar) else ()
         steering = request.steering(self.steering) if preferences else None
         prompts = self._encode(request, tools, preferences, steering)
-        scanner = self._scanner(request, tools, prompts)
+        forced = grammar is not None and grammar is not request.grammar
+        scanner = self._scanner(request, tools, prompts, forced)
         rows: list[list[int]] = [prompts.base]
         weights: list[float] = []
         if steering is not None:
@@ -147,6 +150,9 @@ class Preparer:
         if not schemas or request.tool_choice == "none":
             return _Tools(messages, [], [])
         template = ChatTemplate(self.tokenizer, schemas, dict(request.template_options))
+        if ".description" in template.source:  # gpt-oss's fails where there is none
+            for schema in schemas:
+                schema["function"] = {"description": "", **schema["function"]}
         knows = _knows_tools(template)
         dialect = find_dialect(template.source) if knows else None
         if dialect is FALLBACK and not _is_read(template, dialect):
@@ -206,7 +212,7 @@ class Preparer:
                     raise RequestError(f"tools: {function.name}: {fault}") from None
             raise
 
-    def _scanner(self, request: Request, tools: _Tools, prompts: Prompts) -> Scanner:
+    def _scanner(self, request: Request, tools: _Tools, prompts: Prompts, forced: bool) -> Scanner:
         if request.prompt is not None:
             return Spans(None)
         if self._has_response_template and request.grammar is None and not tools.is_fallback:
@@ -217,9 +223,20 @@ class Preparer:
             calls = Calls(tools.dialect, names, tuple(tools.functions))
         options = dict(request.template_options)
         source = ChatTemplate(self.tokenizer, tools.schemas or None, options).source
+        if harmony.detect(source) and not tools.is_fallback:
+            return Channels(self._last_message(prompts.base), forced)
         thinking = find_thinking(source)
         opened = thinking is not None and self._is_open(thinking, tools.messages, prompts.base)
         return Spans(thinking, opened, calls)
+
+    def _last_message(self, prompt: list[int]) -> str:
+        """Return the prompt's last message, which the model continues, in Harmony's form."""
+        # By its id: a content may spell the marker, but never has its token.
+        start = self.tokenizer.convert_tokens_to_ids(harmony.START)
+        if start not in prompt:
+            return ""
+        begun = prompt[len(prompt) - prompt[::-1].index(start) :]
+        return str(self.tokenizer.decode(begun, skip_special_tokens=False))
 
     def _is_open(
         self, thinking: tuple[str, str], messages: list[Message], prompt: list[int]

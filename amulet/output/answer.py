@@ -221,13 +221,17 @@ class _Call:
 
 
 def _silent_markers(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> dict[int, str]:
-    """Return the markers that are special tokens, by id; decoding omits them."""
+    """Return the special tokens that markers are made of, by id; decoding omits them."""
     special = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.special or token.content in tokenizer.all_special_tokens
     }
-    return {token_id: text for token_id, text in special.items() if text in markers}
+    return {
+        token_id: text
+        for token_id, text in special.items()
+        if any(text in marker for marker in markers)
+    }
 
 
 def _is_json(text: str) -> bool:

@@ -128,7 +128,7 @@ class Spans:
     def _text(self, out: list[Piece], ended: bool) -> bool:
         if self._at_start and (begun := self._beginning(ended)) is not None:
             return begun
-        found = _first(self._buffer, tuple(self._closes))
+        found = first_marker(self._buffer, tuple(self._closes))
         if found is not None:
             at, opening = found
             self._release("text", self._buffer[:at].rstrip(), out)
@@ -136,7 +136,7 @@ class Spans:
             return True
         keep = len(self._buffer)
         if not ended:
-            keep -= _held(self._buffer, tuple(self._closes))
+            keep -= held_back(self._buffer, tuple(self._closes))
             if self._calls is not None:
                 keep = len(self._buffer[:keep].rstrip())
         # What is cut off inside the next call's marker is no text.
@@ -179,7 +179,7 @@ class Spans:
             self._buffer = self._buffer[at + len(closing) :]
             self.section, self._trim = "text", True
             return True
-        keep = len(self._buffer) - (0 if ended else _held(self._buffer, (closing,)))
+        keep = len(self._buffer) - (0 if ended else held_back(self._buffer, (closing,)))
         keep = len(self._buffer[:keep].rstrip())
         self._release("reasoning", self._buffer[:keep], out)
         self._buffer = self._buffer[keep:]
@@ -189,7 +189,7 @@ class Spans:
         assert self._reader is not None
         at = self._buffer.find(self._close) if self._close else -1
         if at < 0:
-            held = _held(self._buffer, (self._close,)) if self._close and not ended else 0
+            held = held_back(self._buffer, (self._close,)) if self._close and not ended else 0
             self._read(len(self._buffer) - held, out)
             return False
         self._read(at, out)
@@ -234,13 +234,14 @@ class Spans:
         out.append(Piece(kind, text))
 
 
-def _first(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
+def first_marker(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
+    """Return where the first of some markers stands, and which it is."""
     found = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
     return min(found) if found else None
 
 
-def _held(text: str, markers: Sequence[str]) -> int:
-    """The length of the longest suffix with which a marker begins."""
+def held_back(text: str, markers: Sequence[str]) -> int:
+    """Return the length of the longest suffix with which a marker begins."""
     longest = max(map(len, markers), default=0) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(marker.startswith(text[-length:]) for marker in markers):

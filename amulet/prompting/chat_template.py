@@ -37,6 +37,7 @@ THINKING: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),
 )
 
 
@@ -126,7 +127,11 @@ class ChatTemplate:
         return [str(text) for text in texts]
 
     def _listed(self, message: Message) -> Message:
-        content = message.get("content")
+        content, thought = message.get("content"), message.get("reasoning_content")
+        # gpt-oss's template has another name for it, and beside a call no room for both.
+        if thought and ".thinking" in self.source and "thinking" not in message:
+            if not (content and message.get("tool_calls")):
+                message = {**message, "thinking": thought}
         if message["role"] not in self.lists or not isinstance(content, str):
             return message
         return {**message, "content": [{"type": "text", "text": content}]}

@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from amulet.errors import RequestError, TemplateError
 from amulet.grammar import Grammar
-from amulet.tool_calls import gemma, glm, hermes, llama, mistral, pythonic, qwen_coder
+from amulet.tool_calls import gemma, glm, harmony, hermes, llama, mistral, pythonic, qwen_coder
 from amulet.tool_calls.base import Dialect, Function, Schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Specific dialects first, because templates of many kinds mention <tool_call>.
-DIALECTS: tuple[Dialect, ...] = (mistral, gemma, pythonic, llama, qwen_coder, glm, hermes)
+DIALECTS: tuple[Dialect, ...] = (
+    harmony,
+    mistral,
+    gemma,
+    pythonic,
+    llama,
+    qwen_coder,
+    glm,
+    hermes,
+)
 FALLBACK: Dialect = hermes
 
 
@@ -95,7 +104,8 @@ def forced_grammar(
     source = dialect.grammar(functions, parallel, mark, template)
     if answer is None:
         return Grammar.lark(source)
-    return Grammar.either(Grammar.lark(source), answer)
+    head = harmony.answer_head(mark) if dialect is harmony else ""
+    return Grammar.either(Grammar.lark(source), answer, head)
 
 
 def no_tools_error(detail: str) -> TemplateError:

@@ -236,12 +236,12 @@ class Encoder:
         if thinking is not None:
             texts.append(thinking)
         dialect = find_dialect(source) if tools else None
-        if dialect is not None:
+        if dialect is not None and dialect.SPANS:
             texts += dialect.SPANS
         elif tools:
             raise RequestError(
-                "tools: the chat template does not show how the model writes calls, so a "
-                "preference would change the calls; leave out one of the two."
+                "tools: the chat template does not show by which tokens a call begins and ends, so "
+                "a preference would change the calls; leave out one of the two."
             )
         spans = []
         for opening, closing in texts:
@@ -257,8 +257,10 @@ class Encoder:
         return spans, thinking[0] if thinking else ""
 
     def _token(self, text: str) -> int | None:
+        """Return a marker's token: its only one, or an added one that begins it (Gemma 4)."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids[0] if len(ids) == 1 else None
+        is_told = len(ids) == 1 or ids[0] in self._tokenizer.added_tokens_decoder
+        return ids[0] if is_told else None
 
 
 class SteeringRenderer:

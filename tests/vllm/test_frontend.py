@@ -142,6 +142,13 @@ def test_spans_that_a_machine_reads() -> None:
     assert steered.pair is not None  # strength 0 too needs the base row there
     assert steered.pair.spans == [tokenizer.convert_tokens_to_ids(["<think>", "</think>"])]
     assert steered.pair.inside
+    gemma = byte_tokenizer()
+    gemma.add_special_tokens({"additional_special_tokens": ["<|channel>", "<channel|>"]})
+    gemma.chat_template = CHATML + "{# <|channel>thought<channel|> #}"
+    steered = Encoder(gemma, **given).chat(CHAT, {"preference": "a"})
+    assert steered is not None
+    assert steered.pair is not None
+    assert steered.pair.spans == [gemma.convert_tokens_to_ids(["<|channel>", "<channel|>"])]
     plain = byte_tokenizer()
     plain.chat_template = CHATML + "{# <think></think> #}"
     with pytest.raises(RequestError, match="more than one token"):
