@@ -7,7 +7,7 @@ they were computed with. People change those: they load, train, merge and switch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from amulet.errors import ModelError
 
 SAMPLES = 4  # values read of each tensor: what is written through `.data` leaves no other trace
 CHUNK = 512  # numbers of 8 bytes with one checksum
+PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @torch.no_grad()
@@ -43,9 +44,7 @@ def weights_state(model: nn.Module) -> Any:
         tensors = [*own["_parameters"].values(), *buffers]
         if isinstance(module, PackedLayer):
             tensors.append(module.bias)
-        for tensor in tensors:
-            if tensor is None:
-                continue
+        for tensor in (part for tensor in tensors if tensor is not None for part in parts(tensor)):
             if tensor.is_meta:  # Accelerate makes it anew in every pass
                 continue
             found.append(tensor.data_ptr())
@@ -56,8 +55,8 @@ def weights_state(model: nn.Module) -> Any:
                 spread = tensor.as_strided((min(count, SAMPLES),), (max(count // SAMPLES, 1),))
                 samples.setdefault((tensor.device, tensor.dtype), []).append(spread)
         left += [child for child in own["_modules"].values() if child is not None]
-    for parts in samples.values():
-        found.append(torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes())
+    for taken in samples.values():
+        found.append(torch.cat(taken).view(torch.uint8).cpu().numpy().tobytes())
     return found
 
 
@@ -70,13 +69,22 @@ def weights_digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in _named_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if not tensor.is_meta:
-            digest.update(_checksums(tensor.detach()))
+        for part in parts(tensor):
+            if not part.is_meta:
+                digest.update(_checksums(part.detach()))
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
             if is_adapter(module):
                 digest.update(f"{name} {_adapters(module)}\n".encode())
     return digest.hexdigest()
+
+
+def parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the tensors of numbers that a tensor is made of: itself, but for torchao's."""
+    if type(tensor) in PLAIN or not hasattr(tensor, "__tensor_flatten__"):
+        return (tensor,)
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in parts(getattr(tensor, name))]
 
 
 def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

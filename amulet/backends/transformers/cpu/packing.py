@@ -146,4 +146,6 @@ def _can_pack(model: nn.Module) -> bool:
         and bool(_dtypes(model))
         and _dtypes(model) <= set(PACKED_DTYPES)
         and not any(map(is_adapter, model.modules()))
+        # torchao's weights are tensors of their own kinds
+        and all(type(parameter.data) is torch.Tensor for parameter in model.parameters())
     )

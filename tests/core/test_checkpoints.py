@@ -1,0 +1,245 @@
+"""Checkpoints as people have them, saved tiny and loaded by folder: they answer as `generate` does.
+
+Tied and untied heads, vocabularies wider than the tokenizer, several end ids, adapters, offloaded
+and quantised weights. For the libraries that quantise see `docs/models.md`; where one is missing,
+its test is skipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from amulet import Amulet, Grammar, Request
+from amulet.fingerprint import fingerprint
+from tests.core.test_multimodal import PLAIN
+from tests.coverage.check import Reference
+from tests.models import END_OF_TEXT, IM_END, VOCAB_SIZE
+
+CHAT = [{"role": "user", "content": "Which tea is it that they drink in the north?"}]
+SHORT = [{"role": "user", "content": "Tea?"}]
+QUIET = pytest.mark.filterwarnings("ignore")  # of what the libraries call
+
+
+def save(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: Any) -> Path:
+    """Save a random Llama of two layers and the byte tokenizer."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": IM_END,
+        "pad_token_id": END_OF_TEXT,
+    }
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **config}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def check(amulet: Amulet, model: Any) -> list[list[int]]:
+    """Compare plain and steered answers, alone and in a batch, with those of `generate`."""
+    reference = Reference(model)
+    assert not reference.failed
+    requests = [
+        Request(messages=messages, preference=preference, **PLAIN)
+        for messages in (CHAT, SHORT)
+        for preference in (None, "Be brief.")
+    ]
+    alone = [list(amulet.start(request).read().token_ids) for request in requests]
+    for request, ids in zip(requests, alone, strict=True):
+        prompts = [list(ids) for ids in amulet.prepare(request).generation.prompts]
+        assert ids in reference.answers(prompts)
+    together = amulet.batch(requests)
+    assert [list(getattr(reply, "token_ids", ())) for reply in together] == alone
+    assert len({tuple(ids) for ids in alone}) > 1
+    return alone
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pack", [True, False])
+def test_heads_tied_to_the_embedding_and_their_own(
+    tied: bool, pack: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = save(tmp_path, tokenizer, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    check(Amulet.from_pretrained(folder, device="cpu", pack=pack), model)
+
+
+def test_a_head_wider_than_the_tokenizer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = save(tmp_path, tokenizer, tie_word_embeddings=False, vocab_size=384)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    amulet = Amulet.from_pretrained(folder, device="cpu", pack=False)
+    length = len(tokenizer)
+    with torch.no_grad():  # as where training never touched them
+        for head in (model.lm_head, amulet.model.lm_head):
+            head.weight[length:] *= 4.0
+    answers = check(amulet, model)
+    assert max(map(max, answers)) >= length  # `generate` chooses such ids, too; they have no text
+    reply = amulet.start(Request(messages=CHAT, **PLAIN)).read()
+    kept = [token_id for token_id in reply.token_ids if token_id < length]
+    assert reply.text == tokenizer.decode(kept, skip_special_tokens=True)
+    held = amulet.chat(CHAT, grammar=Grammar.regex("[a-z]{8}"))
+    assert max(held.token_ids) < length
+    assert len(held.text) == 8
+
+
+def test_any_of_several_ids_ends_an_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = save(tmp_path, tokenizer)
+    amulet = Amulet.from_pretrained(folder, device="cpu")
+    whole = amulet.start(Request(messages=CHAT, **PLAIN)).read()
+    third = whole.token_ids[3]
+    assert third not in whole.token_ids[:3]
+    GenerationConfig(eos_token_id=[END_OF_TEXT, third]).save_pretrained(folder)
+    amulet = Amulet.from_pretrained(folder, device="cpu")
+    assert amulet.end_ids == {IM_END, END_OF_TEXT, third}
+    reply = amulet.start(Request(messages=CHAT, **PLAIN)).read()
+    assert (reply.finish_reason, reply.token_ids) == ("stop", whole.token_ids[:4])
+
+
+@QUIET
+def test_the_folder_of_an_adapter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    import peft
+
+    base = save(tmp_path / "base", tokenizer)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    amulet = Amulet.from_pretrained(tmp_path / "adapter", device="cpu")
+    answers = check(amulet, adapted.eval().base_model.model)
+    assert answers != check(Amulet(plain, tokenizer), plain)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_layers(place: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
+    placed: dict[str, str] = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": place,
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": place,
+    }
+    amulet = Amulet.from_pretrained(
+        folder, device_map=placed, offload_folder=str(tmp_path / "offload")
+    )
+    elsewhere = {name for name, tensor in amulet.model.named_parameters() if tensor.is_meta}
+    assert bool(elsewhere) is (place == "disk")
+    check(amulet, AutoModelForCausalLM.from_pretrained(folder))
+
+
+# ---- quantised checkpoints ----
+
+
+@QUIET
+@pytest.mark.parametrize("saved", [True, False])
+def test_torchao(saved: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    folder = save(tmp_path / "dense", tokenizer)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    options: dict[str, Any] = {"quantization_config": config, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if saved:
+        folder = tmp_path / "quantised"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        options = {"device": "cpu", "dtype": torch.float32}
+    amulet = Amulet.from_pretrained(folder, **options)
+    kinds = {type(parameter.data) for parameter in amulet.model.parameters()}
+    assert kinds != {torch.Tensor}
+    check(amulet, model)
+    known = fingerprint(amulet)
+    layer = amulet.model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.dequantize() * 2, requires_grad=False)
+    assert fingerprint(amulet) != known
+
+
+@QUIET
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("saved", [True, False])
+def test_bitsandbytes(
+    bits: int, saved: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    folder = save(tmp_path / "dense", tokenizer)
+    # A threshold splits columns off by the values of all rows: one row's tokens may be another's.
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_threshold=0.0
+    )
+    options: dict[str, Any] = {
+        "quantization_config": config,
+        "dtype": torch.float32,
+        "device_map": {"": "cpu"},
+    }
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if saved:
+        folder = tmp_path / "quantised"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        options = {"device": "cpu", "dtype": torch.float32}
+    amulet = Amulet.from_pretrained(folder, **options)
+    check(amulet, model)
+
+
+@QUIET
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors(bits: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = AutoModelForCausalLM.from_pretrained(save(tmp_path / "dense", tokenizer))
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="channel")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    config = QuantizationConfig(
+        config_groups={"all": scheme}, ignore=["lm_head"], format="pack-quantized"
+    )
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            least, most = module.weight.aminmax(dim=1, keepdim=True)
+            module.weight_scale.data.copy_(calculate_qparams(least, most, weights)[0])
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    folder = tmp_path / "quantised"
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    tokenizer.save_pretrained(folder)
+    amulet = Amulet.from_pretrained(folder, device="cpu", dtype="float32")
+    assert {parameter.dtype for parameter in amulet.model.parameters()} >= {torch.int32}
+    check(amulet, AutoModelForCausalLM.from_pretrained(folder))
