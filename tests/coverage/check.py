@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from transformers import LogitsProcessor
+from transformers.cache_utils import Cache
 
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.backends.transformers.general import backend_of
+from amulet.backends.transformers.general import CACHES, backend_of
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from amulet.errors import ModelError
@@ -22,6 +24,12 @@ TOKENS, STRENGTH = 14, 2.0
 CHUNK = 24  # ids in one pass of a prefill: prompts take several
 DRAWS = ((0, 1.6), (1, 2.5), (2, 4.0))  # seed and gain: a model that repeats itself tells little
 VARIETY = 6
+CACHED = {  # what a layer of a cache holds
+    "DynamicLayer": "full attention",
+    "DynamicSlidingWindowLayer": "sliding attention",
+    "LinearAttentionLayer": "recurrent",
+    "LinearAttentionAndFullAttentionLayer": "hybrid",
+}
 
 _numbers = random.Random(7)
 
@@ -59,7 +67,7 @@ def examine(entry: Entry) -> Result:
         model = _varied(entry)
     except Exception as error:
         return Result(entry.label, "no reference", note=f"can't be built: {_said(error)}")
-    kinds = ", ".join(_kinds(model.config))
+    kinds = ", ".join(_kinds(model))
     try:
         backend_of(model)
     except ModelError as error:
@@ -101,10 +109,21 @@ def _varied(entry: Entry) -> Any:
     return best
 
 
-def _kinds(config: Any) -> list[str]:
-    text = config.get_text_config()
+def _kinds(model: Any) -> list[str]:
+    """Return the kinds of layers that the config names, or else those of the model's cache."""
+    text = model.config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    return sorted(set(kinds or ()))
+    if not kinds:
+        try:
+            with torch.no_grad():
+                out = model(input_ids=torch.tensor([SHORT]), use_cache=True, return_dict=True)
+        except Exception:  # it will be found below, by its own name
+            return []
+        cache = next((out[name] for name in CACHES if out.get(name) is not None), None)
+        if not isinstance(cache, Cache):
+            return ["no cache" if cache is None else "a cache of its own"]
+        kinds = [CACHED.get(type(layer).__name__, "other") for layer in cache.layers]
+    return sorted({kind.replace("_", " ") for kind in kinds})
 
 
 def _said(error: Exception) -> str:
@@ -133,6 +152,47 @@ def generate(model: Any, prompts: list[list[int]]) -> list[int]:
     return answer
 
 
+class _Told(LogitsProcessor):  # type: ignore[misc]
+    """Has `generate` write given ids."""
+
+    def __init__(self, start: int, ids: list[int]) -> None:
+        self._start, self._ids = start, ids
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        place = ids.shape[1] - self._start
+        if place >= len(self._ids):
+            return scores
+        told = torch.full_like(scores, -torch.inf)
+        told[:, self._ids[place]] = 0
+        return told
+
+
+def told(model: Any, prompts: list[list[int]]) -> list[int]:
+    """Return the same, each row by a `generate` of its own that is told the answer so far."""
+    answer: list[int] = []
+    while len(answer) < TOKENS and END not in answer:
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            with torch.no_grad():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=len(answer) + 1,
+                    do_sample=False,
+                    logits_processor=[_Told(len(prompt), answer)],
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            rows.append(out.logits[-1][0].double().log_softmax(-1))
+        answer.append(_guided(rows))
+    return answer
+
+
+def _guided(rows: list[torch.Tensor]) -> int:
+    return int((rows[-1] + (1 + STRENGTH) * (rows[0] - rows[-1])).argmax())
+
+
 def whole_passes(model: Any, prompts: list[list[int]], positions: bool = False) -> list[int]:
     """Return the same by passes of all ids, without a cache."""
     options: dict[str, Any] = {"logits_to_keep": 1}
@@ -148,8 +208,7 @@ def whole_passes(model: Any, prompts: list[list[int]], positions: bool = False) 
             with torch.no_grad():
                 out = model(input_ids=ids, use_cache=False, **options)
             rows.append(out.logits[0, -1].double().log_softmax(-1))
-        mixed = rows[-1] + (1 + STRENGTH) * (rows[0] - rows[-1])
-        answer.append(int(mixed.argmax()))
+        answer.append(_guided(rows))
     return answer
 
 
@@ -169,11 +228,12 @@ class Reference:
     def answers(self, prompts: list[list[int]], all_ways: bool = False) -> list[list[int]]:
         """Return the answer to a prompt, or to a preferred and a base one, by each way.
 
-        Guidance drops the cache of some models (Mamba), leaves the positions to the model where
-        `generate` doesn't (RoBERTa), or fails: passes without a cache then tell what is right.
+        Guidance drops the cache of some models (Mamba), hands others too few ids (CPM-Ant), leaves
+        the positions to the model where `generate` doesn't (RoBERTa), or fails: a `generate` of
+        each row then tells what is right, or passes without a cache.
         """
         known = self._known.setdefault(repr((prompts, all_ways)), [])
-        for way in (generate, whole_passes, partial(whole_passes, positions=True)):
+        for way in (generate, told, whole_passes, partial(whole_passes, positions=True)):
             if known and not all_ways:
                 break
             try:

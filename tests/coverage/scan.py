@@ -2,12 +2,16 @@
 
 python -m tests.coverage.scan            all of them
 python -m tests.coverage.scan llama ...  some, without writing
+python -m tests.coverage.scan --keep results.json --most 40
+                                         the next forty that the file doesn't hold yet
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -29,13 +33,20 @@ HEAD = """# Model types
 Written by `make coverage` with Transformers {version}: {count} model types and variants, each as
 a tiny model with random weights in float64 (float32 where it can't be). What is decoded on a CPU is
 compared token by token with Transformers' `generate`: a plain answer, a steered one (with its
-guidance), four answers of unlike lengths in one batch, and a conversation's second turn over what
-was kept of the first. Two ways of decoding: [in rows, and row after row](models.md#which-models).
+guidance, or a `generate` for each row where that fails), four answers of unlike lengths in one
+batch, and a conversation's second turn over what was kept of the first. There are two ways of
+decoding: [in rows, and row after row](models.md#which-models).
 
 {summary}
 
 | model type | tokens | decoded | kinds of layers |
 |---|---|---|---|
+"""
+NOT_COMPARED = """
+## Not compared
+
+Transformers can't build these tiny models, or its `generate` fails with them:
+
 """
 VERDICTS = {
     "exact": "the same",
@@ -79,31 +90,49 @@ def page(results: list[Result]) -> str:
         f"they don't write token by token: {counts['refused']}. Not compared, since Transformers "
         f"can't decode the tiny model: {counts['no reference']}."
     )
+    results = sorted(results, key=lambda result: result.label)
     lines = [
-        f"| {r.label} | {VERDICTS[r.verdict]} | {r.way} | {r.kinds.replace('_', ' ')} |"
+        f"| {r.label} | {VERDICTS[r.verdict]} | {r.way} | {r.kinds} |"
         for r in results
+        if r.verdict != "no reference"
     ]
+    left = [f"- {r.label}: `{_quotable(r.note)}`" for r in results if r.verdict == "no reference"]
     version = transformers.__version__
     head = HEAD.format(version=version, count=len(results), summary=summary)
-    return head + "\n".join(lines) + "\n"
+    return head + "\n".join(lines) + ("\n" + NOT_COMPARED + "\n".join(left) if left else "") + "\n"
+
+
+def _quotable(error: str) -> str:
+    """Return an error's beginning, without what is another one in another run."""
+    return re.sub(r"0x[0-9a-f]+|/\S*/", "…", error.replace("`", "'"))[:160].strip()
 
 
 def main() -> None:
     """Examine all model types, or those named."""
+    parser = argparse.ArgumentParser(prog="python -m tests.coverage.scan")
+    parser.add_argument("labels", nargs="*", help="model types; without them, all")
+    parser.add_argument("--keep", type=Path, help="file of results, which are not found again")
+    parser.add_argument("--most", type=int, help="how many to examine")
+    given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    wanted = sys.argv[1:]
-    results, begun = [], time.monotonic()
-    for entry in entries():
-        if wanted and entry.label not in wanted:
-            continue
-        result = guarded(entry)
-        results.append(result)
+    known: dict[str, Result] = {}
+    if given.keep and given.keep.is_file():
+        known = {one[0]: Result(*one) for one in json.loads(given.keep.read_text())}
+    labels = [entry.label for entry in entries()]
+    begun = time.monotonic()
+    asked = [e for e in entries() if (e.label in given.labels or not given.labels)]
+    asked = [e for e in asked if given.labels or e.label not in known][: given.most]
+    for entry in asked:
+        result = known[entry.label] = guarded(entry)
         print(f"{result.label:36} {result.verdict:13} {result.way:14} {result.note}", flush=True)
+        if given.keep:
+            given.keep.write_text(json.dumps(list(known.values())))
+    results = [known[label] for label in labels if label in known]
     counts = Counter(result.verdict for result in results)
     print(dict(counts), f"{len(results)} in all, {time.monotonic() - begun:.0f} s")
-    if not wanted:
+    if len(results) == len(labels):
         PAGE.write_text(page(results), encoding="utf-8")
         print(PAGE)
     if counts["wrong"] or counts["fails"]:

@@ -255,6 +255,7 @@ OVER: dict[str, dict[str, Any]] = {
         ),
         **sub("audio_config", {"adapter_input_size": 64, "adapter_out_dim": H}),
     },
+    "gemma3n": sub("text_config", G3N),
     "gemma3n_text": G3N,
     "gemma4_text": G4,
     "gemma4": sub("text_config", G4),
@@ -279,6 +280,10 @@ OVER: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": QSA,
     "qwen4_exp": sub("text_config", QSA),
     # The default of their class is for heads of 128.
+    "glm4v": sub("text_config", MROPE),
+    "glm4v_moe": sub("text_config", MROPE),
+    "glm_ocr": sub("text_config", MROPE),
+    "prophetnet": {"max_position_embeddings": 128},
     "qwen2_vl": sub("text_config", MROPE),
     "qwen2_5_vl": sub("text_config", MROPE),
     "reformer": {
@@ -297,6 +302,8 @@ OVER: dict[str, dict[str, Any]] = {
         "layers_block_type": "DROP",
         "layer_types": "DROP",
     },
+    "longcat_flash": {"head_dim": 16, "zero_expert_num": 2},
+    "zamba": {"attention_hidden_size": 2 * H, "head_dim": 64},
     "laguna": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "mellum": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "glm5_next": {

@@ -61,7 +61,9 @@ CARRYING = {
     "qwen3_5_text",
     "qwen3_next",
 }
-BIDIRECTIONAL = {"cpmant"}  # model types whose prompt attends to all of itself
+# Model types whose prompt is another one in parts: CPM-Ant's ids attend to later ones, Moshi's window
+# begins behind the prompt, and ProphetNet takes one id at a time behind its cache.
+AT_ONCE = {"cpmant", "moshi", "prophetnet"}
 
 
 @dataclass
@@ -105,10 +107,9 @@ class GeneralBackend(ModelBackend):
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
         self._rows: dict[int, Row] = {}
-        # A prompt passes at once where its ids attend to later ones; and what one rotary embedding
-        # computed is of no use where another one has begun.
+        # What one rotary embedding computed is of no use where another one has begun.
         self._type = model.config.get_text_config().model_type
-        self._at_once = bool(switches_rope(model)) or self._type in BIDIRECTIONAL
+        self._at_once = bool(switches_rope(model)) or self._type in AT_ONCE
         expected = expected_cache(model)
         if not self._goes_on(expected):
             self.chunk = self.worth_sharing = WHOLE

@@ -62,6 +62,8 @@ def _not_by_row(model: PreTrainedModel) -> str | None:
         return "its local layers count their window from the longest row's end"
     if hasattr(text, "keep_window_size"):
         return "its attention makes masks of its own"
+    if text.model_type == "moshi":
+        return "its window begins behind the prompt"
     if most := switches_rope(model):
         return (
             f"its rotary embedding (longrope) is another one beyond {most} positions, for the "
