@@ -120,6 +120,7 @@ def _kinds(model: Any) -> list[str]:
         except Exception:  # it will be found below, by its own name
             return []
         cache = next((out[name] for name in CACHES if out.get(name) is not None), None)
+        cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's one
         if not isinstance(cache, Cache):
             return ["no cache" if cache is None else "a cache of its own"]
         kinds = [CACHED.get(type(layer).__name__, "other") for layer in cache.layers]
