@@ -129,9 +129,9 @@ class ChatTemplate:
     def _listed(self, message: Message) -> Message:
         content, thought = message.get("content"), message.get("reasoning_content")
         # gpt-oss's template has another name for it, and beside a call no room for both.
-        if thought and ".thinking" in self.source and "thinking" not in message:
-            if not (content and message.get("tool_calls")):
-                message = {**message, "thinking": thought}
+        named = ".thinking" in self.source and "thinking" not in message
+        if thought and named and not (content and message.get("tool_calls")):
+            message = {**message, "thinking": thought}
         if message["role"] not in self.lists or not isinstance(content, str):
             return message
         return {**message, "content": [{"type": "text", "text": content}]}

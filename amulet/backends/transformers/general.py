@@ -61,7 +61,7 @@ CARRYING = {
     "qwen3_5_text",
     "qwen3_next",
 }
-# Model types whose prompt is another one in parts: CPM-Ant's ids attend to later ones, Moshi's window
+# Model types whose prompt must be one pass: CPM-Ant's ids attend to later ones, Moshi's window
 # begins behind the prompt, and ProphetNet takes one id at a time behind its cache.
 AT_ONCE = {"cpmant", "moshi", "prophetnet"}
 

@@ -44,7 +44,7 @@ def weights_state(model: nn.Module) -> Any:
         tensors = [*own["_parameters"].values(), *buffers]
         if isinstance(module, PackedLayer):
             tensors.append(module.bias)
-        for tensor in (part for tensor in tensors if tensor is not None for part in parts(tensor)):
+        for tensor in (part for each in tensors if each is not None for part in parts(each)):
             if tensor.is_meta:  # Accelerate makes it anew in every pass
                 continue
             found.append(tensor.data_ptr())
