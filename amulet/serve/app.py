@@ -1,4 +1,4 @@
-"""The routes: chat and text completions, models, tokens, stored preferences, health, metrics."""
+"""The routes: completions, responses, models, tokens, stored preferences, health, metrics."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from amulet.serve.guard import Guard, answer, check_origins, not_ready
 from amulet.serve.limits import Limits
 from amulet.serve.metrics import CONTENT_TYPE
 from amulet.serve.replies import Writer
+from amulet.serve.responses import ResponseBody, ResponseWriter, as_response_error
 from amulet.serve.schema import (
     ChatBody,
     CompletionBody,
@@ -45,7 +46,7 @@ _JSON = re.compile(r"application/([\w.-]+\+)?json", re.IGNORECASE)
 User = Annotated[str, InPath(min_length=1, max_length=256)]
 SLOW_READER = 60.0  # seconds that a client has to read the rest, beyond the request's time limit
 PING = 10.0  # seconds of silence after which a stream sends a comment
-PATHS = ("/chat/completions", "/completions", "/models")  # below /v1
+PATHS = ("/chat/completions", "/completions", "/models", "/responses")  # below /v1
 
 
 def create_app(
@@ -159,17 +160,18 @@ async def _reported(
 
 
 def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumbs: bool) -> None:
-    async def run(body: ChatBody | CompletionBody, http: HttpRequest) -> Response:
+    async def run(
+        body: ChatBody | CompletionBody, http: HttpRequest, asked: ResponseBody | None = None
+    ) -> Response:
         _check_model(service, body.model)
         fields = list(type(body).model_fields)
         stored = await _stored(store, body.user)
         try:
             requests = body.requests(service.limits, service.amulet.window, stored)
             job = await service.start(requests, http, GRACE if body.stream else None)
-            writer = _writer(service, body, requests)
+            writer = _writer(service, body, requests, asked)
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                return EventStream(_chunks(job, writer, usage, fields), job, service.limits.seconds)
+                return EventStream(_chunks(job, writer, fields), job, service.limits.seconds)
             try:
                 return JSONResponse(writer.whole(await job.read(http, writer.take)))
             finally:
@@ -188,6 +190,14 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Continue a text, without a chat template."""
         return await run(body, http)
+
+    @app.post("/v1/responses", responses=RESPONSES)
+    async def responses(body: ResponseBody, http: HttpRequest) -> Response:
+        """Answer a chat, by OpenAI's Responses API; nothing is stored."""
+        try:
+            return await run(body.chat(), http, body)
+        except ApiError as error:
+            raise as_response_error(error) from None
 
     @app.get("/v1/models", responses=RESPONSES)
     async def models() -> dict[str, Any]:
@@ -299,8 +309,8 @@ def _no_route(http: HttpRequest) -> str:
     if found is not None:
         wrong = {0: "lacks /v1", 1: "has another path"}.get(path.count("/v1"), "has /v1 twice")
         hint = f"The client's base URL {wrong}: set it to {http.base_url}v1."
-    elif path.endswith("/responses"):
-        hint = "The Responses API is not available: set the client to use /v1/chat/completions."
+    elif path.startswith("/v1/responses/"):
+        hint = "This server stores no responses: POST /v1/responses with the whole conversation."
     return f"There is no route {path!r:.200}. {hint}"
 
 
@@ -322,47 +332,56 @@ class EventStream(StreamingResponse):
 
 
 async def _chunks(
-    job: ServedRequest, writer: Writer, usage: bool, fields: list[str]
+    job: ServedRequest, writer: Writer | ResponseWriter, fields: list[str]
 ) -> AsyncIterator[str]:
-    begun: set[int] = set()
     try:
+        for chunk in writer.begin():
+            yield _sse(chunk)
         async for item in job.events(PING):
             if item is None:
                 yield ": the answer is not finished\n\n"  # a comment, which clients skip
                 continue
             index, event = item
-            if index not in begun and writer.kind == "chat":
-                begun.add(index)
-                yield _sse(writer.first(index))
             if event is None:
-                yield _sse(writer.last(index, job.reply(index)))
+                chunks = writer.last(index, job.reply(index))
             else:
-                yield _sse(writer.event(index, event))
-        if usage:
-            yield _sse(writer.usage_chunk(job.usages))
-        yield "data: [DONE]\n\n"
+                chunks = writer.event(index, event)
+            for chunk in chunks:
+                yield _sse(chunk)
+        for chunk in writer.end(job.usages):
+            yield _sse(chunk)
+        yield writer.done
     except AmuletError as error:
-        yield _sse(from_amulet(error, fields).body)
+        yield _sse(writer.failed(from_amulet(error, fields)))
     except ApiError as error:
-        yield _sse(error.body)
+        yield _sse(writer.failed(error))
 
 
 def _sse(content: dict[str, Any]) -> str:
     # In ASCII, because some clients take U+2028 and other Unicode line ends for the end of a line.
-    return f"data: {json.dumps(content)}\n\n"
+    name = f"event: {content['type']}\n" if "type" in content else ""
+    return f"{name}data: {json.dumps(content)}\n\n"
 
 
 def _writer(
-    service: Service, body: ChatBody | CompletionBody, requests: Sequence[Request]
-) -> Writer:
+    service: Service,
+    body: ChatBody | CompletionBody,
+    requests: Sequence[Request],
+    asked: ResponseBody | None,
+) -> Writer | ResponseWriter:
+    model = body.model or service.names[0]
+    if asked is not None:
+        tokenizer = service.amulet.tokenizer
+        return ResponseWriter(asked, model, service.fingerprint, service.raw, tokenizer)
     is_chat = isinstance(body, ChatBody)
     return Writer(
         kind="chat" if is_chat else "completion",
-        model=body.model or service.names[0],
+        model=model,
         prompts=len(requests) // (body.n or 1),
         logprobs=bool(body.logprobs) if is_chat else body.logprobs is not None,
         trace=body.trace,
         details=body.return_details,
+        usage_last=bool(body.stream_options and body.stream_options.include_usage),
         raw=service.raw,
         fingerprint=service.fingerprint,
     )

@@ -6,11 +6,12 @@ import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from amulet.reply import Event, InvalidToolCall, Reply, TokenTrace, Usage
+from amulet.serve.errors import ApiError
 from amulet.serve.logprobs import Content, TokenBytes, Written, readable
 
 UNLIKELY = -9999.0  # OpenAI's value for an impossible token; JSON has no -inf
@@ -25,8 +26,14 @@ class Writer:
         model: the served model's name.
         prompts: how many prompts the request had; usage counts each once, whatever `n` is.
         logprobs, trace, details: requested in addition to the text.
+        usage_last: end a stream with a chunk with the usage.
         raw: the bytes of the tokenizer's tokens.
+
+    Attributes:
+        done: the end of a stream, after its last chunk.
     """
+
+    done: ClassVar[str] = "data: [DONE]\n\n"
 
     kind: Literal["chat", "completion"]
     model: str
@@ -34,6 +41,7 @@ class Writer:
     logprobs: bool
     trace: bool
     details: bool
+    usage_last: bool
     raw: TokenBytes
     fingerprint: str
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -43,6 +51,7 @@ class Writer:
         # By choice: the finder of its content's tokens, and the tokens found.
         self._contents: dict[int, Content] = defaultdict(lambda: Content(self.raw))
         self._written: dict[int, list[Written]] = defaultdict(list)
+        self._begun: set[int] = set()
 
     def take(self, index: int, event: Event) -> None:
         """Record an event of an answer that `whole` will return."""
@@ -64,19 +73,48 @@ class Writer:
                 choice["logprobs"] = self._logprobs(written)
             choice["finish_reason"] = _reason(reply)
             if self.trace:
-                choice["trace"] = [_trace(token) for token in reply.trace or ()]
+                choice["trace"] = [traced(token) for token in reply.trace or ()]
             if self.details:
-                choice["details"] = _details(reply)
+                choice["details"] = details(reply)
             choices.append(choice)
         usages = [reply.usage for reply in replies]
         return {**self._head(""), "choices": choices, "usage": self.usage(usages)}
 
-    def first(self, index: int) -> dict[str, Any]:
-        """Return a choice's first chunk, with its role."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """Yield the chunks before the first event; there are none."""
+        yield from ()
 
-    def event(self, index: int, event: Event) -> dict[str, Any]:
-        """Return the chunk of an event."""
+    def event(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of an event."""
+        yield from self._first(index)
+        yield self._event(index, event)
+
+    def last(self, index: int, reply: Reply) -> Iterator[dict[str, Any]]:
+        """Yield a choice's last chunk, with its finish reason."""
+        yield from self._first(index)
+        chunk = self._chunk(index, {} if self.kind == "chat" else "")
+        if self.logprobs and (left := self._contents[index].end()):
+            chunk["choices"][0]["logprobs"] = self._logprobs(left)
+        chunk["choices"][0]["finish_reason"] = _reason(reply)
+        if self.details:
+            chunk["choices"][0]["details"] = details(reply)
+        yield chunk
+
+    def end(self, usages: Sequence[Usage]) -> Iterator[dict[str, Any]]:
+        """Yield the chunk with the usage of all choices, if it was requested."""
+        if self.usage_last:
+            yield {**self._head(".chunk"), "choices": [], "usage": self.usage(usages)}
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """Return the chunk that ends a stream with an error."""
+        return error.body
+
+    def _first(self, index: int) -> Iterator[dict[str, Any]]:
+        if self.kind == "chat" and index not in self._begun:
+            self._begun.add(index)
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def _event(self, index: int, event: Event) -> dict[str, Any]:
         if self.kind == "completion":
             return self._chunk(index, event.text, event)
         if event.kind == "text":
@@ -94,20 +132,6 @@ class Writer:
                 function["name"] = event.name or ""
             delta = {"tool_calls": [call]}
         return self._chunk(index, delta, event)
-
-    def last(self, index: int, reply: Reply) -> dict[str, Any]:
-        """Return a choice's last chunk, with its finish reason."""
-        chunk = self._chunk(index, {} if self.kind == "chat" else "")
-        if self.logprobs and (left := self._contents[index].end()):
-            chunk["choices"][0]["logprobs"] = self._logprobs(left)
-        chunk["choices"][0]["finish_reason"] = _reason(reply)
-        if self.details:
-            chunk["choices"][0]["details"] = _details(reply)
-        return chunk
-
-    def usage_chunk(self, usages: Sequence[Usage]) -> dict[str, Any]:
-        """Return the chunk with the usage of all choices."""
-        return {**self._head(".chunk"), "choices": [], "usage": self.usage(usages)}
 
     def usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
         """Return the usage of all choices."""
@@ -143,22 +167,13 @@ class Writer:
             "finish_reason": None,
         }
         if self.trace:
-            choice["trace"] = [_trace(token) for token in event.tokens] if event else []
+            choice["trace"] = [traced(token) for token in event.tokens] if event else []
         return {**self._head(".chunk"), "choices": [choice]}
 
     def _logprobs(self, written: Sequence[Written]) -> dict[str, Any]:
         if self.kind == "chat":
             return {
-                "content": [
-                    {
-                        **_likely(one.raw, one.token.steered),
-                        "top_logprobs": [
-                            _likely(self.raw.named(id_), logprob)
-                            for id_, _, logprob in one.token.top
-                        ],
-                    }
-                    for one in written
-                ],
+                "content": likely_tokens(written, self.raw),
                 "refusal": None,
             }
         return {
@@ -200,7 +215,8 @@ def _reason(reply: Reply) -> str:
     return "length" if reply.finish_reason == "cancelled" else reply.finish_reason
 
 
-def _details(reply: Reply) -> dict[str, Any]:
+def details(reply: Reply) -> dict[str, Any]:
+    """Return the fields of `return_details`."""
     return {
         "token_ids": list(reply.token_ids),
         "finish_reason": reply.finish_reason,
@@ -210,7 +226,7 @@ def _details(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _trace(token: TokenTrace) -> dict[str, Any]:
+def traced(token: TokenTrace) -> dict[str, Any]:
     """Return a trace as JSON, with null for −inf."""
     figures = {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
@@ -226,6 +242,17 @@ def _or_none(logprob: float) -> float | None:
 
 def _finite(logprob: float) -> float:
     return max(logprob, UNLIKELY) if not math.isnan(logprob) else UNLIKELY
+
+
+def likely_tokens(written: Sequence[Written], raw: TokenBytes) -> list[dict[str, Any]]:
+    """Return tokens of an answer with their log-probabilities, as chats and responses have them."""
+    return [
+        {
+            **_likely(one.raw, one.token.steered),
+            "top_logprobs": [_likely(raw.named(id_), p) for id_, _, p in one.token.top],
+        }
+        for one in written
+    ]
 
 
 def _likely(raw: bytes, logprob: float) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -88,18 +89,18 @@ class GrammarBody(BaseModel):
     source: str
 
 
-class Body(Settings):
-    """The fields that chat and text completions share."""
+class Options(Settings):
+    """The fields that chats, text completions and responses share."""
+
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     model: str | None = Field(default=None, description="The served model; optional.")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: MaxTokens = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0.0, le=1.0, description="0 is greedy.")] | None = None
     stop: str | Annotated[list[str], Field(max_length=64)] | None = None
     seed: Annotated[int, Field(description="Any integer.")] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
     trace: bool = Field(default=False, description="Return, for each token, why it was chosen.")
     top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 and -1 are off.")] | None = None
@@ -109,9 +110,6 @@ class Body(Settings):
     steer_grammar: bool = False
     return_details: bool = Field(default=False, description="Return token ids, steering and more.")
 
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     metadata: Unused = None
     store: Unused = None
     service_tier: Unused = None
@@ -120,8 +118,8 @@ class Body(Settings):
     prompt_cache_retention: Unused = None
 
     @model_validator(mode="after")
-    def _only_what_is_done(self) -> Body:
-        for name, instead in REFUSED.items():
+    def _only_what_is_done(self) -> Options:
+        for name, instead in self.refused.items():
             if getattr(self, name, None):
                 raise ValueError(f"{name}: not supported; {instead}")
         if set(getattr(self, "modalities", None) or ()) - {"text"}:
@@ -129,6 +127,17 @@ class Body(Settings):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: requires stream=true")
         return self
+
+
+class Body(Options):
+    """The fields that chat and text completions share."""
+
+    max_tokens: MaxTokens = None
+    n: Annotated[int, Field(ge=1)] | None = None
+
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
 
     def _sampling(
         self, limits: Limits, max_tokens: int, window: int | None, stored: dict[str, Any]

@@ -43,7 +43,7 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     list(
         zip(
             [*SNIPPETS, *CLIENTS],
-            ["A hole.", "Arr.", "A hole.", "Dark.", "A hole."],
+            ["A hole.", "Arr.", "A hole.", "Dark.", "A hole.", "A hole."],
             strict=True,
         )
     ),
@@ -52,6 +52,7 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
         "langchain",
         "llama_index",
         "connect",
+        "responses",
         "README",
     ],
 )

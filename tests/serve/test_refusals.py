@@ -124,7 +124,7 @@ async def test_codes_that_programs_read(tiny: Amulet) -> None:
             "another path: set it to http://test/v1.",
         ),
         ("POST", "//v1/chat/completions", "another path: set it to http://test/v1."),
-        ("POST", "/v1/responses", "set the client to use /v1/chat/completions"),
+        ("POST", "/responses", "base URL lacks /v1: set it to http://test/v1."),
         ("GET", "/nothing", "There is no route '/nothing'. /openapi.json lists the routes."),
     ],
 )
