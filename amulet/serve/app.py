@@ -24,6 +24,7 @@ from amulet import __version__
 from amulet.errors import AmuletError, RequestError
 from amulet.model import Amulet
 from amulet.request import Request
+from amulet.serve.embeddings import add_embeddings
 from amulet.serve.errors import RESPONSES, ApiError, from_amulet, from_validation
 from amulet.serve.guard import Guard, answer, check_origins, not_ready
 from amulet.serve.limits import Limits
@@ -46,7 +47,7 @@ _JSON = re.compile(r"application/([\w.-]+\+)?json", re.IGNORECASE)
 User = Annotated[str, InPath(min_length=1, max_length=256)]
 SLOW_READER = 60.0  # seconds that a client has to read the rest, beyond the request's time limit
 PING = 10.0  # seconds of silence after which a stream sends a comment
-PATHS = ("/chat/completions", "/completions", "/models", "/responses")  # below /v1
+PATHS = ("/chat/completions", "/completions", "/models", "/responses", "/embeddings")  # below /v1
 
 
 def create_app(
@@ -125,6 +126,7 @@ def create_app(
     )
     app.state.service = service
     _add_routes(app, service, store, keeps_thumbs=thumb_store is not None)
+    add_embeddings(app, service.limits)
     if store is not None:
         _add_store(app, service.limits, store)
     if thumb_store is not None:
