@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from amulet.decoding.generation import Generation
 from amulet.grammar import Matcher
 from amulet.output.detokenizer import (
+    Detokenizer,
     StopStrings,
-    TextStream,
     special_letters,
     without_letters,
 )
@@ -68,7 +68,7 @@ class Answer:
         self.tool_calls: list[ToolCall] = []
         self.invalid_tool_calls: list[InvalidToolCall] = []
         self.finished = False
-        self._detokenizer = TextStream(tokenizer, context=context)
+        self._detokenizer = Detokenizer(tokenizer, context=context)
         self._silent = _silent_markers(tokenizer, scanner.markers)
         letters = special_letters(tokenizer, stop)
         self._letters = {token_id: letter for token_id, (_, letter) in letters.items()}

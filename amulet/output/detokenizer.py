@@ -23,66 +23,6 @@ A character has at most four bytes, hence at most four tokens.
 """
 
 
-class TextStream:
-    """The text of one answer, token by token.
-
-    Pieces concatenate to `tokenizer.decode(all_ids)`, without clean-up of spaces, cut at the first
-    stop string: the one that is complete first; of two that are complete at the same character,
-    the one that starts earlier. What is released therefore depends on the text alone and never on
-    where the tokens split it. Held back is a character whose bytes are not all there, and a tail
-    that may turn out to be a stop string. One push decodes a few ids, however long the answer is.
-
-    One difference, in the reader's favour: a `byte_fallback` tokenizer decodes a run of byte tokens
-    that breaks off inside a character to nothing but U+FFFD; here the whole characters stay.
-
-    Args:
-        tokenizer: any Transformers tokenizer.
-        stop: strings that end the answer, not empty; they may lie across token edges.
-        skip_special_tokens: give special tokens no text, which is what a reader wants.
-        context: ids that the answer goes on from: some tokenizers drop a text's first space.
-
-    Attributes:
-        text: all that was released so far.
-        stop_string: the stop string that ended the answer; from then on nothing is released.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop: Sequence[str] = (),
-        skip_special_tokens: bool = True,
-        context: Sequence[int] = (),
-    ) -> None:
-        self.text = ""
-        self._detokenizer = _Detokenizer(tokenizer, skip_special_tokens, context)
-        letters = special_letters(tokenizer, stop) if skip_special_tokens else {}
-        self._letters = {token_id: letter for token_id, (_, letter) in letters.items()}
-        self._stops = StopStrings(stop, dict(letters.values()))
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that ended the answer, if one did."""
-        return self._stops.found
-
-    def push(self, token_id: int) -> str:
-        """Take the next token; return the text that can be released now, "" while held back."""
-        if self._stops.found is not None:
-            return ""
-        letter = self._letters.get(token_id)
-        text = self._detokenizer.finish() + letter if letter else self._detokenizer.push(token_id)
-        return self._release(self._stops.push(text))
-
-    def finish(self) -> str:
-        """Return what was held back, once decoding has ended; "" after a stop string."""
-        if self._stops.found is not None:
-            return ""
-        return self._release(self._stops.push(self._detokenizer.finish(), ended=True))
-
-    def _release(self, text: str) -> str:
-        self.text += text
-        return text
-
-
 class StopStrings:
     """Cuts a growing text at the first stop string; holds back what may become one.
 
@@ -157,18 +97,25 @@ def without_letters(text: str) -> str:
     return _LETTERS.sub("", text)
 
 
-class _Detokenizer:
-    """Decodes a growing list of ids by a window: the ids of the last piece, then the pending ones.
+class Detokenizer:
+    """The text of one answer, token by token; a character whose bytes are not all there waits.
 
-    The last piece is there because a token's text depends on what precedes it: sentencepiece-like
-    tokenizers drop the space before the first token only.
+    Pieces concatenate to `tokenizer.decode(all_ids)`, without clean-up of spaces. One difference: a
+    `byte_fallback` tokenizer decodes a run of byte tokens that breaks off inside a character to
+    nothing but U+FFFD; here the whole characters stay. A push decodes a few ids, however long the
+    answer is: those of the last piece, on which the text of the next ids depends, and the pending.
+
+    Args:
+        tokenizer: any Transformers tokenizer.
+        context: ids that the answer goes on from: some tokenizers drop a text's first space.
+        skip_special_tokens: give special tokens no text.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        skip_special_tokens: bool,
-        context: Sequence[int],
+        context: Sequence[int] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from amulet.output.detokenizer import TextStream
 from tests.models import IM_END, IM_START, byte_tokenizer
+from tests.text import TextStream
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "a", "b", "ab", "▁a", "▁b", "▁▁", "你", "▁你", ".", "\n", "ba", "▁ab"]

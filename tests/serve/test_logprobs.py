@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet import Amulet
-from amulet.output.detokenizer import StopStrings, TextStream
+from amulet.output.detokenizer import StopStrings
 from amulet.reply import Event, TokenTrace
 from amulet.serve.logprobs import Content, TokenBytes, Written
 from tests.core.test_text import LLAMA, UNIGRAM
@@ -19,6 +19,7 @@ from tests.models import byte_tokenizer
 from tests.serve.conftest import saying, user
 from tests.serve.test_chat import CALL, WEATHER, chunks, post
 from tests.templates import family_tokenizer
+from tests.text import TextStream
 
 BYTES = byte_tokenizer()
 
