@@ -43,13 +43,14 @@ test-random: install ## Search long and at random for what the fixed examples of
 # The C code is compiled anew, in a folder of its own, with a check of every address and operation. What
 # Python and PyTorch allocate themselves is seen as well, but neither is checked for leaks.
 SANITIZE := cc -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZED := attention engine_machine layers memory native packing products rowwise
+SANITIZED := core/test_memory.py decoding/test_engine_machine.py backends/transformers/test_attention.py \
+	$(foreach name,layers native packing products rowwise,backends/transformers/cpu/test_$(name).py)
 test-sanitize: install ## Run the C code's tests under AddressSanitizer and UBSan; needs gcc and its libraries.
 	@mkdir -p .sanitize
 	CC="$(SANITIZE)" AMULET_CACHE="$(CURDIR)/.sanitize" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so) $$(cc -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest -s -m "not slow" -o timeout=1800 $(SANITIZED:%=tests/core/test_%.py) \
+	$(BIN)/python -m pytest -s -m "not slow" -o timeout=1800 $(SANITIZED:%=tests/%) \
 	-k "(not test_native and not any_allocation) or team or forked" $(ARGS)
 
 coverage: install ## Compare every decoder of Transformers with `generate`; writes docs/models-table.md, ten minutes.

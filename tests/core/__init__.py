@@ -1,1 +1,1 @@
-"""One file per module of the core."""
+"""What lies directly in amulet/, and what concerns several rooms."""

@@ -20,8 +20,8 @@ from amulet import (
     Steering,
     TemplateError,
 )
-from tests.core.test_text import llama_like
 from tests.models import IM_END, IM_START, ScriptedModel, byte_tokenizer, random_model
+from tests.output.test_detokenizer import llama_like
 
 
 def user(text: str) -> list[dict[str, Any]]:

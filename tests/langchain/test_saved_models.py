@@ -12,8 +12,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Too
 from transformers import PreTrainedTokenizerFast
 
 from amulet_integrations.langchain import ChatAmulet
-from tests.core.test_families import tokenizer_of
-from tests.core.test_multimodal import PLAIN, save
+from tests.models.test_multimodal import PLAIN, save
+from tests.output.test_families import tokenizer_of
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "gemma4"])

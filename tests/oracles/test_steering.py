@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet import Amulet, Preference, Request
-from tests.core.test_repeats import literal as repeated
+from tests.decoding.test_loop_guard import literal as repeated
 from tests.models import random_model
 
 QUESTION = "Why is the sky blue?"

@@ -14,8 +14,8 @@ from amulet import Amulet
 from amulet.output.detokenizer import StopStrings
 from amulet.reply import Event, TokenTrace
 from amulet.serve.logprobs import Content, TokenBytes, Written
-from tests.core.test_text import LLAMA, UNIGRAM
 from tests.models import byte_tokenizer
+from tests.output.test_detokenizer import LLAMA, UNIGRAM
 from tests.serve.conftest import saying, user
 from tests.serve.test_chat import CALL, WEATHER, chunks, post
 from tests.templates import family_tokenizer

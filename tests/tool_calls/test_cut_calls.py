@@ -17,7 +17,7 @@ from amulet import Amulet, Event, Reply
 from amulet.output.sections import Calls, Spans
 from amulet.tool_calls import gemma, glm, hermes, llama, mistral, pythonic, qwen_coder
 from amulet.tool_calls.base import CUT, Dialect, Function, Piece
-from tests.core.test_tools import CALL, KNOWS_TOOLS, PING, TOOLS, amulet_saying, user
+from tests.tool_calls.test_dialects import CALL, KNOWS_TOOLS, PING, TOOLS, amulet_saying, user
 
 PARAMETERS: dict[str, Any] = {
     "type": "object",

@@ -12,9 +12,9 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 from amulet import Amulet, Grammar, Request
 from amulet.output.channels import Channels
 from amulet.tool_calls.base import CUT
-from tests.core.test_calls import streamed, whole
-from tests.core.test_tools import TOOLS, user
 from tests.models import ScriptedModel, byte_tokenizer
+from tests.tool_calls.test_cut_calls import streamed, whole
+from tests.tool_calls.test_dialects import TOOLS, user
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 

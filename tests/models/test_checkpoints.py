@@ -21,9 +21,9 @@ from transformers import (
 
 from amulet import Amulet, Grammar, Request
 from amulet.fingerprint import fingerprint
-from tests.core.test_multimodal import PLAIN
 from tests.coverage.check import Reference
 from tests.models import END_OF_TEXT, IM_END, VOCAB_SIZE
+from tests.models.test_multimodal import PLAIN
 
 CHAT = [{"role": "user", "content": "Which tea is it that they drink in the north?"}]
 SHORT = [{"role": "user", "content": "Tea?"}]

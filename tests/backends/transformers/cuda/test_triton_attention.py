@@ -1,7 +1,8 @@
 """The GPU's attention kernel against its definition; on a CPU in Triton's interpreter.
 
 pip install --target /tmp/triton triton  # where PyTorch's build for CPUs has brought none
-PYTHONPATH=/tmp/triton TRITON_INTERPRET=1 pytest tests/core/test_triton_attention.py
+export PYTHONPATH=/tmp/triton TRITON_INTERPRET=1
+pytest tests/backends/transformers/cuda/test_triton_attention.py
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import pytest
 from amulet import Amulet, RequestError, TemplateError
 from amulet.preference import PLACEMENTS, Placement, Preference
 from amulet.prompting.prompts import encode_chat
-from tests.core.test_prompts import BRIEF, DIALOGUE, HI, TOOL, controls, rows, turn
 from tests.models import ScriptedModel
+from tests.prompting.test_prompts import BRIEF, DIALOGUE, HI, TOOL, controls, rows, turn
 from tests.templates import FAMILIES, family_tokenizer
 
 STRICT = """

@@ -1,0 +1,1 @@
+"""The Transformers backend: one file per module."""

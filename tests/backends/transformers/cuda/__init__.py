@@ -1,0 +1,1 @@
+"""What makes the Transformers backend fast on a GPU."""

@@ -1,0 +1,1 @@
+"""The room decoding: one file per module."""

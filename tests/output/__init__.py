@@ -1,0 +1,1 @@
+"""The room output: one file per module."""

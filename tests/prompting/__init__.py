@@ -1,0 +1,1 @@
+"""The room prompting: one file per module."""

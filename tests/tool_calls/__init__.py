@@ -1,0 +1,1 @@
+"""The room tool_calls."""
