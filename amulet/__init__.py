@@ -1,4 +1,4 @@
-"""Amulet: decode a local language model each user's own way, while it writes.
+"""Amulet: steers a local language model towards each user's preference while it decodes.
 
 The names below are the public surface; torch and Transformers are imported when first needed.
 """

@@ -1,4 +1,4 @@
-"""What other libraries call our options, and which of ours a misspelt name may mean."""
+"""Finds the option meant by another library's name or by a misspelt one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Amulet keeps what it makes once: the converted model, compiled code."""
+"""The cache folder for the converted model and compiled code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the folder of Amulet's own cached files; it need not exist.
+    """Return the folder of Amulet's cached files, which need not exist.
 
-    It is the one that AMULET_CACHE names, else one in the user's cache directory.
+    AMULET_CACHE sets it; the default is in the user's cache directory.
     """
     given = os.environ.get("AMULET_CACHE")
     if given:

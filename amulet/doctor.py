@@ -1,4 +1,4 @@
-"""What `amulet doctor` finds: versions, device, models and extras, each with what fixes it."""
+"""The checks of `amulet doctor`: versions, device, models and extras, each with its fix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        topic: what was looked at.
+        topic: what was checked.
         state: "ok"; "note" for what is absent but not needed; "bad" for what Amulet needs.
         text: what was found.
         fix: the command or setting that fixes it, or "".
@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; never raises, never loads a model, never opens a connection."""
+    """Run all checks; never raises, loads a model or opens a connection."""
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     return [
         Finding("amulet", "ok", __version__),
@@ -64,7 +64,7 @@ def _declared() -> list[Requirement]:
 
 
 def _problem(requirement: Requirement) -> str:
-    """Return what is wrong with a requirement here, "" where it is met."""
+    """Return how a requirement is not met, or ""."""
     try:
         found = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -107,24 +107,24 @@ def _device() -> Finding:
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         bfloat16 = "yes" if torch.cuda.is_bf16_supported() else "no"
-        triton = "yes" if find_spec("triton") else "no (attention of long texts takes longer)"
+        triton = "yes" if find_spec("triton") else "no (attention over long texts is slower)"
         text = (
             f"cuda: {gpu.name}, {_size(gpu.total_memory)}, bfloat16: {bfloat16}, Triton: {triton}"
         )
     else:
         text = f"{device}, {threads}"
-    return Finding("device", "ok", f"{text}; dtype auto is the one that the model was saved in")
+    return Finding("device", "ok", f"{text}; dtype auto means the dtype of the saved model")
 
 
 def _native() -> Finding:
     try:
         from amulet.backends.transformers.cpu import native
-    except (ImportError, OSError):  # torch's fault, which `_device` reports
-        return Finding("C code", "note", "not looked for: torch can't be imported")
+    except (ImportError, OSError):  # caused by torch, which `_device` reports
+        return Finding("C code", "note", "not checked: torch can't be imported")
     if native.library() is not None:
-        text = "compiled for this processor: decode steps on the CPU run at the memory's speed"
+        text = "compiled for this processor: decode steps on the CPU run at memory speed"
         return Finding("C code", "ok", text)
-    text = f"not in use ({native.reason()}); decode steps on the CPU take longer"
+    text = f"not in use ({native.reason()}); decode steps on the CPU are slower"
     return Finding("C code", "note", text)
 
 
@@ -144,8 +144,8 @@ def _embedded() -> list[Finding]:
         return findings
     room = shutil.disk_usage(_existing(folder)).free
     text = f"{PACKAGE} {version}; first use converts it into {folder} (20 s, 540 MB)"
-    if room < 1_200_000_000:  # the copy, and what is written beside it meanwhile
-        fix = "make room, or set AMULET_CACHE to another folder"
+    if room < 1_200_000_000:  # the copy, and temporary files during the conversion
+        fix = "free some space, or set AMULET_CACHE to another folder"
         return [Finding("embedded model", "note", f"{text}; {_size(room)} are free there", fix)]
     return [Finding("embedded model", "ok", text)]
 
@@ -162,7 +162,7 @@ def _gguf() -> Finding:
     processor = lib.llama_print_system_info().decode().partition(":")[2]
     flags = [part.split() for part in processor.split("|")]
     used = ", ".join(flag[0] for flag in flags if flag[-1:] == ["1"])
-    device = "a GPU" if lib.llama_supports_gpu_offload() else "the CPU alone"
+    device = "a GPU" if lib.llama_supports_gpu_offload() else "the CPU only"
     version = metadata.version("llama_cpp_python")
     count = len(ollama_names())
     text = f"llama-cpp-python {version}, built for {device} ({used}); {count} models in Ollama"
@@ -179,14 +179,14 @@ def _hub() -> Finding:
 
 
 def _extras() -> list[Finding]:
-    """One finding per extra, from the package's own metadata."""
+    """Return one finding per extra, from the package's metadata."""
     groups: dict[str, list[Requirement]] = {}
     for requirement in _declared():
         for extra in re.findall(r"""extra == ["']([\w-]+)["']""", str(requirement.marker)):
             groups.setdefault(extra, []).append(requirement)
     findings = []
     for extra, requirements in groups.items():
-        if extra in ("all", "browser", "dev"):  # made of the others; for working on Amulet itself
+        if extra in ("all", "browser", "dev"):  # combinations of others, or for developing Amulet
             continue
         problems = [problem for r in requirements if (problem := _problem(r))]
         if problems:

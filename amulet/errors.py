@@ -1,4 +1,4 @@
-"""Every error that Amulet raises on purpose, and an error in one line.
+"""The errors that Amulet raises on purpose.
 
     AmuletError
     ├── RequestError (ValueError)     the caller's input is not valid

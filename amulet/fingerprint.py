@@ -1,4 +1,4 @@
-"""A fingerprint of a loaded model: what a cache must tell apart beyond the model's name."""
+"""A fingerprint of a loaded model, by which caches distinguish models of the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The game in one number: its gain, and the step that applies it to log-probabilities.
+"""The paper's game as one gain, and the step that applies it to log-probabilities.
 
 Paper: "Amulet: ReAlignment During Test Time for Personalized Preference Adaptation of LLMs",
 arXiv 2502.19148. Every step of its online game is linear in the two log-distributions and its

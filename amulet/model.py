@@ -542,7 +542,7 @@ def missing_ids(
         if text not in unused or text in template:
             raise ModelError(
                 f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows; "
-                f"the first token without a row is {text!r}. Take the tokenizer that the model was "
+                f"the first token without a row is {text!r}. Use the tokenizer that the model was "
                 "trained with, or call model.resize_token_embeddings(len(tokenizer)) and train "
                 "the new rows."
             )

@@ -1,4 +1,4 @@
-"""What a person wants of an answer, and how hard to push: `Preference` and `Steering`."""
+"""`Preference`, what a user wants from an answer, and `Steering`, how strongly it acts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PreferenceLike: TypeAlias = (
 
 
 class Steering(BaseModel):
-    """How hard, and where, preferences are applied; frozen, converts to and from JSON.
+    """How strongly, and where, preferences are applied; frozen, converts to and from JSON.
 
     Args:
         strength: g in `log π ∝ p + g·((p − r) + f·(p − u))`. −1 is no preference at all, 0 the
@@ -69,7 +69,7 @@ class Steering(BaseModel):
         floor: the plausibility floor, 0 to 1: only tokens with `p ≥ floor·max p` survive; 0 is off.
         placement: where the preference stands in the prompt: at the end of the last "user" turn,
             in the "system" message, or in "both". Raw text has it before the prompt.
-        focus: f, 0 to 10: how hard the answer is held to what was asked. The prompt of p has the
+        focus: f, 0 to 10: how strongly the answer is held to the question. The prompt of p has the
             chat and the preference; that of r lacks the preference; that of u lacks what was
             asked, and has the preference as a message of its own. 0 is off and saves the row of u.
             There is no focus at strength 0 and below, for raw text, or for negative weights.
@@ -138,7 +138,7 @@ def normal_preferences(given: PreferenceLike) -> tuple[Preference, ...]:
     listed = tuple(entries)
     if not listed and isinstance(entries, Iterator):
         raise RequestError(
-            f"a preference of type {type(given).__name__} that is used up: it can be read only "
+            f"a preference of type {type(given).__name__} that is exhausted: it can be read only "
             "once, perhaps by an earlier request; give a list."
         )
     preferences = (_one_preference(entry) for entry in listed if not _is_blank(entry))

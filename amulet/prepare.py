@@ -1,4 +1,4 @@
-"""From a `Request` to its `Generation`, which is decoded, and the `Answer` that collects it."""
+"""Converts a `Request` to the `Generation` to decode and the `Answer` that collects it."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Preparer:
             if knows and "<tool_call>" in template.source:  # an unknown syntax: calls stay text
                 return _Tools(messages, schemas, functions, None, template.source)
             raise no_tools_error(
-                "The chat template does not show in which form the model calls tools."
+                "The chat template does not show how the model writes tool calls."
                 if knows
                 else "The chat template ignores tools: the model would never see them."
             )
@@ -181,8 +181,8 @@ class Preparer:
             return request.grammar
         if tools.dialect is None:
             raise no_tools_error(
-                "Calls can't be forced: the chat template does not show in which form the "
-                "model calls tools."
+                "Calls can't be forced: the chat template does not show how the model "
+                "writes tool calls."
             )
         forced = request.tool_choice != "auto"
         if forced and request.grammar is not None:

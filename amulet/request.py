@@ -151,9 +151,9 @@ class Request(BaseModel):
         if self.top_logprobs and not self.trace:
             raise ValueError("top_logprobs needs trace=True")
         if self.tools and self.prompt is not None:
-            raise ValueError("tools need messages (a chat); a raw prompt has no place for them")
+            raise ValueError("tools require messages (a chat); a raw prompt has no place for them")
         if not self.tools and self.tool_choice not in ("auto", "none"):
-            raise ValueError(f"tool_choice={self.tool_choice!r} needs tools")
+            raise ValueError(f"tool_choice={self.tool_choice!r} requires tools")
         return self
 
     def steering(self, default: Steering) -> Steering:

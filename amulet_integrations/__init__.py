@@ -1,1 +1,1 @@
-"""Amulet inside frameworks: `amulet_integrations.langchain`, `amulet_integrations.llama_index`."""
+"""Amulet's integrations: `amulet_integrations.langchain`, `amulet_integrations.llama_index`."""

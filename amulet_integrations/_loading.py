@@ -1,4 +1,4 @@
-"""Loads the model of an integration's class; objects that name one model share its weights."""
+"""Loads the model of an integration's class; objects with the same model share its weights."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def find_live(name: str, where: str) -> Amulet:
     if (amulet := _live.get(name)) is None:
         raise ModelError(
             f"This {where} comes from a checkpoint, and the Amulet that it had is not in this "
-            "process: keep the chat model out of the state and pass it to the node, or make it "
-            "with model='hub id or folder', which is loaded anew."
+            "process: keep the chat model out of the state and pass it to the node, or create "
+            "it with model='hub id or folder', which is loaded again."
         )
     return amulet
 
@@ -92,4 +92,4 @@ def refuse_source(options: Mapping[str, Any], where: str) -> None:
     """
     for name in ("model", "amulet"):
         if options.get(name) is not None:
-            raise RequestError(f"{where} takes no {name}={options[name]!r}: it brings its own.")
+            raise RequestError(f"{where} takes no {name}={options[name]!r}: it has its own.")

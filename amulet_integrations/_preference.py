@@ -108,14 +108,14 @@ def setting_meant(key: object) -> str | None:
 
 
 def warn_of_typos(keys: Iterable[object], where: str) -> None:
-    """Warn of keys that nobody reads and that are likely to mean a setting.
+    """Warn about unused keys that probably mean a setting.
 
     >>> warn_of_typos(["preferance"], "configurable")  # UserWarning: did you mean 'preference'?
     """
     for key in keys:
         if key not in SETTINGS and (found := setting_meant(key)) is not None:
             warnings.warn(
-                f"{where}: nobody reads the key {key!r}; did you mean {found!r}?",
+                f"{where}: the key {key!r} is not used; did you mean {found!r}?",
                 UserWarning,
                 stacklevel=3,
             )

@@ -1,1 +1,1 @@
-"""Benchmarks: one script per claim, each run as `python -m benchmarks.<name>`."""
+"""Benchmarks: a script per claim, run as `python -m benchmarks.<name>`."""

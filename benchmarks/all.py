@@ -1,7 +1,7 @@
-"""Runs all benchmarks, each in a process of its own, and prints one table of their claims.
+"""Runs all benchmarks, each in its own process, and prints one table of their claims.
 
-Under 15 minutes on two cores, and some 5 more with vLLM. What can't run here (no GPU, no llama.cpp,
-no vLLM) is left out, with a line.
+Takes under 15 minutes on two cores, and about 5 more with vLLM. Benchmarks that can't run here (no
+GPU, no llama.cpp, no vLLM) are skipped with a message.
 
     python -m benchmarks.all [--quick] [--only decode] [--llamacpp PYTHON] [--vllm PYTHON]
 """
@@ -43,7 +43,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def run(arguments: Sequence[str], python: str = sys.executable) -> dict[str, Any] | None:
-    """Run one script, its output shown as it comes; return its JSON, or None if it failed."""
+    """Run one script and show its output; return its JSON, or None if it failed."""
     command = [python, "-m", f"benchmarks.{arguments[0]}", *arguments[1:]]
     print(f"\n## {' '.join(command[1:])}\n", flush=True)
     start, last = time.perf_counter(), ""
@@ -65,16 +65,16 @@ def absent(name: str, options: argparse.Namespace) -> str:
     if name == "gpu" and not (torch.cuda.is_available() or options.quick):
         return "no CUDA GPU"
     if name == "llamacpp" and options.llamacpp is None and find_spec("llama_cpp") is None:
-        return "no llama-cpp-python; name an environment that has it with --llamacpp"
+        return "no llama-cpp-python; give an environment that has it with --llamacpp"
     if name == "vllm_pairs" and options.vllm is None and find_spec("vllm") is None:
-        return "no vLLM; name an environment that has it with --vllm"
+        return "no vLLM; give an environment that has it with --vllm"
     return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run all, print the table and, as the last line, JSON; return that."""
+    """Run all, print the table and, on the last line, JSON; return the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="only see that they run")
+    parser.add_argument("--quick", action="store_true", help="only check that they run")
     parser.add_argument("--only", action="append", choices=list(RUNS), help="(default all)")
     parser.add_argument("--llamacpp", metavar="PYTHON", help="an environment with llama-cpp-python")
     parser.add_argument(

@@ -1,12 +1,12 @@
-"""A steered answer against the authors' way of decoding it.
+"""Compares a steered answer with the authors' way of decoding it.
 
-Claim: 128 tokens behind a 512-token prompt come at least 25 times faster. The authors' way, written
-from the paper: for each token two full forward passes over the whole text so far, then 60
-iterations of the game over the vocabulary. It is timed at some positions of the answer, spread
-evenly, and the time of the others is read off the line between them; `--full` times every one. The
-head is given the last position alone, which is kinder than the model's own default.
+Claim: 128 tokens after a 512-token prompt are at least 25 times faster. The authors' way, written
+from the paper, takes two full forward passes over the whole text so far for each token, then 60
+iterations of the game over the vocabulary. It is timed at evenly spaced positions of the answer and
+interpolated linearly between them; `--full` times every position. The head gets only the last
+position, which favours the authors over the model's default.
 
-Every token timed is compared with Amulet's: they should agree in float32.
+Every timed token is compared with Amulet's; they should agree in float32.
 
     python -m benchmarks.authors [--dtype float32] [--rounds 3] [--tokens 128] [--full]
 """
@@ -32,9 +32,9 @@ QUESTION = "Which of these places would you visit first, and why?"
 
 @torch.inference_mode()
 def authors_token(model: Any, preferred: Sequence[int], base: Sequence[int]) -> int:
-    """Return the next token by two passes over the whole texts and the game as it is written.
+    """Return the next token by two passes over the whole texts and the game as published.
 
-    Their top-p of 0.95 before an argmax changes nothing, and is left out.
+    Their top-p of 0.95 before an argmax changes nothing and is left out.
     """
     p, r = (
         model(torch.tensor([list(text)]), use_cache=False, logits_to_keep=1)
@@ -49,11 +49,11 @@ def authors_token(model: Any, preferred: Sequence[int], base: Sequence[int]) -> 
 def whole_answer(
     model: Any, prompts: Prompts, answer: Sequence[int], places: Sequence[int]
 ) -> tuple[float, int]:
-    """Return the milliseconds that the authors' way takes, and how many tokens agreed.
+    """Return the milliseconds that the authors' code takes, and how many tokens agreed.
 
     Args:
-        answer: the tokens that Amulet decoded; what stands before each place is taken from it.
-        places: positions to time, rising, the first and last of the answer among them.
+        answer: the tokens that Amulet decoded, used as the context of each position.
+        places: positions to time, ascending, including the first and last of the answer.
     """
     times, agreed = [], 0
     for place in places:
@@ -67,7 +67,7 @@ def whole_answer(
 
 
 def integrate(places: Sequence[int], times: Sequence[float]) -> float:
-    """Return the sum over all positions, those between two timed ones on the line between them."""
+    """Return the sum over all positions, interpolated linearly between the timed ones."""
     total = times[0]
     for i in range(1, len(places)):
         steps = places[i] - places[i - 1]
@@ -77,13 +77,13 @@ def integrate(places: Sequence[int], times: Sequence[float]) -> float:
 
 
 def spread_places(count: int, tokens: int) -> list[int]:
-    """Return `count` positions of an answer, first and last included, evenly spread."""
+    """Return `count` evenly spaced positions of an answer, first and last included."""
     count = max(min(count, tokens), 2)
     return sorted({round(i * (tokens - 1) / (count - 1)) for i in range(count)})
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=3, tokens=128)
     parser.add_argument("--prompt-tokens", type=int, help="(default 512; with --quick 96)")
     parser.add_argument("--full", action="store_true", help="time every position")
@@ -113,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             whole, agreed = whole_answer(model, prompts, answer, places)
             theirs.append(whole)
         print(
-            f"{name_of(dtype)}: the authors' way {Spread.of(theirs)} ms, ours {Spread.of(own)} ms"
+            f"{name_of(dtype)}: the authors' code {Spread.of(theirs)} ms, ours {Spread.of(own)} ms"
         )
-        print(f"{agreed} of {len(places)} tokens timed are the same")
+        print(f"{agreed} of {len(places)} timed tokens are the same")
         figures[name_of(dtype)] = {
             "authors_ms": asdict(Spread.of(theirs)),
             "amulet_ms": asdict(Spread.of(own)),
@@ -123,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "warm_up_s": warm,
         }
         text = (
-            f"{options.model}, {name_of(dtype)}, {options.tokens} tokens behind {length}: "
-            f"the authors' way ({how}) / steered"
+            f"{options.model}, {name_of(dtype)}, {options.tokens} tokens after {length}: "
+            f"the authors' code ({how}) / steered"
         )
         claims.append(measure.at_least(text, 25, theirs, own))
     return measure.report("authors", options, claims, figures)

@@ -1,7 +1,7 @@
-"""The models and loops that the benchmarks compare: Transformers' as it is, and Amulet's.
+"""The models and decode loops that the benchmarks compare: Transformers' and Amulet's.
 
-No answer ends before its number of tokens: the end of turn is an ordinary token on both sides. So
-neither side runs a processor that forbids it.
+Every answer has its full number of tokens, because the end-of-turn token is an ordinary token on
+both sides. So neither side needs a processor that forbids it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Return SmolLM2's tokenizer; models with random weights use it too."""
+    """Return SmolLM2's tokenizer, which models with random weights use, too."""
     loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(embedded_folder()))
     return loaded
 
@@ -78,13 +78,14 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def load(
     name: str, dtype: torch.dtype, *, pack: Any = False, device: str = "cpu"
 ) -> PreTrainedModel:
-    """Return a model that never ends an answer; one of random weights has them by seed 0.
+    """Return a model that never ends an answer; random weights have seed 0.
 
     Args:
         name: "smollm2", or a key of `SHAPES`.
         dtype: of weights and cache.
-        pack: False, as Transformers loads it; True, "int8" or "int4", as Amulet does on the CPU.
-        device: where it goes.
+        pack: False, as Transformers loads it; True, "int8" or "int4", as Amulet packs it on the
+            CPU.
+        device: the model's device.
     """
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if name == "smollm2":
@@ -119,7 +120,7 @@ def amulet_over(model: PreTrainedModel, **options: Any) -> Amulet:
     """Return an `Amulet` whose answers have exactly `max_new_tokens` tokens.
 
     Args:
-        options: of `Amulet`; nothing is kept between answers and drafts are off unless said.
+        options: of `Amulet`; by default, nothing is kept between answers and drafts are off.
     """
     asked = {"prefix_cache_bytes": 0, "drafts": False, **options}
     known = inspect.signature(Amulet.__init__).parameters
@@ -132,7 +133,7 @@ def amulet_over(model: PreTrainedModel, **options: Any) -> Amulet:
 
 
 def generate(model: PreTrainedModel, ids: Sequence[int], n: int, **options: Any) -> list[int]:
-    """Return n tokens that Transformers' greedy `generate` puts behind a prompt."""
+    """Return n tokens of Transformers' greedy `generate` after a prompt."""
     prompt = torch.tensor([list(ids)], device=model.device)
     out = model.generate(  # type: ignore[operator]
         prompt,
@@ -158,7 +159,7 @@ def chat(amulet: Amulet, messages: Sequence[dict[str, Any]], n: int, **options: 
 def guided(
     model: PreTrainedModel, preferred: Sequence[int], base: Sequence[int], n: int, strength: float
 ) -> list[int]:
-    """Return n tokens of Transformers' classifier-free guidance, the same formula in two passes."""
+    """Return n tokens of Transformers' classifier-free guidance: the same formula, two passes."""
     negative = torch.tensor([list(base)], device=model.device)
     return generate(model, preferred, n, guidance_scale=1 + strength, negative_prompt_ids=negative)
 
@@ -167,7 +168,7 @@ def weight_bytes(model: PreTrainedModel, itemsize: float | None = None) -> int:
     """Return the bytes of the weights that one decode step reads: all linear layers.
 
     Args:
-        model: one that is not packed; of the embedding a step reads one line.
+        model: a model that is not packed; a step reads only one row of the embedding.
         itemsize: bytes of a weight; None for the model's dtype.
     """
     linears = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
@@ -176,7 +177,7 @@ def weight_bytes(model: PreTrainedModel, itemsize: float | None = None) -> int:
 
 
 def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Return the bytes of the keys and values of one row of so many tokens."""
+    """Return the bytes of the KV cache of one row of this many tokens."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     per_layer = 2 * config.num_key_value_heads * width * dtype.itemsize

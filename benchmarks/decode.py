@@ -1,9 +1,9 @@
-"""What a steered token costs against Transformers' plain `generate` and its guidance.
+"""Compares the cost of a steered token with Transformers' plain `generate` and guidance.
 
-Claim: per token a steered answer costs at most 1.03 (bfloat16) or 1.07 (float32) of plain
+Claim: per token, a steered answer costs at most 1.03 (bfloat16) or 1.07 (float32) of plain
 `generate`, compiled 0.58, with int8 weights 0.45; and guidance takes 1.9 and 2.8 times as long.
-Drafts are off and nothing is kept from one answer to the next. Compiled, int8 and int4 contenders
-take part in bfloat16 alone.
+Drafts are off and nothing is kept between answers. Compiled, int8 and int4 contenders run only in
+bfloat16.
 
     python -m benchmarks.decode [--model smollm2] [--dtype bfloat16] [--rounds 5] [--tokens 32]
 """
@@ -40,7 +40,7 @@ Runs = dict[str, Callable[[int], object]]
 
 
 def peers(model: Any, chat: Any = CHAT, placement: Placement = "system") -> Runs:
-    """Return Transformers' contenders over a model as it loads it."""
+    """Return Transformers' contenders over an unpacked model."""
     prompts = encode_chat(contenders.tokenizer(), chat, [PREFERENCE], placement)
     base, preferred = prompts.base, prompts.preferred[0]
     print(f"prompts of {len(base)} and {len(preferred)} tokens, {name_of(model.dtype)}")
@@ -52,7 +52,7 @@ def peers(model: Any, chat: Any = CHAT, placement: Placement = "system") -> Runs
 
 
 def amulets(name: str, dtype: torch.dtype, unpacked: Any, compiles: bool) -> Runs:
-    """Return Amulet's contenders; in bfloat16 with int8 and int4, and compiled if asked for."""
+    """Return Amulet's contenders; in bfloat16 also int8 and int4, and compiled if requested."""
 
     def run(model: Any, preference: Preference | None, **options: Any) -> Callable[[int], object]:
         amulet = contenders.amulet_over(model, **options)
@@ -81,15 +81,16 @@ def _answer(amulet: Any, preference: Preference | None, n: int) -> list[int]:
 
 
 def read_per_weight(name: str) -> float | None:
-    """Return the bytes that a contender reads per weight; None where it is the model's dtype.
+    """Return the bytes that a contender reads per weight; None means the model's dtype.
 
-    int4 has a scale and a zero for 32 weights, and SmolLM2's head, a fifth of it, in 8 bits.
+    int4 has a scale and a zero per 32 weights, and SmolLM2's head, a fifth of the weights, in 8
+    bits.
     """
     return 1 if "int8" in name else 0.7 if "int4" in name else None
 
 
 def claims_of(dtype: torch.dtype, model: str, times: dict[str, Times]) -> list[Claim]:
-    """Return the claims on one dtype's times."""
+    """Return the claims about one dtype's times."""
     what = f"{model}, {name_of(dtype)}, per token"
     plain, guidance = times[PLAIN].token, times[GUIDANCE].token
 
@@ -115,7 +116,7 @@ def claims_of(dtype: torch.dtype, model: str, times: dict[str, Times]) -> list[C
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=32)
     parser.add_argument("--compile", choices=["on", "off"], help="(default on; with --quick off)")
     options = measure.read_options(parser, arguments, dtypes=["bfloat16", "float32"])

@@ -1,10 +1,11 @@
-"""Which question and which two preferences `make demo` shows: a rule chooses among 30 pairs.
+"""Chooses the question and two preferences for `make demo` from 30 pairs, by a rule.
 
-Five questions about the demo's documents, each with what its answer must say, and six preferences,
-each with a program's check. Each pair is answered plainly, with the preference in the prompt alone,
-and steered by the library's defaults; all answers are printed. The rule: the question for which
-steering most often keeps the preference and states the fact where the prompt alone does not do
-both. Of its preferences the first such one, and the first other one where steering does both.
+There are five questions about the demo's documents, each with the facts of its answer, and six
+preferences, each with a program's check. Each pair is answered plainly, with the preference in the
+prompt alone, and steered with the library's defaults; all answers are printed. The rule takes the
+question for which steering most often keeps the preference and states the fact where the prompt
+alone fails at one of the two; then the first such preference, and the first other preference for
+which steering succeeds at both.
 
     python -m benchmarks.demo_choice
 """
@@ -39,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> dict[str, Any]:
-    """Print all answers and what the rule chooses; return the counts."""
+    """Print all answers and the rule's choice; return the counts."""
     from minilm import MiniLM
     from rag_two_people import PROMPT, InMemoryVectorStore, join, load_passages
 
@@ -54,7 +55,7 @@ def main() -> dict[str, Any]:
         messages = [{"role": roles[m.type], "content": m.text} for m in prompt]
         for wish in WISHES:
             for way, options in WAYS.items():
-                # One by one, as in the demo: rounding of bfloat16 depends on the batch.
+                # One by one, as in the demo, because rounding in bfloat16 depends on the batch.
                 given = {"preference": RULES[wish].preference, **options}
                 text = amulet.chat(messages, max_new_tokens=80, **given).text
                 key = question, wish, way

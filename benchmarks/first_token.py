@@ -1,9 +1,9 @@
-"""The time to the first token: of a long RAG prompt, and of a conversation's second turn.
+"""Measures the time to the first token: of a long RAG prompt and of a second turn.
 
-Claims: with the preference in the user's turn, a 4,000-token prompt costs at most 1.08 of plain
-`generate`'s first token; and a second turn over a 2,000-token history at most 0.15 of what it costs
-where nothing is kept. Every round has passages of its own, so that nothing of an earlier one can be
-reused.
+Claims: with the preference in the user's turn, the first token after a 4,000-token prompt costs at
+most 1.08 of plain `generate`'s; and that of a second turn after a 2,000-token history at most 0.15
+of its cost when nothing is kept. Every round has its own passages, so that nothing from an earlier
+round can be reused.
 
     python -m benchmarks.first_token [--dtype bfloat16] [--rounds 5]
 """
@@ -27,7 +27,7 @@ USER, SYSTEM = "amulet steered, user turn", "amulet steered, system"
 
 
 def long_prompt(options: Any, theirs: Any, packed: Any, length: int) -> tuple[list[Claim], Any]:
-    """Time the first token of a long prompt, preference in the user's turn or the system's."""
+    """Time the first token of a long prompt, with the preference in user or system message."""
     amulet = contenders.amulet_over(packed)
     chats = [rag_chat(contenders.tokenizer(), length, QUESTION, i) for i in range(options.rounds)]
     prompts = [amulet.encode_chat(chat) for chat in chats]
@@ -59,7 +59,7 @@ def long_prompt(options: Any, theirs: Any, packed: Any, length: int) -> tuple[li
 
 
 def second_turn(options: Any, packed: Any, length: int) -> tuple[list[Claim], Any]:
-    """Time the first token of a second turn, with and without what the first one left."""
+    """Time the first token of a second turn, with and without the first turn's rows."""
     cold = contenders.amulet_over(packed)
     warm = contenders.amulet_over(packed, prefix_cache_bytes=2**30)
     seeds = iter(range(1000, 10_000))
@@ -98,7 +98,7 @@ def shown(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=2)
     options = measure.read_options(parser, arguments, dtypes=["bfloat16", "float32"])
     long, history = (256, 192) if options.quick else (4000, 2000)

@@ -1,8 +1,8 @@
-"""A GGUF file: steered by Amulet over llama.cpp, beside llama.cpp's own plain decoding.
+"""Compares steering of a GGUF file with llama.cpp's own plain decoding.
 
 Claims, SmolLM2 in 4 bits: a steered token of two rows takes at most 1.1 of llama.cpp's plain one;
-so does the first token behind 4,000 others; eight steered users together take at most a quarter
-of eight plain calls in turn; two rows that share 2,000 tokens hold at most 1.1 of one row's memory.
+so does the first token after 4,000 others; eight steered users together take at most a quarter
+of eight plain calls in turn; two rows that share 2,000 tokens take at most 1.1 of one row's memory.
 Both run in one process, over the same weights and threads.
 
     python -m benchmarks.gguf [--rounds 5] [--tokens 32]
@@ -27,7 +27,7 @@ from benchmarks.users import USERS
 
 LLAMACPP, PLAIN = "llama.cpp, plain", "amulet, plain"
 TWO_ROWS, DEFAULT = "amulet, steered (focus 0)", "amulet, steered (default)"
-# What the game itself takes: a preferred row and a base row.
+# Two rows, as in the paper: a preferred row and a base row.
 GAME: dict[str, Any] = {"strength": 2.0, "focus": 0.0, "loop_guard": 0}
 QUESTION = [{"role": "user", "content": "Explain how a bicycle stays upright."}]
 PREFERENCE = "Answer in one short sentence."
@@ -35,11 +35,11 @@ LONG, SHARED = 4000, 2000
 
 
 class LlamaCpp:
-    """llama.cpp's own loop: one sequence, its greedy sampler, nothing of Amulet's.
+    """llama.cpp's own loop: one sequence, its greedy sampler, no Amulet code.
 
     Args:
         model: the weights.
-        tokens: the longest prompt and answer.
+        tokens: maximum length of prompt and answer.
     """
 
     def __init__(self, model: GGUFModel, tokens: int) -> None:
@@ -53,7 +53,7 @@ class LlamaCpp:
         self._sampler = lib.llama_sampler_init_greedy()
 
     def answer(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """Return so many tokens, whether or not one of them ends the answer."""
+        """Return this many tokens, even after an end-of-turn token."""
         lib, found = self._lib, []
         lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
         new = list(ids)
@@ -69,7 +69,7 @@ class LlamaCpp:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=32)
     options = measure.read_options(parser, arguments, dtypes=["float32"])
     amulet = Amulet.embedded(backend="gguf", prefix_cache_bytes=0, drafts=False)
@@ -115,9 +115,7 @@ def _first(amulet: Amulet, plain: LlamaCpp, options: Any, length: int) -> Claim:
     steered = _asked(amulet, chat, preference=PREFERENCE, **GAME)
     runs = {LLAMACPP: lambda _: plain.answer(ids, 1), TWO_ROWS: lambda _: steered(1)}
     times = measure.in_turns(runs, max(options.rounds // 2, 1))
-    print(
-        f"first token behind {len(ids)}: " + str({k: str(Spread.of(v)) for k, v in times.items()})
-    )
+    print(f"first token after {len(ids)}: " + str({k: str(Spread.of(v)) for k, v in times.items()}))
     text = f"first token of a prompt of {len(ids)}: {TWO_ROWS} / {LLAMACPP}"
     return at_most(text, 1.1, times[TWO_ROWS], times[LLAMACPP])
 
@@ -142,7 +140,7 @@ def _users(amulet: Amulet, plain: LlamaCpp, options: Any) -> Claim:
 
 @torch.inference_mode()
 def _memory(model: GGUFModel) -> Claim:
-    """Compare the keys and values of one row with those of two that share all but 20 tokens."""
+    """Compare the KV cache of one row with that of two rows that share all but 20 tokens."""
     held = []
     for rows in (1, 2):
         backend = LlamaBackend(model)
@@ -153,7 +151,7 @@ def _memory(model: GGUFModel) -> Claim:
         backend.forward([[9] * 20] * rows, [SHARED] * rows, 0, [19])
         held.append(backend.nbytes)
         backend.clear()
-    print(f"keys and values: {held[0] / 2**20:.1f} MiB of a row, {held[1] / 2**20:.1f} of a pair")
+    print(f"KV cache: {held[0] / 2**20:.1f} MiB of a row, {held[1] / 2**20:.1f} of a pair")
     text = f"memory of two rows that share {SHARED} tokens / of one row"
     return Claim(text, 1.1, Spread.of([held[1] / held[0]]))
 

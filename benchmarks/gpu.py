@@ -1,10 +1,10 @@
-"""Steered decoding on a GPU: Llama shapes of 1B and 8B with random weights, bfloat16.
+"""Measures steered decoding on a GPU: Llama shapes of 1B and 8B, random weights, bfloat16.
 
-Claims, at batch 1: steered costs at most 1.03 of Amulet's own plain per token, at most 0.5 of
-Transformers' plain `generate`, and reads weights and caches at 60 % of the memory's bandwidth or
+Claims, at batch 1: a steered token costs at most 1.03 of Amulet's own plain token and at most 0.5
+of Transformers' plain `generate`, and reads weights and caches at 60 % of the memory bandwidth or
 more; guidance, first tokens and tokens per second of 64 steered users are shown. Amulet's steps are
-CUDA graphs of Transformers' operations or, compiled, of fewer ones. Without a GPU only `--quick`
-runs, a tiny shape on the CPU, to see that it does.
+CUDA graphs of Transformers' operations or, compiled, of fewer operations. Without a GPU only
+`--quick` runs, a check with a tiny shape on the CPU.
 
     python -m benchmarks.gpu [--shape llama-1b --shape llama-8b] [--rounds 5] [--tokens 64]
 """
@@ -30,7 +30,7 @@ COMPILED_PLAIN, COMPILED = "amulet plain, compiled", "amulet steered, compiled"
 
 
 def contenders_of(model: Any, chat: Any, compiles: bool) -> dict[str, Callable[[int], object]]:
-    """Return who decodes one answer."""
+    """Return the contenders, each of which decodes one answer."""
     eager = contenders.amulet_over(model)
 
     def run(amulet: Any, preference: Any) -> Callable[[int], object]:
@@ -51,7 +51,7 @@ def contenders_of(model: Any, chat: Any, compiles: bool) -> dict[str, Callable[[
 def many_users(
     model: Any, chats: Sequence[Any], options: Any, compiles: bool
 ) -> tuple[Spread, Spread]:
-    """Return tokens per second of all users, steered and together: prefill in, and decode alone."""
+    """Return tokens per second of all steered users together, with prefill and without."""
     amulet = contenders.amulet_over(model, max_rows=3 * len(chats), compile=compiles)
 
     def together(n: int) -> None:
@@ -81,7 +81,7 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
     tokens = len(contenders.amulet_over(model).encode_chat(chat)) + options.tokens // 2
     shares = {}
     for name, own in times.items():
-        rows = 1 if "plain" in name else 2  # that of focus is short
+        rows = 1 if "plain" in name else 2  # the focus row is short
         size = contenders.weight_bytes(model)
         size += rows * contenders.cache_bytes(model.config, dtype, tokens)
         best = max(speed.values())
@@ -118,14 +118,14 @@ def measure_shape(shape: str, dtype: torch.dtype, device: str, options: Any) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=64)
     parser.add_argument("--shape", action="append", choices=["llama-1b", "llama-8b", "tiny"])
     parser.add_argument("--compile", choices=["on", "off"], help="(default on; with --quick off)")
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.quick:
-        sys.exit("No CUDA GPU is here; --quick runs a tiny shape on the CPU.")
+        sys.exit("There is no CUDA GPU; --quick runs a tiny shape on the CPU.")
     claims: list[Claim] = []
     figures: dict[str, Any] = {}
     for shape in options.shape or (["tiny"] if options.quick else ["llama-1b", "llama-8b"]):

@@ -1,9 +1,9 @@
-"""Does steering keep facts? Decoded answers over invented passages, and short ones from memory.
+"""Measures whether steered answers keep facts, from invented passages and from memory.
 
-Each of 100 questions about passages, and 76 plain facts, is answered plainly and under preferences
-that no setting was chosen by: with the preference in the prompt alone in the same place, steered by
-the library's defaults, and by the defaults without focus and loop guard at strength 0.5. Intervals
-are of a bootstrap over questions, of the difference from the prompt alone.
+Each of 100 questions about passages, and of 76 plain facts, is answered plainly and under held-out
+preferences: with the preference in the prompt alone with the same placement, steered with the
+library's defaults, and with the defaults at strength 0.5 without focus and loop guard. Intervals
+are bootstrapped over questions, for the difference to the prompt alone.
 
     python -m benchmarks.grounded [--preferences pirate,exclamation]
 """
@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def main() -> dict[str, Any]:
-    """Decode, print a table a set, and return the shares."""
+    """Decode, print a table per set, and return the shares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preferences", default="pirate,exclamation")
     names = parser.parse_args().preferences.split(",")

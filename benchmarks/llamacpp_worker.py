@@ -1,6 +1,7 @@
-"""Times llama.cpp in its own process and environment, on request by lines of JSON on stdin.
+"""Times llama.cpp in its own process and environment, by JSON lines on stdin.
 
-It imports nothing of this project: llama-cpp-python and torch need not share an environment.
+It imports nothing from this project, so that llama-cpp-python and torch can be in different
+environments.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import llama_cpp  # type: ignore[import-not-found]
 
 
 def main() -> None:
-    """Serve `{"ids": [...], "tokens": n}` with `{"first_ms": ..., "token_ms": ...}`."""
+    """Answer `{"ids": [...], "tokens": n}` with `{"first_ms": ..., "token_ms": ...}`."""
     path, threads = sys.argv[1], int(sys.argv[2])
     start = time.perf_counter()
     llm = llama_cpp.Llama(
@@ -28,7 +29,7 @@ def main() -> None:
     print(json.dumps(loaded), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        llm.reset()  # nothing of the last answer's prompt is kept
+        llm.reset()  # drops the last answer's prompt
         times = [time.perf_counter()]
         for _ in itertools.islice(llm.generate(asked["ids"], temp=0.0), asked["tokens"]):
             times.append(time.perf_counter())

@@ -1,14 +1,14 @@
-"""A server under load: clients steered and plain, some go, some read slowly, some send rubbish.
+"""Tests a server under load: steered and plain clients, disconnects, slow readers, bad bodies.
 
-Starts `amulet serve`, lets clients ask it for some minutes, and looks for what a server must not
-do: answer wrongly, leave rows in the batch, grow, let a request hang, or fail with a 5xx.
+Starts `amulet serve`, lets clients send requests for some minutes, and checks that the server does
+not answer wrongly, leave rows in the batch, grow, let a request hang, or fail with a 5xx.
 
-Every complete answer is compared with the same request decoded alone, before the load. In float32
-the two must be the same to the token. In bfloat16 another number of rows rounds otherwise, and a
-near tie may then fall the other way: at the first token that differs, the decode alone tells by how
-many nats it preferred its own. More than rounding explains (`Case.tie`), or a token that it did not
-consider at all, is a wrong answer. Whether this finds an answer that is another request's is tried
-too, by exchanging the answers decoded alone.
+Every complete answer is compared with the same request decoded alone before the load. In float32
+the tokens must be identical. In bfloat16 another number of rows rounds differently, which may
+decide a near tie the other way: at the first differing token, the decode alone tells by how many
+nats it preferred its own. More than rounding explains (`Case.tie`), or a token that it did not
+consider at all, counts as a wrong answer. Swapping the answers decoded alone tests whether this
+detects an answer to another request.
 
     python -m benchmarks.load [--minutes 5] [--exact-minutes 1] [--clients 64] [--write FILE.md]
 """
@@ -42,9 +42,9 @@ from amulet import Amulet, Request
 from amulet.preference import DEFAULT_STEERING
 from benchmarks.measure import machine
 
-SPACING = 1 / 8  # of bfloat16 numbers from 16 to 32: the logits of likely tokens reach 30
-GAP = 10.0  # seconds in which the clients' own loop did nothing: it was suspended
-SAMPLE = 5.0  # seconds between two looks at the server's memory
+SPACING = 1 / 8  # of bfloat16 numbers from 16 to 32; logits of likely tokens reach 30
+GAP = 10.0  # seconds without activity of the clients' loop that mean it was suspended
+SAMPLE = 5.0  # seconds between two samples of the server's memory
 CHAT = "/v1/chat/completions"
 QUESTIONS = (
     "What is a black hole?",
@@ -74,7 +74,7 @@ PREFERENCES = (
     "Mention the sea.",
     "Speak as a teacher would.",
 )
-BAD: tuple[tuple[str, str, Any, int], ...] = (  # method, path, body, the status it must get
+BAD: tuple[tuple[str, str, Any, int], ...] = (  # method, path, body, expected status
     ("POST", CHAT, b'{"messages": [', 400),
     ("POST", CHAT, b"\xff\xfe\x00", 400),
     ("POST", CHAT, {"messages": []}, 400),
@@ -102,12 +102,12 @@ BAD: tuple[tuple[str, str, Any, int], ...] = (  # method, path, body, the status
 
 @dataclass(frozen=True)
 class Case:
-    """One request of those that the clients draw from, and its answer decoded alone.
+    """One of the requests that the clients draw from, and its answer decoded alone.
 
     Attributes:
         body: the request's options for a chat.
         text, ids: the answer.
-        likely: for each token log-probabilities of what was considered in its place.
+        likely: for each token, the log-probabilities of the candidates at its position.
     """
 
     body: Mapping[str, Any]
@@ -122,19 +122,19 @@ class Case:
 
     @property
     def tie(self) -> float:
-        """Nats by which rounding of the logits may move one token against another.
+        """Nats by which rounding of the logits may shift one token against another.
 
-        Each of two decodes rounds each logit to half a spacing, so the distance of two tokens in
-        one row may differ by two spacings; as much again is left for what the layers before the
-        head round. Steering multiplies the rows by 1 + g + g·f, -g and -g·f.
+        Each of two decodes rounds each logit by up to half a spacing, so the distance of two tokens
+        in one row may differ by two spacings; as much again is allowed for rounding in the layers
+        before the head. Steering multiplies the rows by 1 + g + g·f, -g and -g·f.
         """
         push = DEFAULT_STEERING.strength * (1 + DEFAULT_STEERING.focus)
         return 4 * SPACING * (1 + 2 * push if self.steered else 1)
 
     def distance(self, ids: Sequence[int]) -> float:
-        """Return by how many nats its first other token was less likely; 0 also at an even tie.
+        """Return by how many nats the first differing token was less likely; 0 for an exact tie.
 
-        Infinity for a token that wasn't considered, and for an answer that ends elsewhere.
+        Infinity for a token that was not a candidate, and for an answer that ends elsewhere.
         """
         if tuple(ids) == self.ids:
             return 0.0
@@ -145,14 +145,13 @@ class Case:
 
 
 def make_cases(amulet: Amulet, longest: int, floor: float | None = None) -> list[Case]:
-    """Decode each request alone; 24 are steered, by 16 preferences, 8 plain, of several lengths.
+    """Decode each request alone: 24 steered by 16 preferences, 8 plain, of several lengths.
 
     Args:
-        amulet: what decodes them.
+        amulet: decodes them.
         longest: tokens of the longest answers.
-        floor: plausibility floor; None is the default. A token at its edge is cut in one decode and
-            not in another, and no distance tells how near the edge it was; so 0 where distances
-            are looked at.
+        floor: plausibility floor; None is the default. A token at its edge may be excluded in one
+            decode and not in another, at an unknown distance, so use 0 to compare distances.
     """
     bodies: list[dict[str, Any]] = []
     for i in range(32):
@@ -170,9 +169,10 @@ def make_cases(amulet: Amulet, longest: int, floor: float | None = None) -> list
 
 
 def exchanged(cases: Sequence[Case]) -> tuple[int, int]:
-    """Return how many answers in another request's place would be found, and of how many.
+    """Return how many swapped answers would be detected, and of how many.
 
-    Answers are compared over the length of the shorter one, and those that begin alike left out.
+    Answers are compared over the length of the shorter one; those with equal beginnings are left
+    out.
     """
     found = tried = 0
     for case, other in itertools.permutations(cases, 2):
@@ -196,17 +196,17 @@ def _case(amulet: Amulet, body: dict[str, Any]) -> Case:
 
 
 class Clock:
-    """Seconds, less those for which somebody had this process (and the server) suspended."""
+    """Seconds, without those for which this process (and the server) was suspended."""
 
     def __init__(self) -> None:
         self.suspended = 0.0
 
     def now(self) -> float:
-        """Return the seconds since some moment."""
+        """Return the seconds since an arbitrary moment."""
         return time.monotonic() - self.suspended
 
     async def run(self) -> None:
-        """Look for gaps, until it is cancelled."""
+        """Record gaps until cancelled."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(0.5)
@@ -217,14 +217,14 @@ class Clock:
 
 @dataclass
 class Findings:
-    """What the clients saw."""
+    """What the clients observed."""
 
     patience: float = 300.0  # seconds without an end after which a request counts as stuck
     clock: Clock = field(default_factory=Clock)
-    ended: Counter[str] = field(default_factory=Counter)  # by what the client did
+    ended: Counter[str] = field(default_factory=Counter)  # by kind of client
     wrong: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
-    same: int = 0  # complete answers that are the same to the token
+    same: int = 0  # complete answers with identical tokens
     distances: list[float] = field(default_factory=list)  # of the others
     seconds: dict[str, list[float]] = field(
         default_factory=lambda: {"first piece": [], "whole, steered": [], "whole, plain": []}
@@ -233,11 +233,11 @@ class Findings:
 
     @property
     def compared(self) -> int:
-        """How many complete answers there were."""
+        """The number of complete answers."""
         return self.same + len(self.distances)
 
     def take(self, case: Case, choice: Mapping[str, Any], text: str, seconds: float | None) -> None:
-        """Judge a complete answer; None is a time that doesn't count."""
+        """Check a complete answer; None for a time that doesn't count."""
         ids = choice["details"]["token_ids"]
         self.tokens += len(ids)
         distance = case.distance(ids)
@@ -255,7 +255,7 @@ class Findings:
 async def ask(
     http: httpx.AsyncClient, slow: httpx.AsyncClient, case: Case, draw: random.Random, to: Findings
 ) -> None:
-    """Send one request as one of the kinds of client does, and judge what comes."""
+    """Send one request as a random kind of client, and check the response."""
     kind = draw.choices(
         ["whole", "stream", "slow reader", "gone in a stream", "gone while waiting", "bad body"],
         [30, 30, 5, 15, 8, 12],
@@ -299,7 +299,7 @@ async def _stream(
 ) -> None:
     begun = to.clock.now()
     body: dict[str, Any] = {**case.body, "return_details": True}
-    if kind == "slow reader":  # what it asks for is more than the sockets between hold
+    if kind == "slow reader":  # its response is larger than the socket buffers
         body |= {"trace": True, "logprobs": True, "top_logprobs": 20}
     text, last = "", None
     async with contextlib.aclosing(_events(http, body)) as events:
@@ -312,7 +312,7 @@ async def _stream(
                 await asyncio.sleep(draw.uniform(0, 0.5))
     assert last is not None, "no event"
     seconds = to.clock.now() - begun
-    # How slowly a client reads says nothing of the server.
+    # The time of a slow client says nothing about the server.
     to.take(case, last, text, seconds if kind == "stream" else None)
 
 
@@ -322,7 +322,7 @@ async def _events(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIter
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
                 return
-            if line.startswith("data: "):  # else a comment, which keeps the connection alive
+            if line.startswith("data: "):  # otherwise a comment, which keeps the connection alive
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
                 yield event
@@ -351,7 +351,7 @@ async def clients(
     seed: int = 0,
     findings: Findings | None = None,
 ) -> Findings:
-    """Let so many clients ask one request after the other, until the time or `each` is up."""
+    """Let this many clients send requests in sequence, for some time or `each` times."""
     findings = findings or Findings()
     ticking = asyncio.create_task(findings.clock.run())
     until = findings.clock.now() + seconds
@@ -382,7 +382,7 @@ async def clients(
 
 @contextlib.contextmanager
 def serving(dtype: str, log: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run `amulet serve`, with further options, on a free loopback port in a process of its own."""
+    """Run `amulet serve` with further options on a free loopback port, in its own process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -408,19 +408,19 @@ def serving(dtype: str, log: Path, *options: str) -> Iterator[tuple[str, subproc
 
 
 def figures_of(url: str) -> dict[str, float]:
-    """Return the server's metrics, each sample by its name and labels."""
+    """Return the server's metrics, by name and labels."""
     lines = httpx.get(f"{url}/metrics", timeout=600).text.splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
 
 
 async def watch(url: str, clock: Clock) -> list[tuple[float, float, float]]:
-    """Sample (seconds, MiB resident, rows) until it is cancelled."""
+    """Sample (seconds, MiB resident, rows) until cancelled."""
     samples: list[tuple[float, float, float]] = []
     begun = clock.now()
     try:
         while True:
-            now = await asyncio.to_thread(figures_of, url)  # not a client of the loop's own
+            now = await asyncio.to_thread(figures_of, url)  # not through the clients' loop
             mib = now["process_resident_memory_bytes"] / 2**20
             samples.append((clock.now() - begun, mib, now["amulet_rows"]))
             await asyncio.sleep(SAMPLE)
@@ -430,7 +430,7 @@ async def watch(url: str, clock: Clock) -> list[tuple[float, float, float]]:
 
 @dataclass
 class Outcome:
-    """What one run of the server came to."""
+    """The results of one run of the server."""
 
     dtype: str
     clients: int
@@ -439,12 +439,12 @@ class Outcome:
     memory: list[tuple[float, float, float]]
     metrics: dict[str, float]
     exit_code: int | None
-    before: Mapping[str, float] = field(default_factory=dict)  # metrics when the load began
+    before: Mapping[str, float] = field(default_factory=dict)  # metrics at the start of the load
     exchange: tuple[int, int] = (0, 0)  # see `exchanged`
 
     @property
     def errors(self) -> float:
-        """Answers with a status of 500 or more since the load began."""
+        """Responses with a status of 500 or more since the start of the load."""
         return sum(
             value - self.before.get(name, 0.0)
             for name, value in self.metrics.items()
@@ -453,7 +453,7 @@ class Outcome:
 
     @property
     def growth(self) -> float:
-        """MiB per minute that the server grew by in the second half, by least squares."""
+        """The server's growth in MiB per minute in the second half, by least squares."""
         half = [
             (at / 60, mib)
             for at, mib, _ in self.memory
@@ -465,14 +465,14 @@ class Outcome:
 
     @property
     def left(self) -> dict[str, float]:
-        """What the server still held once the last client was gone."""
+        """What the server still held after the last client had left."""
         return {
             name: self.metrics[f"amulet_{name}"]
             for name in ("rows", "cache_bytes", "requests_in_flight", "requests_waiting")
         }
 
     def faults(self, exact: bool) -> list[str]:
-        """Return what went wrong; nothing where all held."""
+        """Return descriptions of all faults."""
         found = [f"wrong: {text}" for text in self.findings.wrong]
         found += [f"stuck: {text}" for text in self.findings.stuck]
         if exact and self.findings.distances:
@@ -488,7 +488,7 @@ class Outcome:
 def run(
     dtype: str, seconds: float, number: int, longest: int, patience: float, log: Path
 ) -> Outcome:
-    """Decode the references, start a server, load it, and see what is left."""
+    """Decode the references, start a server, load it, and check what is left."""
     amulet = Amulet.embedded(dtype=dtype)
     cases = make_cases(amulet, longest, None if dtype == "float32" else 0.0)
     del amulet
@@ -501,7 +501,7 @@ def run(
         watcher = asyncio.create_task(watch(url, findings.clock))
         await clients(url, cases, number, seconds, findings=findings)
         took = findings.clock.now() - begun
-        for _ in range(60):  # those who went last are noticed within a step
+        for _ in range(60):  # the server notices the last disconnects within a step
             now = await asyncio.to_thread(figures_of, url)
             if not now["amulet_rows"] and not now["amulet_requests_in_flight"]:
                 break
@@ -510,7 +510,7 @@ def run(
         return findings, await watcher, took
 
     with serving(dtype, log) as (url, process):
-        before = figures_of(url)  # while it loaded, 503 was right
+        before = figures_of(url)  # 503 was correct while it was loading
         findings, memory, took = asyncio.run(load(url))
         metrics = figures_of(url)
     outcome = Outcome(
@@ -532,7 +532,7 @@ def run(
 
 
 def percentiles(values: Sequence[float]) -> str:
-    """Return median, 90th and 99th percentile and the most, as cells of a table."""
+    """Return median, 90th and 99th percentile and maximum, as cells of a table."""
     if len(values) < 2:
         return "– | – | – | –"
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -636,7 +636,7 @@ def page_of(options: argparse.Namespace, sections: Sequence[str], faults: Sequen
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run both dtypes, write the report, print a summary as JSON; return that."""
+    """Run both dtypes, write the report, print a summary as JSON and return it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

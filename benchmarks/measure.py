@@ -1,7 +1,7 @@
-"""Measures contenders in turns: options, times, ratios with spread, bandwidth, and the report.
+"""Measures contenders in turns, and reports their times, ratios and claims.
 
-Contenders take turns within each round, in one process and on the same prompts. A ratio is taken
-round by round, so that a machine that slows down for a while slows both sides of it.
+Contenders take turns within each round, in one process and on the same prompts. Ratios are computed
+per round, so that a temporarily slow machine affects both sides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODELS = ("smollm2", "qwen2-0.5b", "tiny")
 
 
 def options_parser(doc: str | None, *, rounds: int, tokens: int) -> argparse.ArgumentParser:
-    """Return a parser with what every script takes.
+    """Return a parser with the options of every script.
 
     Args:
         doc: the script's docstring.
@@ -41,7 +41,7 @@ def options_parser(doc: str | None, *, rounds: int, tokens: int) -> argparse.Arg
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--model", choices=MODELS, help="(default smollm2; with --quick tiny)")
     parser.add_argument(
-        "--quick", action="store_true", help="only see that it runs: its figures mean nothing"
+        "--quick", action="store_true", help="only check that it runs; the figures mean nothing"
     )
     parser.set_defaults(_rounds=rounds, _tokens=tokens)
     return parser
@@ -58,7 +58,7 @@ def read_options(
     names = options.dtype or (dtypes[:1] if options.quick else dtypes)
     options.dtypes = [getattr(torch, name) for name in names]
     if options.tokens < 2:
-        parser.error("--tokens: expected 2 or more, as the first token is timed apart.")
+        parser.error("--tokens: expected 2 or more, because the first token is timed separately.")
     return options
 
 
@@ -72,7 +72,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some rounds' figures, with the least and the most."""
+    """The median, minimum and maximum of the rounds' figures."""
 
     median: float
     least: float
@@ -95,12 +95,12 @@ class Times:
     token: list[float]
 
     def whole(self, tokens: int) -> list[float]:
-        """Return the milliseconds of a whole answer of so many tokens, by round."""
+        """Return the milliseconds of a whole answer of this many tokens, by round."""
         return [f + t * (tokens - 1) for f, t in zip(self.first, self.token, strict=True)]
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Return how long a call takes, work that it left to the GPU included."""
+    """Return how long a call takes, including work still queued on the GPU."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -111,7 +111,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 def in_turns(runs: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
     """Return each contender's milliseconds by round; `run` is given the round's number.
 
-    Another contender begins each round, so that none always runs after the same one.
+    A different contender starts each round, so that none always follows the same one.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn, names in enumerate(_orders(list(runs), rounds)):
@@ -125,8 +125,8 @@ def per_token(
 ) -> dict[str, Times]:
     """Return each contender's times; `run` decodes exactly the given number of tokens.
 
-    A token's time is that of a long answer less that of a one-token answer, over the tokens
-    between: the prefill, the tokenizer and the set-up of a call are in the first.
+    A token's time is the difference between a long answer and a one-token answer, divided by the
+    further tokens. Prefill, tokenizer and set-up count towards the first token.
     """
     times = {name: Times([], []) for name in runs}
     for names in _orders(list(runs), rounds):
@@ -138,7 +138,7 @@ def per_token(
 
 
 def warm_up(runs: Mapping[str, Callable[[int], object]], tokens: int = 4) -> dict[str, float]:
-    """Run each contender once, which compiles what is to be compiled; return the seconds."""
+    """Run each contender once, which also compiles; return the seconds."""
     seconds = {name: milliseconds(lambda: run(tokens)) / 1e3 for name, run in runs.items()}  # noqa: B023
     print("warm-up, s: " + ", ".join(f"{name} {took:.1f}" for name, took in seconds.items()))
     return seconds
@@ -158,9 +158,9 @@ def _orders(names: list[str], rounds: int) -> list[list[str]]:
 
 
 def bandwidth(quick: bool = False, device: str = "cpu") -> dict[str, float]:
-    """Return what one big torch operation reads, and copies (read and written), in GB/s.
+    """Return the speed of a large torch read and of a copy (read and written), in GB/s.
 
-    The best of several: a share of it is then not flattered by another program.
+    It is the best of several, so that other programs don't inflate shares of it.
     """
     size = 2**24 if quick else 2**29  # bytes; beyond any processor's cache
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
@@ -173,7 +173,7 @@ def bandwidth(quick: bool = False, device: str = "cpu") -> dict[str, float]:
 
 
 def machine() -> dict[str, str]:
-    """Return what the figures depend on: processor, threads, device and versions."""
+    """Return processor, threads, device and versions, on which the figures depend."""
     found = {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
@@ -199,7 +199,7 @@ def _processor() -> str:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the most this process ever held, MiB: all contenders and the loading included."""
+    """Return the peak memory of this process in MiB, including loading and all contenders."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if torch.cuda.is_available():
@@ -212,14 +212,14 @@ def peak_memory() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the table: what is claimed, the bound, and what was measured.
+    """One line of the table: the claim, its bound, and the measurement.
 
     Args:
         text: what is compared with what.
-        target: the bound, or None where the figure is only shown.
+        target: the bound, or None if the figure is only shown.
         measured: the figure's spread over the rounds.
         at_most: whether the bound is an upper one.
-        unit: behind the figures, such as " s".
+        unit: appended to the figures, such as " s".
     """
 
     text: str
@@ -230,14 +230,14 @@ class Claim:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median keeps to the bound; None where there is none."""
+        """Whether the median is within the bound; None without a bound."""
         if self.target is None:
             return None
         median = self.measured.median
         return median <= self.target if self.at_most else median >= self.target
 
     def bound(self) -> str:
-        """Return the bound as text, "shown" where there is none."""
+        """Return the bound as text, or "shown" without a bound."""
         if self.target is None:
             return "shown"
         return f"{'≤' if self.at_most else '≥'} {self.target:g}{self.unit}"
@@ -246,19 +246,19 @@ class Claim:
 def at_least(
     text: str, target: float | None, theirs: Sequence[float], ours: Sequence[float]
 ) -> Claim:
-    """Return the claim that ours takes so many times less time than theirs."""
+    """Return the claim that theirs takes at least this many times as long as ours."""
     return Claim(text, target, Spread.of(ratios(theirs, ours)), at_most=False)
 
 
 def at_most(
     text: str, target: float | None, ours: Sequence[float], theirs: Sequence[float]
 ) -> Claim:
-    """Return the claim that ours takes at most that share of their time."""
+    """Return the claim that ours takes at most this share of their time."""
     return Claim(text, target, Spread.of(ratios(ours, theirs)))
 
 
 def table(claims: Sequence[Mapping[str, Any]]) -> str:
-    """Return claims, as `report` puts them into JSON, as a Markdown table."""
+    """Return claims, in the JSON form of `report`, as a Markdown table."""
     lines = ["| claim | target | measured | spread | met |", "|---|---|---|---|---|"]
     for claim in claims:
         met = {True: "yes", False: "no", None: ""}[claim["met"]]
@@ -276,7 +276,7 @@ def report(
     claims: Sequence[Claim],
     figures: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Print machine, claims and, as the last line, JSON with all of it; return that."""
+    """Print machine, claims and, on the last line, JSON with everything; return the JSON."""
     given = {key: value for key, value in vars(options).items() if not key.startswith("_")}
     given["dtypes"] = [name_of(dtype) for dtype in options.dtypes]
     given.pop("dtype")
@@ -308,7 +308,7 @@ def report(
 
 
 def print_times(times: Mapping[str, Times], against: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Print each contender's times and ratios, prefill and decode apart; return them for JSON."""
+    """Print each contender's times and ratios for prefill and decode; return them for JSON."""
     print(
         f"\n{'ms, median (least to most)':36} {'first token':>26} {'per token':>26} {'ratio':>22}"
     )

@@ -1,4 +1,4 @@
-"""Passages and chats of a wanted length: facts about places, drawn by a seed, never repeating."""
+"""Generates passages and chats of a given length: facts about places, drawn by a seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Chat = list[dict[str, Any]]
 
 
 def passages(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int = 0) -> str:
-    """Return numbered passages of at most, and nearly, so many tokens."""
+    """Return numbered passages of at most, and nearly, this many tokens."""
     draw = random.Random(seed)
     text, number = "", 0
     while True:
@@ -68,7 +68,7 @@ def _passage(draw: random.Random, number: int) -> list[str]:
 
 
 def rag_chat(tokenizer: PreTrainedTokenizerBase, tokens: int, question: str, seed: int = 0) -> Chat:
-    """Return a chat of one user turn, passages then question, whose text has so many tokens."""
+    """Return a chat of one user turn, passages then question, with a text of this many tokens."""
     spare = len(tokenizer.encode(question, add_special_tokens=False)) + 32  # and the template
     text = passages(tokenizer, max(tokens - spare, 32), seed)
     return [{"role": "user", "content": f"{text}\n\n{question}"}]

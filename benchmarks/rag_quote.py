@@ -1,9 +1,9 @@
-"""A steered answer that quotes its passages, as a whole, against plain `generate`.
+"""Compares a whole steered answer that quotes its passages with plain `generate`.
 
-Claim: behind a 1,500-token prompt, with the preference in the user's turn, the whole answer takes
-at most 0.6 of plain `generate`'s time. Both answers have the same number of tokens. Drafts live on
-what the answer copies, so its share is shown; so are Amulet without drafts, the peer with its own
-prompt lookup, and an answer in the model's own words, for which nothing is claimed.
+Claim: after a 1,500-token prompt, with the preference in the user's turn, the whole answer takes at
+most 0.6 of plain `generate`'s time. Both answers have the same number of tokens. Drafts depend on
+how much the answer copies, so that share is shown; so are Amulet without drafts, Transformers with
+its own prompt lookup, and an answer in the model's own words, about which nothing is claimed.
 
     python -m benchmarks.rag_quote [--dtype bfloat16] [--rounds 3] [--tokens 96]
 """
@@ -18,7 +18,7 @@ from benchmarks import contenders, measure
 from benchmarks.measure import Claim, Spread, at_most, name_of
 from benchmarks.passages import rag_chat
 
-# Question and preference; chosen so that SmolLM2 does quote, and does not.
+# Question and preference for which SmolLM2 quotes, and for which it does not.
 QUOTES = (
     "Tell me what the passages say about the first places.",
     "Answer with the exact sentences of the passages, in quotation marks.",
@@ -29,7 +29,7 @@ OURS, STEERED, UNDRAFTED = "amulet plain", "amulet steered", "amulet steered, no
 
 
 def quoted_share(answer: Sequence[int], prompt: Sequence[int], n: int = 8) -> float:
-    """Return the share of an answer's runs of n tokens that stand in the prompt, 0 to 1."""
+    """Return the share of an answer's runs of n tokens that are in the prompt, 0 to 1."""
     known = {tuple(prompt[i : i + n]) for i in range(len(prompt) - n + 1)}
     runs = [tuple(answer[i : i + n]) for i in range(len(answer) - n + 1)]
     return sum(run in known for run in runs) / len(runs) if runs else 0.0
@@ -58,7 +58,7 @@ def compare(
     answer = drafting.chat(chat, max_new_tokens=options.tokens, **steered)
     share = quoted_share(answer.token_ids, base)
     print(f"\n{name_of(theirs.dtype)}, {len(base)} tokens: {answer.text[:300]!r} ...")
-    print(f"{share:.0%} of the answer stands in the prompt")
+    print(f"{share:.0%} of the answer is copied from the prompt")
     warm = measure.warm_up(runs)
     times = measure.per_token(runs, options.rounds, options.tokens)
     shown: dict[str, Any] = measure.print_times(times, PLAIN)
@@ -70,7 +70,7 @@ def compare(
 def claims_of(
     what: str, quoted: dict[str, list[float]], own: dict[str, list[float]]
 ) -> list[Claim]:
-    """Return the claims on the answers that quote, and on those in the model's own words."""
+    """Return the claims about answers that quote, and about those in the model's own words."""
     plain = quoted[PLAIN]
     return [
         at_most(f"{what} that quotes: steered / plain `generate`", 0.6, quoted[STEERED], plain),
@@ -81,7 +81,7 @@ def claims_of(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=3, tokens=96)
     parser.add_argument("--prompt-tokens", type=int, help="(default 1500; with --quick 160)")
     options = measure.read_options(parser, arguments, dtypes=["bfloat16", "float32"])

@@ -1,7 +1,7 @@
-"""Sixteen steered users of `amulet serve` against the engine's own `batch`, tokens per second.
+"""Compares sixteen steered users of `amulet serve` with `batch`, in tokens per second.
 
-Claim: the server's throughput is at least .9 of it. The server is a process of its own on the same
-cores; the two take turns, on questions that differ from round to round, so that nothing is kept.
+Claim: the server's throughput is at least .9 of that of `batch`. The server is a separate process
+on the same cores; the two take turns, with new questions in every round, so that nothing is kept.
 
     python -m benchmarks.served [--rounds 5] [--tokens 48]
 """
@@ -27,7 +27,7 @@ BATCH, SERVED = "amulet, batch", "amulet serve"
 
 
 def bodies(turn: int, tokens: int) -> list[dict[str, Any]]:
-    """Return one request per user, as the protocol has it."""
+    """Return one request per user, in the protocol's form."""
     return [
         {
             "messages": [
@@ -50,7 +50,7 @@ def by_batch(amulet: Amulet, asked: Sequence[dict[str, Any]]) -> int:
 
 
 async def by_server(url: str, asked: Sequence[dict[str, Any]]) -> int:
-    """Return the tokens of all answers to clients that ask at once."""
+    """Return the tokens of all answers to concurrent clients."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         answers = await asyncio.gather(
             *(client.post("/v1/chat/completions", json=body) for body in asked)
@@ -59,7 +59,7 @@ async def by_server(url: str, asked: Sequence[dict[str, Any]]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=48)
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
     (dtype,) = map(measure.name_of, options.dtypes)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             ),
         }
         for name, run in runs.items():
-            run(options.rounds)  # warms up, with questions of its own
+            run(options.rounds)  # warm-up with other questions
             tokens[name].clear()
         times = measure.in_turns(runs, options.rounds)
     rates = {

@@ -1,16 +1,17 @@
-"""Many users of one server for some minutes: what each is told must be theirs, and right.
+"""Tests a server with many users for some minutes: every answer must be correct and the user's own.
 
-Starts `amulet serve` in a process of its own, twice: with a tiny random model, which answers tens
-of requests a second, and with the embedded one. Clients chat, stream, continue text, force tool
-calls, ask for log-probabilities, leave in the middle, and send bodies and prompts that must be
-refused. Every user's messages and preferences hold a marker of their own.
+Starts `amulet serve` in its own process, twice: with a tiny random model, which answers tens of
+requests a second, and with the embedded model. Clients chat, stream, continue text, force tool
+calls, request log-probabilities, disconnect halfway, and send bodies and prompts that must be
+refused. Every user's messages and preferences contain the user's own marker.
 
 Every complete answer is greedy and is compared with the same request decoded alone before. That is
-done in float32: in bfloat16 the number of rows in a pass changes its rounding, and with it a near
-tie. Questions with a tie nearer than `TIE` nats are left out. Besides, no answer may hold another
-user's marker, nothing may fail with a 5xx, the log holds no marker at all, nothing is left in the
-batch, and the server's memory at the end is within 5 % of that after a fifth of the time. Server
-and references compute with one thread each: the clients need a core, too.
+done in float32, because in bfloat16 the number of rows in a pass changes its rounding, and with it
+a near tie. Questions with a tie closer than `TIE` nats are left out. In addition, no answer may
+contain another user's marker, no request may fail with a 5xx, the log must not contain any marker,
+nothing may be left in the batch, and the server's memory at the end must be within 5 % of that
+after a fifth of the time. Server and references compute with one thread each, because the clients
+need a core, too.
 
     python -m benchmarks.soak [--clients 64] [--seconds 300] [--embedded-seconds 60] [--seed 0]
 """
@@ -54,13 +55,13 @@ from tests.models import END_OF_TEXT, IM_END, VOCAB_SIZE, byte_tokenizer
 TEXT = "/v1/completions"
 TIE = 1e-3  # nats; float32 rounds logits to a thousandth of that
 GROWTH = 0.05  # of the server's memory
-LOOKS = 10  # at it, in the course of a run
-SETTLED = 2  # the look with which the last is compared: after a fifth of the time
-FULL = (300, 10_000)  # a run of so many seconds checks so many answers
+LOOKS = 10  # samples of it during a run
+SETTLED = 2  # the sample that the last one is compared with, after a fifth of the time
+FULL = (300, 10_000)  # seconds of a full run, and the answers that it must check
 PATIENCE = 120.0  # seconds after which a request counts as stuck
 MARKER = re.compile(r"zq\d{3}x")
 CITIES = ("Rome", "Oslo", "Lima", "Bern")
-KINDS = {  # what a client does, and how often
+KINDS = {  # kinds of client by frequency
     "whole": 34,
     "stream": 30,
     "log-probabilities": 8,
@@ -77,7 +78,7 @@ class Case:
     """One request of a user, and its answer decoded alone.
 
     Attributes:
-        marker: the user's, in all that they send.
+        marker: the user's marker, in everything they send.
         path, body: of the request.
         said: the answer's text, or the arguments of its tool call.
     """
@@ -89,7 +90,7 @@ class Case:
 
 
 def tiny_model(folder: Path) -> None:
-    """Save a random model of two layers, whose tokens are bytes, in a folder."""
+    """Save a random model of two layers, whose tokens are bytes, to a folder."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
@@ -110,7 +111,7 @@ def tiny_model(folder: Path) -> None:
 
 
 def make_cases(amulet: Amulet, users: int, tokens: int) -> list[list[Case]]:
-    """Decode the requests of each user alone: steered, by two wishes, plain, text, a tool call."""
+    """Decode each user's requests alone: steered, two preferences, plain, text, a tool call."""
     return [
         [case for kind in range(4) if (case := _case(amulet, user, kind, tokens)) is not None]
         for user in range(users)
@@ -151,17 +152,17 @@ def _case(amulet: Amulet, user: int, kind: int, tokens: int) -> Case | None:
 
 @dataclass
 class Findings:
-    """What the clients saw."""
+    """What the clients observed."""
 
     clock: Clock = field(default_factory=Clock)
-    asked: Counter[str] = field(default_factory=Counter)  # by what the client did
+    asked: Counter[str] = field(default_factory=Counter)  # by kind of client
     checked: int = 0  # complete answers that were compared
     wrong: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of whole answers
 
 
 class User:
-    """One client, with requests of their own."""
+    """One client with its own requests."""
 
     def __init__(
         self,
@@ -297,14 +298,14 @@ async def first_of(events: AsyncIterator[Any], count: int) -> AsyncIterator[Any]
 
 @dataclass
 class Outcome:
-    """What one run came to.
+    """The results of one run.
 
     Attributes:
         name: of the model.
-        memory: MiB of the server, in the course of the run.
+        memory: MiB of the server, during the run.
         errors: answers with a 5xx.
         left: what the server still held at the end.
-        leaks, mistakes: markers in its log, and errors of its own.
+        leaks, mistakes: markers and internal errors in its log.
     """
 
     name: str
@@ -320,7 +321,7 @@ class Outcome:
 
     @property
     def faults(self) -> list[str]:
-        """What went wrong; nothing where all held."""
+        """Descriptions of all faults."""
         found = [f"wrong: {text[:1000]}" for text in self.findings.wrong]
         if self.errors:
             found.append(f"{self.errors:g} answers with a 5xx")
@@ -358,10 +359,10 @@ class Outcome:
 async def load(
     url: str, cases: list[list[Case]], seconds: float, seed: int, too_many: int = 3000
 ) -> tuple[Findings, float, list[float]]:
-    """Ask everything once, then let the clients go on for so many seconds.
+    """Send every request once, then run the clients for this many seconds.
 
     Returns:
-        What they saw, the seconds it took, and the server's memory in the course of it.
+        What they observed, the seconds it took, and the server's memory during it.
     """
     findings = Findings()
     ticking = asyncio.create_task(findings.clock.run())
@@ -380,7 +381,7 @@ async def load(
             memory.append(await _memory(url))
         await asking
         took = findings.clock.now() - begun
-    for _ in range(60):  # those who went last are noticed within a step
+    for _ in range(60):  # the server notices the last disconnects within a step
         now = await asyncio.to_thread(figures_of, url)
         if not now["amulet_rows"] and not now["amulet_requests_in_flight"]:
             break
@@ -390,18 +391,18 @@ async def load(
 
 
 async def _memory(url: str) -> float:
-    figures = await asyncio.to_thread(figures_of, url)  # not a client of the loop's own
+    figures = await asyncio.to_thread(figures_of, url)  # not through the clients' loop
     return figures["process_resident_memory_bytes"] / 2**20
 
 
 def run(name: str, folder: Path | None, options: argparse.Namespace, seconds: float) -> Outcome:
-    """Decode the references, start a server, load it, and see what is left.
+    """Decode the references, start a server, load it, and check what is left.
 
     Args:
         name: of the model, for the table.
         folder: the model; None is the embedded one.
         options: of the command line.
-        seconds: for how long.
+        seconds: duration of the load.
     """
     if folder is None:
         amulet = Amulet.embedded(dtype="float32")
@@ -418,10 +419,10 @@ def run(name: str, folder: Path | None, options: argparse.Namespace, seconds: fl
     with tempfile.TemporaryDirectory() as logs:
         log = Path(logs) / "log"
         with serving("float32", log, *further) as (url, process):
-            start = figures_of(url)  # while it loaded, 503 was right
+            start = figures_of(url)  # 503 was correct while it was loading
             findings, took, memory = asyncio.run(load(url, cases, seconds, options.seed, too_many))
             end = figures_of(url)
-        # A request's id is in the log; it begins with the marker, and is no leak.
+        # A request id starts with the marker and is in the log, which is not a leak.
         told = re.sub(r"zq\d{3}x-[01]\.\d{12}", "", log.read_text(errors="replace"))
     errors = sum(
         value - start.get(key, 0.0)
@@ -445,7 +446,7 @@ def run(name: str, folder: Path | None, options: argparse.Namespace, seconds: fl
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run both models, print tables and, as the last line, JSON; return that."""
+    """Run both models, print tables and, on the last line, JSON; return the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -454,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--embedded-seconds", type=float, default=60.0, help="0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # the server's
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the server
     torch.set_num_threads(1)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""What one waits for before the first answer, and the memory that a steered request takes.
+"""Measures the start-up time and the memory of a steered request.
 
-Claims: `import amulet` takes at most 0.2 s and loads no torch; the embedded model, converted
-before, is ready at most 4 s after the program's first line, compile off; and while a steered
-request runs, the process holds at most two caches and 10 % more than with the weights alone. Each
-figure is of a fresh process. Memory is the process's resident set, by the kernel's high-water mark,
-which is set back before the request (Linux only).
+Claims: `import amulet` takes at most 0.2 s and does not load torch; the embedded model, already
+converted, is ready at most 4 s after the program's first line, with compile off; and a steered
+request takes at most 1.1 times its two caches in addition to the weights. Each figure is from a new
+process. Memory is the process's resident set, by the kernel's high-water mark, which is reset
+before the request (Linux only).
 
     python -m benchmarks.startup [--dtype float32] [--rounds 5]
 """
@@ -39,7 +39,7 @@ amulet.chat([{"role": "user", "content": "Hi!"}], preference="Be brief.", max_ne
 print(json.dumps({"ready_s": ready, "answer_s": time.perf_counter() - start}))
 """
 
-# A small request first: what the first forward pass allocates for good is not this request's.
+# A small request first, because the first forward pass allocates permanent memory.
 MEMORY = """
 import ctypes, json, sys
 import torch
@@ -59,7 +59,7 @@ def mebibytes(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
-# What the load has freed but glibc still holds would be taken first and not be seen.
+# Memory that loading freed but glibc still holds would be reused unnoticed.
 ctypes.CDLL(None).malloc_trim(0)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
@@ -72,7 +72,7 @@ print(json.dumps({"taken_mib": taken, "two_caches_mib": two, "weights_mib": befo
 
 
 def fresh(script: str, *arguments: str) -> dict[str, Any]:
-    """Run a script in a process of its own; return the JSON of its last line."""
+    """Run a script in a new process; return the JSON of its last line."""
     run = subprocess.run(
         [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -81,10 +81,10 @@ def fresh(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def start_up(options: Any) -> tuple[list[Claim], dict[str, Any]]:
-    """Time the import and the way to the first answer."""
+    """Time the import, the load and the first answer."""
     dtype = name_of(options.dtypes[0])
     imports, ready, answer, torch_loaded = [], [], [], False
-    fresh(READY, dtype)  # the files are then in the system's cache, as for a program run again
+    fresh(READY, dtype)  # puts the files into the system's cache, as for a repeated run
     for _ in range(options.rounds):
         found = fresh(IMPORT)
         imports.append(found["import_s"])
@@ -109,7 +109,7 @@ def start_up(options: Any) -> tuple[list[Claim], dict[str, Any]]:
 
 
 def memory(options: Any) -> tuple[list[Claim], dict[str, Any]]:
-    """Measure what a steered request takes, with and without keeping its rows for later ones."""
+    """Measure the memory of a steered request, with and without keeping its rows."""
     claims, figures = [], {}
     length = "128" if options.quick else "2000"
     for dtype in options.dtypes:
@@ -128,7 +128,7 @@ def memory(options: Any) -> tuple[list[Claim], dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=3, tokens=16)
     options = measure.read_options(parser, arguments, dtypes=["float32"])
     claims, figures = start_up(options)

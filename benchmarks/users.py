@@ -1,9 +1,9 @@
-"""Eight steered users together against eight plain calls in turn, also through the frameworks.
+"""Compares eight steered users together with eight plain calls in turn, also in frameworks.
 
 Claims: tokens per second of eight steered users in one batch are at least 5 times those of eight
 plain `generate` calls in turn (bfloat16); through `ChatAmulet.batch` at least 4 times those of a
 plain `ChatHuggingFace.batch` over a pipeline. LlamaIndex's `HuggingFaceLLM` is compared on one
-prompt. A framework or peer that is not installed is left out, with a line.
+prompt. A framework or peer that is not installed is skipped with a message.
 
     python -m benchmarks.users [--dtype bfloat16] [--rounds 3] [--tokens 32]
 """
@@ -39,7 +39,7 @@ Runs = dict[str, Callable[[int], object]]
 
 
 def chats(length: int) -> list[Chat]:
-    """Return eight chats over passages of their own, the shortest a third of the longest."""
+    """Return eight chats with their own passages, the shortest a third of the longest."""
     lengths = [length * (8 + 2 * i) // 22 for i in range(8)]
     return [
         rag_chat(contenders.tokenizer(), lengths[i], question, seed=i)
@@ -77,7 +77,7 @@ def langchain(theirs: Any, amulet: Any, talks: list[Chat]) -> Runs:
     inputs: list[Any] = [[(m["role"], m["content"]) for m in chat] for chat in talks]
     configs: list[Any] = [{"configurable": {"preference": preference}} for preference, _ in USERS]
 
-    @functools.cache  # its answers' length is fixed when it is made
+    @functools.cache  # the length of its answers is fixed at creation
     def peer_of(n: int) -> Any:
         make: Any = pipeline
         inner = make(
@@ -127,7 +127,7 @@ def llama_index(theirs: Any, amulet: Any, talks: list[Chat]) -> Runs:
 
 
 def forward_tokens(model: Any, run: Callable[[int], object], n: int) -> int:
-    """Return how many tokens a contender's model decodes: its forward passes."""
+    """Return the number of tokens that a contender decodes, by its forward passes."""
     passes = 0
 
     def count(*_: Any) -> None:
@@ -145,7 +145,7 @@ def forward_tokens(model: Any, run: Callable[[int], object], n: int) -> int:
 def pairs(
     theirs: Any, amulet: Any, compiled: Any | None, talks: list[Chat]
 ) -> list[tuple[Runs, str, float | None, int]]:
-    """Return the comparisons that can be made here: contenders, claim, target, peer's answers."""
+    """Return the possible comparisons: contenders, claim, target, number of the peer's answers."""
     target = 5.0 if theirs.dtype == torch.bfloat16 else None
     found = [
         (
@@ -170,7 +170,7 @@ def pairs(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=3, tokens=32)
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
     talks = chats(128 if options.quick else 256)

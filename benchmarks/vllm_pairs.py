@@ -1,11 +1,11 @@
-"""Steered requests on vLLM against plain ones with as many rows.
+"""Compares steered requests on vLLM with plain ones of equally many rows.
 
 N steered requests are 2N rows of vLLM's batch: a preferred and a base row each. They are compared
-with 2N plain requests that have the very same prompts, in the same engine, taking turns. All
+with 2N plain requests with the same prompts, in the same engine, taking turns. All
 answers have the same length, and nothing is kept from one round to the next.
 
-Claim: steered rows make at least 85 % of the tokens per second of plain ones, greedy and drawn, the
-prefill included. It runs in the environment that `make test-vllm` builds:
+Claim: steered rows decode at least 85 % of the tokens per second of plain ones, greedy and sampled,
+prefill included. Run it in the environment that `make test-vllm` builds:
 
     HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m benchmarks.vllm_pairs [--pairs 8] [--rounds 5]
 """
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: the engine in this process, so that it and the measuring share no core.
+# Set before vLLM is imported: runs the engine in this process, so that they share no core.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -36,7 +36,7 @@ WAYS = {"greedy": 0.0, "drawn": 0.8}  # by temperature
 
 
 def start_engine(model: str, dtype: str, rows: int, *, eager: bool) -> Any:
-    """Start vLLM with Amulet's scheduler and processor; all but "smollm2" has random weights."""
+    """Start vLLM with Amulet's scheduler and processor; only "smollm2" has trained weights."""
     from vllm import LLM
 
     from amulet.vllm_backend.cli import PROCESSOR, SCHEDULER
@@ -58,13 +58,13 @@ def start_engine(model: str, dtype: str, rows: int, *, eager: bool) -> Any:
             max_num_seqs=rows,
             scheduler_cls=SCHEDULER,
             logits_processors=[PROCESSOR],
-            enable_prefix_caching=False,  # a round would find the prompts of the one before
+            enable_prefix_caching=False,  # so that no round reuses earlier prompts
             seed=0,
         )
 
 
 def requests(engine: Any, pairs: int) -> tuple[list[tuple[list[int], Any]], list[list[int]]]:
-    """Return prompts with their pairs, and the prompts of all of their rows."""
+    """Return prompts with their pairs, and the prompts of all their rows."""
     from amulet.vllm_backend.frontend import Encoder
 
     encoder = Encoder(
@@ -90,7 +90,7 @@ def requests(engine: Any, pairs: int) -> tuple[list[tuple[list[int], Any]], list
 
 
 def runs_of(engine: Any, pairs: int) -> dict[str, Callable[[int], object]]:
-    """Return the contenders: each decodes n tokens of all of its answers."""
+    """Return the contenders, each of which decodes n tokens of all its answers."""
     from vllm import SamplingParams
 
     steered, plain = requests(engine, pairs)
@@ -115,7 +115,7 @@ def runs_of(engine: Any, pairs: int) -> dict[str, Callable[[int], object]]:
 
 
 def claims_of(what: str, times: Mapping[str, measure.Times], tokens: int) -> list[Claim]:
-    """Return the claims: plain time over steered time is steered speed over plain speed."""
+    """Return the claims, as plain time over steered time, the ratio of the speeds."""
     claims = []
     for way in WAYS:
         plain, steered = (times[f"vLLM, {kind}, {way}"] for kind in ("plain", "steered"))
@@ -133,12 +133,12 @@ def claims_of(what: str, times: Mapping[str, measure.Times], tokens: int) -> lis
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print a table and, as the last line, JSON; return that."""
+    """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=64)
     parser.add_argument("--pairs", type=int, default=8, help="steered requests (default 8)")
     options = measure.read_options(parser, arguments, dtypes=["bfloat16"])
     if len(options.dtypes) > 1:
-        parser.error("--dtype: expected one; an engine has one.")
+        parser.error("--dtype: expected one, because an engine has only one.")
     dtype = name_of(options.dtypes[0])
     engine = start_engine(options.model, dtype, 2 * options.pairs, eager=options.quick)
     runs = runs_of(engine, options.pairs)

@@ -1,4 +1,4 @@
-"""An agent with tools, an SQLite store and checkpointer, serving two people who differ."""
+"""An agent with tools, an SQLite store and a checkpointer, for two users with two preferences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def opening_hours(place: Literal["library", "museum"]) -> str:
 
 @wrap_model_call
 def choose_tool(request: Any, handler: Any) -> Any:
-    """Choose the tool for a model as small as this one; a larger one chooses by itself."""
+    """Choose the tool for this small model; larger models choose by themselves."""
     last = request.messages[-1]
     for words, choice in [("from now on", "remember_preference"), ("open?", "opening_hours")]:
         if last.type == "human" and words in last.text:
@@ -29,7 +29,7 @@ def choose_tool(request: Any, handler: Any) -> Any:
 
 
 def ask(folder: str, user: str, thread: str, text: str) -> None:
-    """Answer one turn; store and threads are opened anew each time, as after a restart."""
+    """Answer one turn; store and threads are reopened each time, as after a restart."""
     with (
         SqliteStore.from_conn_string(f"{folder}/store.db") as store,
         SqliteSaver.from_conn_string(f"{folder}/threads.db") as threads,

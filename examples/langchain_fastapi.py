@@ -1,6 +1,6 @@
-"""Stream answers from FastAPI, each request in its own way; the event loop stays free meanwhile.
+"""Stream answers from FastAPI, each with its own preference, without blocking the event loop.
 
-Needs `pip install fastapi httpx`. Serve it with `uvicorn langchain_fastapi:app` in this folder.
+Requires `pip install fastapi httpx`. Serve it with `uvicorn langchain_fastapi:app` in this folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Question(BaseModel):
 
 @app.post("/chat")
 async def chat(question: Question) -> StreamingResponse:
-    """Answer piece by piece; a client that goes away stops the decode."""
+    """Stream an answer; the decode stops when the client disconnects."""
 
     async def pieces() -> AsyncIterator[str]:
         async for piece in model.astream(question.text, preference=question.preference):
@@ -38,7 +38,7 @@ async def chat(question: Question) -> StreamingResponse:
 
 
 async def main() -> None:
-    """Ask the app three times at once; the answers share their forward passes."""
+    """Send three requests at once; their answers share forward passes."""
     wishes = [None, "Answer in one short sentence.", "Answer as a numbered list."]
     transport = httpx.ASGITransport(app=app)  # in this process, without a socket
     async with httpx.AsyncClient(transport=transport, base_url="http://amulet") as client:

@@ -1,4 +1,4 @@
-"""A RAG chain with a preference per conversation; finding the passage is never steered."""
+"""A RAG chain with a preference per conversation; retrieval is never steered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from amulet_integrations.langchain import ChatAmulet, PreferenceMemory, with_mem
 model = ChatAmulet.embedded(max_tokens=48)
 pages = Path(__file__).with_name("documents").glob("*.md")
 sections = [part for page in sorted(pages) for part in page.read_text("utf-8").split("\n## ")]
-passages = [section.split("\n", 1)[1].strip() for section in sections]  # without their headings
+passages = [section.split("\n", 1)[1].strip() for section in sections]  # without headings
 retriever = InMemoryVectorStore.from_texts(passages, MiniLM()).as_retriever(search_kwargs={"k": 1})
 
 rephrase = ChatPromptTemplate.from_messages([("human", "Say it in other words: {question}")])
@@ -30,13 +30,13 @@ answer = ChatPromptTemplate.from_messages(
 
 
 def show(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Print what is searched for."""
+    """Print the search query."""
     print(f"  searched: {inputs['search']}")
     return inputs
 
 
 chain = (
-    # `with_preference("")`: this internal call refuses the preference that the others inherit
+    # `with_preference("")`: this internal call does not inherit the preference
     RunnablePassthrough.assign(search=rephrase | model.with_preference("") | StrOutputParser())
     | RunnableLambda(show)
     | RunnablePassthrough.assign(passage=lambda x: retriever.invoke(x["search"])[0].page_content)

@@ -1,4 +1,4 @@
-"""A reasoning model: thinking is kept apart from the answer, and only the answer is steered."""
+"""A reasoning model: thinking is separate from the answer, and only the answer is steered."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ for piece in model.stream(question):
             print(block["text"], end="", flush=True)
 print()
 
-# The template's own options go along with a call.
+# A call can pass the template's own options.
 print(model.invoke(question, enable_thinking=False).content)

@@ -1,4 +1,4 @@
-"""Structured output: always valid against its schema, and never bent by a preference."""
+"""Structured output: always valid against its schema, and not affected by a preference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from amulet_integrations.langchain import ChatAmulet
 
 
 class Review(BaseModel):
-    """A film review, taken apart."""
+    """A film review as structured data."""
 
     film: str
     verdict: Literal["good", "bad"]
@@ -18,7 +18,7 @@ class Review(BaseModel):
 
 
 model = ChatAmulet.embedded(max_tokens=64, preference="Talk like a pirate.")
-reader = model.with_structured_output(Review)  # a grammar masks every token that would break it
+reader = model.with_structured_output(Review)  # a grammar masks every invalid token
 
 for text in (
     "I saw Jaws last night. What a wonderful film, five stars!",

@@ -1,4 +1,4 @@
-"""Swap the model in two lines: the chain stays as it was, and answers can now follow a wish."""
+"""Swap the model in two lines: the chain stays the same, and answers can follow a preference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from langchain_core.prompts import ChatPromptTemplate
 # Before:
 #   from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 #   model = ChatHuggingFace(llm=HuggingFacePipeline.from_model_id(..., task="text-generation"))
-# After; for a model of your own: ChatAmulet(model="Qwen/Qwen3-0.6B"), or from_pipeline(...).
+# After; for your own model: ChatAmulet(model="Qwen/Qwen3-0.6B"), or from_pipeline(...).
 from amulet_integrations.langchain import ChatAmulet
 
 model = ChatAmulet.embedded(max_tokens=48)

@@ -15,7 +15,7 @@ def ferry_times(day: str) -> str:
 
 
 async def main() -> None:
-    # SmolLM2's chat template knows no tools: "fallback" describes them in the system message.
+    # SmolLM2's chat template has no tools: "fallback" describes them in the system message.
     llm = AmuletLLM.embedded(tools_prompt="fallback", max_tokens=80)
     agent = FunctionAgent(
         tools=[ferry_times],

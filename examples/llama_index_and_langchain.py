@@ -1,4 +1,4 @@
-"""LangChain and LlamaIndex in one process share one model, and one forward pass per step."""
+"""LangChain and LlamaIndex in one process share a model, and one forward pass per step."""
 
 from __future__ import annotations
 

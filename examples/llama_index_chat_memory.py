@@ -1,4 +1,4 @@
-"""A conversation's preference lives in its memory, and is still there after a restart."""
+"""A conversation's preference is stored in its memory and survives a restart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LLM = AmuletLLM.embedded(max_tokens=60)
 
 
 def conversation(folder: Path) -> tuple[SimpleChatEngine, PreferenceMemoryBlock]:
-    """What a freshly started program builds."""
+    """Return what the program builds at start."""
     database = f"sqlite+aiosqlite:///{folder / 'chats.db'}"
     block = PreferenceMemoryBlock(
         chat_store=SQLAlchemyChatStore("preferences", async_database_uri=database)
@@ -31,7 +31,7 @@ def main() -> None:
         engine, block = conversation(Path(folder))
         print(f"[plain] {engine.chat('Why is the sky blue?')}\n")
         block.set("anna", "Answer in one short sentence.", strength=1.0, placement="user")
-        engine, block = conversation(Path(folder))  # the program starts again
+        engine, block = conversation(Path(folder))  # as after a restart
         print(f"[after a restart: {block.get('anna')['preference'][0].text}]")
         print(engine.chat("And why are sunsets red?"))
 

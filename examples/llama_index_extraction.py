@@ -1,4 +1,4 @@
-"""Structured extraction is read by a program: always valid, and the same with a preference."""
+"""Structured extraction, which a program reads: always valid, and the same with a preference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTE = "Dr. Sara Lindqvist will give a talk about glaciers on Friday in the town
 
 
 class Event(BaseModel):
-    """What is announced."""
+    """The announced event."""
 
     speaker: str
     topic: str = Field(max_length=40)

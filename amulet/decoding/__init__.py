@@ -1,1 +1,1 @@
-"""From token ids to token ids: the engine, and how each token is chosen. It knows no text."""
+"""The decode engine and the choice of each token; works on token ids only."""

@@ -79,11 +79,11 @@ def _no_token(generation: Generation, scores: torch.Tensor, model_is_sound: bool
     if bool((scores == NEVER).all()):
         return DecodeError(
             f"No token is left for token {number} of the answer: grammar and logits processors "
-            "together forbid every one. Let at least one pass that the grammar permits."
+            "together forbid every one. Permit at least one token that the grammar permits."
         )
     return DecodeError(
-        f"The scores for token {number} of the answer are not finite numbers: expected of each "
-        "logits processor numbers, or -inf for what it forbids."
+        f"The scores for token {number} of the answer are not finite numbers: every logits "
+        "processor must return numbers, or -inf for the tokens that it forbids."
     )
 
 

@@ -210,7 +210,7 @@ class Engine:
             for row in range(len(self._owners)):
                 self._keep(row)
         except Exception as error:  # no answer fails because of it
-            logger.info("Nothing is kept of ended answers: %.200s", one_line(error))
+            logger.info("The rows of finished answers are not kept: %.200s", one_line(error))
             self.prefixes.clear()  # running answers need the memory more
 
     def _keep(self, row: int) -> None:

@@ -1,4 +1,4 @@
-"""The loop guard: which tokens would go on repeating what an answer has said, and what it costs.
+"""The loop guard: finds tokens that would continue a repetition, and penalises them.
 
 The rule is DRY's ("don't repeat yourself"): a token that would make a repeated run longer loses
 likelihood, the more the longer the run. Only the answer's own tokens count, so that what is copied

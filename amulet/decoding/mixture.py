@@ -1,4 +1,4 @@
-"""The distributions of one step: combine each generation's rows, cut the implausible, explain.
+"""Combines the rows of each generation in a step, applies the floor, and records traces.
 
 `Mixture.scores` has one row per generation, `[generations, vocab]`, float32 or wider.
 """

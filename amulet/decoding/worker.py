@@ -227,7 +227,7 @@ class Driver:
     def _add(self, watch: _Watch) -> None:
         if self._thread.is_current:
             raise RequestError(
-                "A logits processor can't ask the model that is calling it; use another model."
+                "A logits processor can't call the model that is running it; use another model."
             )
         with self._changed:
             self._watches.append(watch)

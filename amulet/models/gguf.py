@@ -1,4 +1,4 @@
-"""Where a GGUF file is: on the disk, on the hub, or in Ollama's store.
+"""Finds and loads GGUF files: on disk, on the hub, or in Ollama's store.
 
 Ollama keeps each model as a manifest, which lists blobs by their digest; one of them is the file.
 """
@@ -56,9 +56,9 @@ def load_gguf(source: str | os.PathLike[str], **options: Any) -> Loaded:
     known = {"name", "gpu_layers", "threads", "context", "kv_type"}
     if unknown := sorted(options.keys() - known):
         raise ModelError(
-            f"{os.fspath(source)}: {', '.join(unknown)}: no option of a GGUF file; there are "
-            f"{', '.join(sorted(known))}, revision and token. Its weights are as they are saved, "
-            "and layers are put on a GPU by gpu_layers."
+            f"{os.fspath(source)}: {', '.join(unknown)}: not an option of GGUF files; expected "
+            f"{', '.join(sorted(known))}, revision or token. Weights are used as saved, and "
+            "gpu_layers puts layers on a GPU."
         )
     path, name = find_gguf(source, **where)
     with _progress(name) as tell:
@@ -67,18 +67,18 @@ def load_gguf(source: str | os.PathLike[str], **options: Any) -> Loaded:
 
 
 def _translate(options: dict[str, Any]) -> None:
-    """Take what any model can be told: `device`, and a `dtype` that leaves the weights alone."""
+    """Convert the general options: `device`, and a `dtype` that keeps the weights."""
     device, dtype = options.pop("device", None), options.pop("dtype", "auto")
     if dtype != "auto":
         raise ModelError(
-            f"dtype={str(dtype)!r}: a GGUF file's weights are computed with as they are saved; "
-            "leave it out, and take another file for another precision."
+            f"dtype={str(dtype)!r}: a GGUF file's weights are used as saved; leave it out, and "
+            "use another file for another precision."
         )
     if device is not None and str(device) == "cpu":
         options.setdefault("gpu_layers", 0)
     elif device is not None and not supports_gpu():
         raise ModelError(
-            f"device={str(device)!r}: this llama.cpp was built for the CPU alone; leave it out, or "
+            f"device={str(device)!r}: this llama.cpp was built for the CPU only; leave it out, or "
             "build llama-cpp-python for the GPU (its README says how)."
         )
 
@@ -191,12 +191,12 @@ def _blob(folder: Path, manifest: Path, given: str) -> Path:
             for layer in json.loads(manifest.read_text(encoding="utf-8"))["layers"]
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{manifest} is no manifest of Ollama's: {error!r}.") from error
+        raise ModelError(f"{manifest} is not a manifest of Ollama: {error!r}.") from error
     if ADAPTER_LAYER in layers:
         raise ModelError(f"{given} is an adapter over another model, which can't be loaded here.")
     digest = layers.get(MODEL_LAYER, "")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
-        raise ModelError(f"{manifest} names no model file: it may be one that runs in the cloud.")
+        raise ModelError(f"{manifest} names no model file: it may be a cloud model.")
     path = folder / "blobs" / digest.replace(":", "-")
     if not path.is_file():
         raise ModelError(f"{given}: {path} is missing; get it again with `ollama pull {given}`.")

@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer, and says plainly what is wrong when it can't.
+"""Loads a causal language model and its tokenizer, with clear errors if it can't.
 
 Only safetensors weights are read: pickle files run code when they are opened. Torch and
 Transformers are imported inside the functions, so that importing this module stays cheap.
@@ -257,7 +257,7 @@ def _check_folder(folder: Path) -> None:
         return
     if suffixes & PICKLE_SUFFIXES:
         raise ModelError(
-            f"{folder} {_ONLY_PICKLE} Convert it once: load it with Transformers where you trust "
+            f"{folder} {_ONLY_PICKLE} Convert it once: load it with Transformers if you trust "
             "its origin, then save_pretrained to another folder."
         )
     raise ModelError(f"{folder} has a config but no weights: no *.safetensors file is there.")

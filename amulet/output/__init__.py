@@ -1,1 +1,1 @@
-"""From token ids to what the caller reads: text, sections, events, replies."""
+"""Converts token ids to what the caller reads: text, sections, events, replies."""

@@ -1,4 +1,4 @@
-"""From the ids of one answer to its events: text, reasoning and tool calls.
+"""Converts the ids of one answer to events: text, reasoning and tool calls.
 
 ids -> text -> pieces by section -> stop sequences (only in the reader's text) -> events. After each
 token `policy.py` sets how the next one is chosen.

@@ -1,4 +1,4 @@
-"""One question answered three ways: plain, with the preference in the prompt alone, and steered."""
+"""Compares three answers to a question: plain, preference in the prompt only, and steered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One question at several strengths: what more steering changes, and what it costs."""
+"""The strength curve: answers to one question at several strengths."""
 
 from __future__ import annotations
 

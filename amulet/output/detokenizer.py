@@ -1,4 +1,4 @@
-"""From token ids to text while decoding runs: incremental detokeniser, and stop strings."""
+"""Converts token ids to text while decoding runs, and finds stop sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides whether a token is steered: only what a person reads is.
+"""Decides whether a token is steered: only text that a person reads is.
 
 Thinking, tool calls and the fixed parts of a grammar are decoded with the base row alone. Which
 section a token is in, the scanner says (`sections.py`); this module reads no text.

@@ -1,1 +1,1 @@
-"""From messages and preferences to token ids."""
+"""Converts messages and preferences to token ids."""

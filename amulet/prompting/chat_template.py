@@ -1,4 +1,4 @@
-"""A chat template: rendering it, what it can do, and control tokens of contents kept as text.
+"""Renders a chat template, finds what it supports, and keeps control tokens in contents text.
 
 What a template can do (`TemplateTraits`) is found by rendering sentinels, never by its name.
 """

@@ -1,4 +1,4 @@
-"""Chat messages in one form, and the forms in which templates take past tool calls."""
+"""Normalises chat messages, and writes past tool calls in the forms that templates accept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages and preferences -> the token ids of the preferred prompts and of the base prompt.
+"""Builds the token ids of the preferred prompts and of the base prompt.
 
 The steps: messages are normalised (`amulet.prompting.messages`); control tokens inside contents
 are broken up (`break_all`); `_fitted` finds the fewest changes with which the template shows every

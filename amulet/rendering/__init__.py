@@ -1,1 +1,1 @@
-"""Answers with tokens coloured by how much steering raised each: as HTML, and on a terminal."""
+"""Renders answers, with tokens coloured by how much steering raised them: HTML, terminal."""

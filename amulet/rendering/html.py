@@ -1,4 +1,4 @@
-"""Replies as HTML for a notebook: no scripts, no style sheet, every text escaped.
+"""Renders replies as HTML for notebooks: no scripts, no style sheets, every text escaped.
 
 Styles stand in the elements, because notebooks and mail clients drop style sheets. Colours are
 blue for raised and orange for lowered, which every kind of colour blindness tells apart, under

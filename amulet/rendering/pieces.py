@@ -1,4 +1,4 @@
-"""From a reply's trace to what is shown: its characters, each with the tokens that wrote it."""
+"""Maps a reply's trace to its characters, each with the tokens that wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replies on a terminal, as what rich prints: the colours of the HTML, control characters cut."""
+"""Renders replies for a terminal with rich: the HTML's colours, without control characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways of calling a model: all heed the config's preference, and a batch decodes together."""
+"""The methods that call a model: all follow the config's preference, and a batch shares passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`PreferenceMemory`: preferences of users and conversations, kept in a LangGraph store."""
+"""`PreferenceMemory`: preferences of users and conversations, stored in a LangGraph store."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def _settings(preference: PreferenceLike, push: Push) -> Settings:
         settings = {"preference": as_json(preference), **settings}
     if not settings:
         raise RequestError(
-            'Nothing was given to keep: give a preference ("" is off), '
+            'There is nothing to store: give a preference ("" is off), '
             f"{', '.join(Steering.model_fields)}; to delete an entry use forget()."
         )
     return settings
@@ -294,7 +294,7 @@ def _label(name: str, identity: object) -> str:
     if not isinstance(identity, str) or not identity.strip():
         raise RequestError(
             f"{name}={identity!r}: expected non-empty text. Without it the preference would be "
-            "shared by everybody whose id is not known."
+            "shared by everyone whose id is unknown."
         )
     raw = identity.encode("utf-8", "surrogatepass")
     return re.sub(rb"[^A-Za-z0-9-]", lambda byte: b"=%02X" % byte[0][0], raw).decode()

@@ -1,4 +1,4 @@
-"""LangChain messages <-> the chat dicts that Transformers' templates read."""
+"""Converts LangChain messages to and from the chat dicts of Transformers' templates."""
 
 from __future__ import annotations
 

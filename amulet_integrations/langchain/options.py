@@ -1,4 +1,4 @@
-"""What `ChatAmulet` and `AmuletLLM` share: their fields, and how a call becomes a `Request`."""
+"""The fields of `ChatAmulet` and `AmuletLLM`, and the conversion of a call to a `Request`."""
 
 from __future__ import annotations
 

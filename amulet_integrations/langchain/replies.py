@@ -1,4 +1,4 @@
-"""Replies of the decoder -> LangChain messages, chunks, usage and response metadata."""
+"""Converts replies to LangChain messages, chunks, usage and response metadata."""
 
 from __future__ import annotations
 

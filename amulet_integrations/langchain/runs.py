@@ -1,4 +1,4 @@
-"""A stream belongs to the run that asked for it, wherever it is read."""
+"""Binds a stream to the run that requested it, wherever it is read."""
 
 from __future__ import annotations
 

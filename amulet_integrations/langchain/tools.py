@@ -1,4 +1,4 @@
-"""What LangChain calls tools, tool choice and response format, in the decoder's terms."""
+"""Converts LangChain's tools, tool choice and response format to Amulet's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tool_schemas(tools: Any) -> list[dict[str, Any]]:
         try:
             schema = convert_to_openai_tool(tool)
         except (ValueError, TypeError) as error:
-            raise RequestError(f"tools: {tool!r} is no tool: {error}") from None
+            raise RequestError(f"tools: {tool!r} is not a tool: {error}") from None
         if "function" not in schema:
             raise RequestError(
                 f"tools: {tool!r} runs on a provider's server; give a function or a schema."
@@ -68,7 +68,7 @@ def normal_choice(choice: Any, schemas: Sequence[Mapping[str, Any]]) -> str | No
         return None
     if isinstance(choice, str) and choice in ("auto", "any", "none", *names):
         if choice == "any" and not names:
-            raise RequestError('tool_choice="any" needs tools: there are none.')
+            raise RequestError('tool_choice="any" requires tools: there are none.')
         return choice
     raise RequestError(
         f"tool_choice={choice!r}: expected 'auto', 'any', 'none' or one of the tools: "

@@ -1,4 +1,4 @@
-"""Who asks the model: the open spans of LlamaIndex's instrumentation, and what opens no span.
+"""Finds who calls the model: by LlamaIndex's open spans, or by stack frames where it opens none.
 
 LlamaIndex hands every component the same LLM. Its instrumentation tells a span handler which
 components are at work, in tasks and threads as well, whatever subclass or wrapper of the LLM they

@@ -1,4 +1,4 @@
-"""`PreferenceMemoryBlock`: a conversation's preference, kept with its messages."""
+"""`PreferenceMemoryBlock`: a conversation's preference, stored with its messages."""
 
 from __future__ import annotations
 
@@ -111,6 +111,6 @@ def _key(session_id: object) -> str:
     if not isinstance(session_id, str) or not session_id.strip():
         raise RequestError(
             f"session_id={session_id!r}: expected non-empty text. Without it the preference would "
-            "be shared by every conversation whose id is not known."
+            "be shared by every conversation whose id is unknown."
         )
     return session_id + SUFFIX

@@ -1,4 +1,4 @@
-"""LlamaIndex's messages to the chat form and a `Reply` back to LlamaIndex's; nothing is dropped."""
+"""Converts LlamaIndex's messages to chat dicts and replies back, without dropping anything."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def stated_in(messages: Iterable[ChatMessage]) -> Settings:
         for key in message.additional_kwargs:
             if key != MARK and setting_meant(key) is not None:
                 warnings.warn(
-                    f"messages[{index}]: nobody reads the key {key!r} of its additional_kwargs; "
-                    "to keep a preference in a conversation use preference_message(...).",
+                    f"messages[{index}]: the key {key!r} of its additional_kwargs is not used; "
+                    "to store a preference in a conversation use preference_message(...).",
                     UserWarning,
                     stacklevel=3,
                 )

@@ -1,4 +1,4 @@
-"""A call's keywords and settings as a `Request`; what nobody would read is refused."""
+"""Converts a call's keywords and settings to a `Request`; refuses those without effect."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HINTS = {
     "generate_kwargs": "give temperature, top_p, ... by name",
     "do_sample": "use temperature: 0 is greedy, above 0 samples",
     "is_chat_model": "leave it out: it is read from the tokenizer's chat template",
-    "is_function_calling_model": 'use tools_prompt="fallback" where the template knows no tools',
+    "is_function_calling_model": 'use tools_prompt="fallback" if the template has no tools',
     "stopping_ids": "use stop, with strings",
     "device_map": "give it to the constructor",
     "base_url": "leave it out: the model runs in this process",

@@ -1,4 +1,4 @@
-"""`with preference("..."):` and the workflow's `Context`: settings that no call has to pass on."""
+"""`with preference("..."):` and the workflow's `Context`: settings for all calls inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an `AmuletLLM` is made of, and how a call becomes a `Request`."""
+"""The fields of `AmuletLLM`, and the conversion of a call to a `Request`."""
 
 from __future__ import annotations
 

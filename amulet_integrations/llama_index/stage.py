@@ -1,4 +1,4 @@
-"""For whom a model call is: which of LlamaIndex's calls are read by the user.
+"""Tells who reads a model call's answer: which of LlamaIndex's calls the user reads.
 
 Most calls say nothing about their purpose: a condensed question and a chat answer are both a list
 of messages. What tells them apart is the prompt's type (`PROMPT_TYPES`) and who asks

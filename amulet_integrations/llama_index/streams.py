@@ -1,4 +1,4 @@
-"""Events of a decode to LlamaIndex's streams of responses; a ReAct answer in two steps."""
+"""Converts decode events to LlamaIndex's response streams; a ReAct answer in two steps."""
 
 from __future__ import annotations
 

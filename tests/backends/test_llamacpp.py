@@ -367,12 +367,12 @@ def test_what_is_wrong_with_a_file_is_said(tiny: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_with_an_option_is_said(tiny: Path) -> None:
     assert "kv_type='f8': expected one of f32, f16" in said(tiny, kv_type="f8")
     assert "threads=0: expected 1 or more" in said(tiny, threads=0)
-    assert "pack: no option of a GGUF file" in said(tiny, pack="int4")
+    assert "pack: not an option of GGUF files" in said(tiny, pack="int4")
     assert "dtype='bfloat16': a GGUF file's weights" in said(tiny, dtype="bfloat16")
     with pytest.raises(RequestError, match="compile=True"):
         Amulet.from_pretrained(str(tiny), compile=True)
     if not gguf.supports_gpu():
-        assert "was built for the CPU alone" in said(tiny, device="cuda")
+        assert "was built for the CPU only" in said(tiny, device="cuda")
 
 
 def test_from_pretrained_takes_a_file_by_its_name(tiny: Path) -> None:

@@ -44,7 +44,7 @@ CLAIMS: list[tuple[ModuleType, list[tuple[str, str]]]] = [
         authors,
         [
             (
-                "tiny, float32, 4 tokens behind 96: the authors' way (from 4 positions) / steered",
+                "tiny, float32, 4 tokens after 96: the authors' code (from 4 positions) / steered",
                 "≥ 25",
             )
         ],
@@ -213,7 +213,7 @@ def test_all_gathers_the_claims_and_names_what_failed(
 
 
 def test_without_a_gpu_the_gpu_script_says_so() -> None:
-    with pytest.raises(SystemExit, match="No CUDA GPU is here; --quick runs a tiny shape"):
+    with pytest.raises(SystemExit, match="There is no CUDA GPU; --quick runs a tiny shape"):
         gpu.main([])
 
 

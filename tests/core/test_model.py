@@ -265,7 +265,7 @@ def test_a_raw_prompt_needs_no_template(tokenizer: PreTrainedTokenizerFast) -> N
     ("options", "message"),
     [
         ({"temprature": 1.0}, "temprature: unknown option"),
-        ({"tool_choice": "any"}, "tool_choice='any' needs tools"),
+        ({"tool_choice": "any"}, "tool_choice='any' requires tools"),
         ({"tools": "f"}, "expected a list of tools"),
         ({"grammar": "x"}, "grammar='x'"),
         ({"tools_prompt": "other"}, "tools_prompt='other'"),

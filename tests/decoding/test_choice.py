@@ -138,7 +138,7 @@ class MeanLess(LogitsProcessor):
         ([[NEVER] * 5, BASE], {}, "float16"),
         ([[NEVER] * 5], {}, "float16"),
         ([PREFERRED, BASE], {"processors": [MeanLess(NEVER)]}, "forbid every one"),
-        ([PREFERRED, BASE], {"processors": [MeanLess(float("nan"))]}, "each logits processor"),
+        ([PREFERRED, BASE], {"processors": [MeanLess(float("nan"))]}, "every logits processor"),
         ([PREFERRED, BASE], {"allowed": lambda: torch.zeros(5, dtype=torch.bool)}, "forbid"),
     ],
 )

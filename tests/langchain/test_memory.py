@@ -110,7 +110,7 @@ def test_what_is_not_valid_is_not_written(memory: PreferenceMemory) -> None:
         memory.merge("Be long.", user_id="anna", loudness=3)  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="a preference of type int"):
         memory.set(3, user_id="anna")  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="Nothing was given to keep"):
+    with pytest.raises(RequestError, match="There is nothing to store"):
         memory.set(user_id="anna")
     assert memory.get(user_id="anna") == {"preference": ["Be brief."]}
 

@@ -258,7 +258,7 @@ async def test_structured_output_knows_the_preference_and_is_not_steered(
 )
 async def test_a_misspelt_key_of_the_config_is_told(key: str, meant: str) -> None:
     config: Any = {"configurable": {key: "near"}}
-    told = f"nobody reads the key '{key}'; did you mean '{meant}'"
+    told = f"the key '{key}' is not used; did you mean '{meant}'"
     chat = preferring("near")
     with pytest.warns(UserWarning, match=told):
         chat.invoke("Hi", config)
@@ -278,10 +278,10 @@ def test_keys_of_other_components_pass() -> None:
 
 def test_a_misspelt_key_of_a_message_or_a_context_is_told() -> None:
     message = HumanMessage("Hi", additional_kwargs={"preferance": "near"})
-    with pytest.warns(UserWarning, match="additional_kwargs: nobody reads the key 'preferance'"):
+    with pytest.warns(UserWarning, match="additional_kwargs: the key 'preferance' is not used"):
         preferring("near").invoke([message])
     agent = create_agent(preferring("near"), middleware=[PreferenceMiddleware()])
-    with pytest.warns(UserWarning, match="the run's context: nobody reads the key 'preferance'"):
+    with pytest.warns(UserWarning, match="the run's context: the key 'preferance' is not used"):
         agent.invoke({"messages": "Hi"}, context={"preferance": "near"})
 
 

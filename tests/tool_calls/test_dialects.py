@@ -516,7 +516,7 @@ def test_a_template_without_tools_is_an_error(tokenizer: PreTrainedTokenizerFast
         amulet.chat(user("hi"), tools=TOOLS)
     assert amulet.chat(user("hi"), tools=TOOLS, tool_choice="none").text == "x"
     strange = amulet_saying(tokenizer, "x", "{{ tools | tojson if tools }}" + CHATML)
-    with pytest.raises(TemplateError, match="does not show in which form"):
+    with pytest.raises(TemplateError, match="does not show how the model writes"):
         strange.chat(user("hi"), tools=TOOLS)
 
 

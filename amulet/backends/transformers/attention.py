@@ -1,4 +1,4 @@
-"""Attention of new tokens over cached ones, without copies of keys and values, and without a mask.
+"""Attention of new tokens over cached ones, without copies of keys and values and without a mask.
 
 On the CPU few tokens attend by `native/attention.c` and many by `native/prefill.c`, where those are
 the faster ones. Elsewhere: where query heads share key and value heads, Transformers repeats the

@@ -1,4 +1,4 @@
-"""One decode step as compiled code: `torch.compile` of the model over the rows of the KV cache.
+"""Compiles the decode step: `torch.compile` of the model over the rows of the KV cache.
 
 One graph serves every number of rows and every length; nothing is compiled again during a chat.
 """
@@ -201,7 +201,7 @@ class CompiledStep:
         lists = (m for m in self._model.modules() if isinstance(m, nn.ModuleList))
         layers: Any = next(found for found in lists if len(found) == count)
         if any("forward" in layer.__dict__ for layer in layers):
-            raise ValueError("somebody has replaced the forward of its layers")
+            raise ValueError("other code has replaced the forward of its layers")
         try:
             for number, layer in enumerate(layers):
                 layer.forward = partial(self._layer, layer, number)

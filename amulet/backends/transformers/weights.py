@@ -1,4 +1,4 @@
-"""What a model computes with: whether its weights are still the same, and which they are.
+"""Detects changes of a model's weights and adapters, and identifies them.
 
 Keys and values of past answers, cached answers and packed copies hold only for the weights that
 they were computed with. People change those: they load, train, merge and switch adapters.

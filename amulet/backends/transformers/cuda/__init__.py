@@ -1,1 +1,1 @@
-"""What makes decoding fast on a GPU; without it every token is the same."""
+"""Speeds up decoding on a GPU; without it, answers are the same."""

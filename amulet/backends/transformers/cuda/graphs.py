@@ -1,4 +1,4 @@
-"""Decode steps on a GPU as CUDA graphs: one launch instead of a thousand.
+"""Runs decode steps on a GPU as CUDA graphs: one launch instead of a thousand.
 
 A GPU finishes most operations of a step before Python has launched the next. A graph records a step
 once for a number of rows and of tokens per row, over all columns of the cache; a step then fills in

@@ -1,4 +1,4 @@
-"""Linear layers that share an input, such as q, k and v: one product for all in compiled code.
+"""Joins linear layers that share an input, such as q, k and v, to one product in compiled code.
 
 Several small products in turn leave much of a GPU's memory speed unused.
 """

@@ -1,4 +1,4 @@
-"""Attention of few new tokens over many cached ones on a GPU, in Triton.
+"""Attention of a few new tokens over many cached ones on a GPU, in Triton.
 
 The columns of every row are shared out among the GPU's processors in blocks whose size depends on
 the shapes alone, so that a row's result does not depend on who else is in the batch; a second
