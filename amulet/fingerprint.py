@@ -16,10 +16,10 @@ _known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()  # by mode
 
 
 def fingerprint(amulet: Amulet) -> str:
-    """Return 16 hex digits that differ between models of one name: weights, dtype, template.
+    """Return 16 hex digits that depend on the model's weights, dtype and chat template.
 
-    Packed and offloaded weights and the active adapters count as well. The weights are read once,
-    and again when they have changed, as far as `weights_state` sees it.
+    Packed and offloaded weights and active adapters count, too. The weights are read once, and
+    again when `weights_state` detects a change.
     """
     model: Any = amulet.model
     if isinstance(model, GGUFModel):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def game_gain(
     iterations: int = 60, alpha: float = 2.0, lam: float = 2.0, eta: float = 10.0
 ) -> float:
-    """Return the gain g that T steps of the paper's game amount to.
+    """Return the gain g that is equivalent to T steps of the paper's game.
 
     The t-th policy is `log π_t ∝ p + b_t·(p − r)`, with
 
@@ -35,7 +35,7 @@ def game_gain(
         eta: η, the step size, above 0.
 
     Raises:
-        RequestError: a number is out of its range, or not finite.
+        RequestError: a number is out of range or not finite.
 
     >>> round(game_gain(), 4)
     4.6487
@@ -68,7 +68,7 @@ def steer(preferred: torch.Tensor, base: torch.Tensor, gain: torch.Tensor | floa
         gain: g, a number or a tensor that broadcasts, such as `[rows, 1]`. −1 gives r back,
             0 gives p back.
 
-    Neither input is changed. Masks (−inf) belong after this step: −inf in both rows is NaN here.
+    Neither input is changed. Apply masks (−inf) after this step: −inf in both rows gives NaN here.
     """
     return base.lerp(preferred, gain + 1.0)  # one operation, which reads both once
 

@@ -1,8 +1,8 @@
 """Grammars that an answer must follow: JSON schema, regex, Lark or a choice, as token masks.
 
 The optional package llguidance does the work; it is imported when a grammar is first used. A
-grammar is compiled before the prefill; during decoding its matcher gives the mask of permitted
-ids, takes each token, and ends the answer where nothing can follow.
+grammar is compiled before the prefill. During decoding its matcher returns the mask of permitted
+ids, consumes each token, and ends the answer when nothing can follow.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# One way to space JSON, `json.dumps`'s: it is what models are trained on, and a small model that
-# may put spaces anywhere writes nothing but spaces.
+# JSON is spaced only as by `json.dumps`, on which models are trained: a small model that may put
+# # spaces anywhere writes nothing but spaces.
 SPACING: Mapping[str, Any] = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
 }
-# llguidance's switch in a schema: what a grammar can't say (`not`, `if`, `uniqueItems`, an unknown
-# format) is left out of it, for whoever reads the answer to check.
+# llguidance's option in a schema that leaves out what a grammar can't express (`not`, `if`,
+# # `uniqueItems`, unknown formats); the reader of the answer has to check that.
 LENIENT: Mapping[str, Any] = {"x-guidance": {**SPACING, "lenient": True, "coerce_one_of": True}}
-# Keywords that hold schemas by name, and those that hold data, which is no schema.
+# Keywords that contain schemas by name, and those that contain data, not schemas.
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 DATA = ("const", "enum", "default", "examples", "example")
 DRAFT = re.compile(r"https?://json-schema\.org/draft[-/]")
@@ -42,10 +42,10 @@ BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must look like; made by one of the class methods.
+    """A constraint on an answer; create one with a class method.
 
     Attributes:
-        kind: how `source` is written.
+        kind: the format of `source`.
         source: the schema as JSON text, the regex, the Lark grammar, or llguidance's own JSON.
     """
 
@@ -54,9 +54,9 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """JSON that is valid against a schema, spaced as `json.dumps` does, keys in its order.
+        """JSON that is valid against a schema, spaced as by `json.dumps`, with keys in its order.
 
-        Decoding raises `RequestError` for what a grammar can't say; see `json_like`.
+        Decoding raises `RequestError` for what a grammar can't express; see `json_like`.
 
         Raises:
             RequestError: the schema is not a dict that can be written as JSON.
@@ -73,10 +73,10 @@ class Grammar:
 
     @classmethod
     def json_like(cls, schema: Mapping[str, Any]) -> Grammar:
-        """JSON as near to a schema as a grammar comes; for answers that are validated afterwards.
+        """JSON as close to a schema as a grammar permits, for answers that are validated later.
 
-        Objects have the listed keys and no others, unless they say so. Left out is what a grammar
-        can't say: `not`, `if`, `uniqueItems`, unknown formats, patterns with look-around, ...
+        Objects have only the listed keys, unless they say otherwise. It ignores what a grammar
+        can't express: `not`, `if`, `uniqueItems`, unknown formats, patterns with look-around, ...
 
         Raises:
             RequestError: the schema is not a dict that can be written as JSON.
@@ -102,10 +102,10 @@ class Grammar:
 
     @classmethod
     def choice(cls, options: Sequence[str]) -> Grammar:
-        """One of some texts.
+        """One of several texts.
 
         Raises:
-            RequestError: there is none, or one is not a non-empty text.
+            RequestError: there is no text, or one is empty or not a string.
         """
         listed = [options] if isinstance(options, str) else list(options)
         if not listed or any(not isinstance(option, str) or not option for option in listed):
@@ -114,11 +114,11 @@ class Grammar:
 
     @classmethod
     def either(cls, first: Grammar, second: Grammar, head: str = "") -> Grammar:
-        """What one of two grammars permits.
+        """Either of two grammars.
 
         Args:
             first, second: the grammars.
-            head: a Lark term for what precedes what the second permits.
+            head: a Lark term that precedes an answer by the second grammar.
 
         Raises:
             MissingPackageError: llguidance is not installed.
@@ -141,10 +141,10 @@ class Grammar:
         return dict(json.loads(compiled)["grammars"][0])
 
     def compiled(self) -> str:
-        """Return the grammar in llguidance's own form.
+        """Return the grammar in llguidance's own format.
 
         Raises:
-            RequestError: the source is not even written as its kind is, in llguidance's own words.
+            RequestError: the source is malformed, with llguidance's message.
             MissingPackageError: llguidance is not installed.
         """
         if self.kind == "either":
@@ -165,14 +165,14 @@ class Grammar:
     def matcher(
         self, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int] = frozenset()
     ) -> Matcher:
-        """Return what follows one answer through this grammar.
+        """Return a matcher that follows one answer through this grammar.
 
         Args:
-            tokenizer: the model's; its conversion takes about a second, once.
+            tokenizer: the model's tokenizer; its conversion takes about a second, once.
             end_ids: ids that end an answer; permitted only where the grammar is complete.
 
         Raises:
-            RequestError: the grammar is not valid or not supported, in llguidance's own words.
+            RequestError: the grammar is invalid or not supported, with llguidance's message.
             MissingPackageError: llguidance is not installed.
             ModelError: the tokenizer is not a fast one.
         """
@@ -188,14 +188,14 @@ class Matcher:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but the end can follow."""
+        """Whether only the end can follow."""
         return bool(self._matcher.is_stopped())
 
     def allowed(self) -> torch.Tensor:
         """Return which ids may come next, bool `[vocab]` on the CPU.
 
         Raises:
-            DecodeError: the matcher failed; an answer never goes on unconstrained.
+            DecodeError: the matcher failed; an answer never continues unconstrained.
         """
         import numpy as np
         import torch
@@ -208,7 +208,7 @@ class Matcher:
         return mask
 
     def consume(self, token_id: int) -> None:
-        """Take the token that was chosen; not for the ids that end an answer.
+        """Consume the chosen token, except for the ids that end an answer.
 
         Raises:
             DecodeError: it was not permitted, or the matcher failed.
@@ -229,7 +229,7 @@ _lock = threading.Lock()
 def converted_tokenizer(
     tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int] = frozenset()
 ) -> LLTokenizer:
-    """Return llguidance's form of a tokenizer, converted once; see `Grammar.matcher`."""
+    """Return a tokenizer in llguidance's format, converted once; see `Grammar.matcher`."""
     _llguidance()
     from llguidance.hf import from_tokenizer
 
@@ -278,10 +278,10 @@ def _text(name: str, given: object) -> str:
 
 
 def sayable(schema: Any) -> Any:
-    """Return a JSON schema without what llguidance refuses even where it is to be lenient.
+    """Return a JSON schema without what llguidance refuses even in its lenient mode.
 
-    That is patterns that only other engines know (look-around, back-references), bounds beyond 64
-    bits, and the name of an unknown dialect.
+    These are patterns that only other engines support (look-around, back-references), bounds beyond
+    64 bits, and the name of an unknown dialect.
     """
     if isinstance(schema, list):
         return [sayable(entry) for entry in schema]
@@ -297,7 +297,7 @@ def sayable(schema: Any) -> Any:
             kept[name] = sayable(value)
     names = kept.get("patternProperties")
     if isinstance(names, Mapping) and any(_is_unsayable("pattern", name) for name in names):
-        del kept["patternProperties"]  # any key then, with any value
+        del kept["patternProperties"]  # permits any key with any value
         kept.pop("additionalProperties", None)
     return kept
 
@@ -312,23 +312,23 @@ def _is_unsayable(name: str, value: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_foreign(pattern: str) -> bool:
-    """Whether a pattern means something to Python, and nothing to llguidance."""
+    """Tell whether Python supports a pattern and llguidance does not."""
     try:
         re.compile(pattern)
     except re.error:
-        return False  # it is wrong, and the error shall say so
+        return False  # it is invalid, and llguidance's error will say so
     return _refusal({"type": "string", "pattern": pattern}) is not None
 
 
 def _refusal(schema: Any) -> str | None:
-    """Return llguidance's words about a schema that it refuses."""
+    """Return llguidance's error about a schema, or None."""
     matcher = _llguidance().LLMatcher
     made = matcher.grammar_from_json_schema(json.dumps(schema), defaults=dict(SPACING))
     return str(matcher.validate_grammar(made)).strip() or None
 
 
 def fault_in(schema: Mapping[str, Any]) -> str | None:
-    """Return which field of a schema has no grammar, and why; None where all have one."""
+    """Return which field of a schema has no grammar, and why; None if all have one."""
     lenient = sayable(schema) if "x-guidance" in schema else schema
     return _fault(lenient, lenient, (), frozenset())
 
@@ -357,22 +357,22 @@ def _fault(
 
 
 def resolved(reference: str, root: Any) -> Any:
-    """Return what a reference within a schema, such as "#/$defs/City", points at; else None."""
+    """Return the target of a reference in a schema, such as "#/$defs/City", or None."""
     for part in reference.removeprefix("#").strip("/").split("/") if reference != "#" else ():
         root = root.get(part) if isinstance(root, Mapping) else None
     return root
 
 
 def closed(schema: Any) -> Any:
-    """Return a JSON schema whose objects have the listed keys and no others.
+    """Return a JSON schema whose objects have only the listed keys.
 
-    A class's schema permits further keys, and a small model goes on inventing some. An object that
-    says itself what else it permits is left as it is, and so is a schema in which `allOf` puts
-    objects together: each part would refuse the others' keys.
+    A class's schema permits further keys, and a small model keeps inventing some. An object that
+    states what else it permits is unchanged, and so is a schema in which `allOf` combines objects,
+    because each part would refuse the others' keys.
     """
     try:
         return schema if '"allOf"' in json.dumps(schema, default=str) else _closed(schema)
-    except (ValueError, RecursionError):  # it holds itself: whoever writes it as JSON says so
+    except (ValueError, RecursionError):  # it contains itself; writing it as JSON raises the error
         return schema
 
 

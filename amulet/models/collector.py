@@ -1,6 +1,6 @@
 """Pauses Python's garbage collector while torch and Transformers are imported.
 
-It makes a million objects that stay; to look through them again and again for garbage takes a
+Importing creates a million permanent objects, and scanning them again and again for garbage takes a
 quarter of the time.
 """
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Collect no garbage in the block, in no thread."""
+    """Turn the garbage collector off in the block, for all threads."""
     was_on = gc.isenabled()
     gc.disable()
     try:

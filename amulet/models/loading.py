@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-PROCESSOR_TEMPLATE = "chat_template.json"  # of models that read images, as older versions saved it
+PROCESSOR_TEMPLATE = "chat_template.json"  # older versions' file of models that read images
 _OTHER_CLASS = "Unrecognized configuration class"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-# Where the tokenizer lies is where the model lies, so it takes these of the model's options.
+# Options of the model that apply to the tokenizer, which is in the same place.
 TOKENIZER_OPTIONS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "subfolder")
 
 
@@ -47,24 +47,24 @@ def load_pretrained(
 
     Args:
         name_or_path: a hub name such as "Qwen/Qwen3-0.6B", or the folder of a saved model or
-            PEFT adapter. Of models that read images, too, the text is used.
-        device: where the whole model goes. None, without `device_map` and
-            `quantization_config`, takes cuda, else mps, else cpu.
+                PEFT adapter. Models that also read images are loaded as text models.
+            device: the device of the whole model. None, without `device_map` and
+                `quantization_config`, means cuda, else mps, else cpu.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16" or a floating `torch.dtype`.
         device_map: Accelerate's placement over several devices, such as "auto"; excludes `device`.
         quantization_config: a Transformers quantization config.
         revision, token: the hub's branch, tag or commit, and the access token.
         trust_remote_code: run Python code that comes with the model; read that code first.
         attn_implementation: such as "sdpa", "eager" or "flash_attention_2".
-        pack: on the CPU, hold the linear layers' weights in the layout that decoding reads best;
-            the model then can't be trained or given other weights. "int8" and "int4" also round
-            them: half of bfloat16's memory and faster for a few rows, at some loss; see
-            `pack_linears`.
-        options: whatever else Transformers' `from_pretrained` takes, such as `gguf_file`, the
-            name of a GGUF file there; its weights are made dense.
+        pack: on the CPU, store the linear layers' weights in the best layout for decoding;
+                the model then can't be trained or given other weights. "int8" and "int4" also round
+                them: half of bfloat16's memory and faster for a few rows, at some loss; see
+                `pack_linears`.
+            options: further options of Transformers' `from_pretrained`, such as `gguf_file`, the
+                name of a GGUF file there; its weights are made dense.
 
     Raises:
-        ModelError: an option is not valid, or the model can't be loaded; says why.
+        ModelError: an option is invalid, or the model can't be loaded; says why.
         MissingPackageError: loading needs a package that is not installed.
         OutOfMemoryError: the weights do not fit into memory.
     """
@@ -92,7 +92,7 @@ def load_pretrained(
     from transformers import AutoTokenizer
 
     try:
-        # The tokenizer first: it is small, and a fault found here spares loading the weights.
+        # The tokenizer first, because it is small, and an error here saves loading the weights.
         tokenizer = AutoTokenizer.from_pretrained(
             _tokenizer_source(source),
             **shared,
@@ -127,7 +127,7 @@ def load_pretrained(
 
 
 def _load_model(source: str, **options: Any) -> Any:
-    """Load the causal class of a checkpoint, or where there is none the one that reads images."""
+    """Load a checkpoint's causal class, or, if it has none, the class that reads images."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
@@ -144,7 +144,7 @@ def _take_processor_template(
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    """Give a tokenizer without a chat template the one of its processor, if there is one."""
+    """Give a tokenizer without a chat template that of its processor, if any."""
     from transformers.utils.hub import cached_file
 
     if tokenizer.chat_template is not None or "gguf_file" in options:
@@ -154,14 +154,14 @@ def _take_processor_template(
     }
     try:
         file = cached_file(source, PROCESSOR_TEMPLATE, **places)
-    except OSError:  # there is none
+    except OSError:  # there is no such file
         return
     told = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     tokenizer.chat_template = told.get("chat_template")
 
 
 def default_device() -> str:
-    """Return "cuda" where there is one, else "mps", else "cpu"."""
+    """Return "cuda" if available, else "mps", else "cpu"."""
     import torch
 
     if torch.cuda.is_available():
@@ -213,7 +213,7 @@ def _checked_device(device: str | torch.device) -> str:
 
 
 def _checked_source(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> str:
-    """Return the hub name, or the folder once it is seen to hold a model."""
+    """Return the hub name, or the folder after checking that it contains a model."""
     given = os.fspath(name_or_path)
     path = Path(given).expanduser()
     if given.strip() and path.is_dir():  # Path("") would be the current folder
@@ -228,7 +228,7 @@ def _checked_source(name_or_path: str | os.PathLike[str], options: dict[str, Any
     if path.is_file():
         named = f', and gguf_file="{path.name}"' if path.suffix == ".gguf" else ""
         raise ModelError(f"{given} is a file: give the folder that contains it{named}.")
-    # A hub name is "name" or "owner/name"; anything else can only mean a folder.
+    # A hub name is "name" or "owner/name"; anything else must be a folder.
     parts = given.split("/")
     if not given.strip() or "\\" in given or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
         raise ModelError(
@@ -270,7 +270,7 @@ _ONLY_PICKLE = (
 
 
 def _tokenizer_source(source: str) -> str:
-    """Return where the tokenizer lies: an adapter without one takes its base model's."""
+    """Return the tokenizer's location; an adapter without one uses its base model's."""
     folder = Path(source)
     config = folder / "adapter_config.json"
     if not config.is_file() or any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -280,7 +280,7 @@ def _tokenizer_source(source: str) -> str:
 
 
 def _explain(source: str, error: Exception) -> str:
-    """Turn what Transformers raised into what was given, what is wrong and how to fix it."""
+    """Convert an error of Transformers to what was given, what is wrong and how to fix it."""
     said = str(error)
     if "trust_remote_code" in said:
         return (
@@ -315,7 +315,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def _check_complete(source: str, report: dict[str, Any]) -> None:
-    # Transformers fills absent weights with random numbers and only warns.
+    # Transformers fills missing weights with random numbers and only warns.
     absent = sorted(str(key) for key in report.get("missing_keys", ()))
     if absent:
         raise ModelError(

@@ -24,10 +24,10 @@ class AsyncReplyStream(AsyncIterator[str]):
     def __init__(self, driver: Driver, prepare: Callable[[], ReplyStream] | None = None) -> None:
         self._driver = driver
         self._prepare = prepare
-        self._context = copy_context()  # of who asked, whoever reads
+        self._context = copy_context()  # of the caller, not of the reader
         self._stream: ReplyStream | None = None
         self._news = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None  # the one that is told of news
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop to notify
         self._closed = False
 
     async def __anext__(self) -> str:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What callers change on a tokenizer that is in use, beside its tokens.
+# What callers change on a tokenizer in use, apart from its tokens.
 WATCHED = (
     "chat_template",
     "response_template",

@@ -1,10 +1,10 @@
 """Attention of new tokens over cached ones, without copies of keys and values and without a mask.
 
-On the CPU few tokens attend by `native/attention.c` and many by `native/prefill.c`, where those are
-the faster ones. Elsewhere: where query heads share key and value heads, Transformers repeats the
-latter in a pass of more than one token and in compiled code, or has PyTorch read them once for each
-query head; here the query heads of a group are tokens of one head. And a long pass, which a mask
-would make slow, attends to the cached and to the new columns apart, neither of which needs one.
+On the CPU, few tokens attend by `native/attention.c` and many by `native/prefill.c`, where those
+are faster. Elsewhere, where query heads share key and value heads, Transformers repeats the latter
+in passes of several tokens and in compiled code, or PyTorch reads them once per query head; here
+the query heads of a group become tokens of one head. And a long pass, which a mask would slow down,
+attends separately to the cached and to the new columns, neither of which needs a mask.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from amulet.errors import is_out_of_memory, one_line
 
 logger = logging.getLogger("amulet")
 
-WIDEST = 32  # tokens; repeating the mask for more of them costs more than the copies
-FEW = 16  # tokens; for more `native/prefill.c` pays, although it lays keys and values out anew
+WIDEST = 32  # tokens; for more, repeating the mask costs more than the copies
+FEW = 16  # tokens; for more, `native/prefill.c` pays off although it rearranges keys and values
 TRITON_DTYPES = torch.float32, torch.bfloat16, torch.float16
-MOST_TOKENS = 128  # of a group of heads that Triton's code takes at once
-SIDE = 64  # numbers that it computes at once: a head's dimension is to be a multiple
+MOST_TOKENS = 128  # tokens of a group of heads that the Triton code takes at once
+SIDE = 64  # numbers that it computes at once; a head's dimension must be a multiple
 
 
 class _Pass(threading.local):
-    """Whether the forward pass of this thread is one of Amulet's, and not its owner's."""
+    """Whether this thread's forward pass is Amulet's, not that of other code."""
 
     is_ours = False
 
@@ -50,7 +50,7 @@ _pass = _Pass()
 
 @contextmanager
 def grouped() -> Iterator[None]:
-    """Let models whose attention is `sdpa` use `grouped_attention` in the block, in this thread."""
+    """Make models with `sdpa` attention use `grouped_attention` in the block, in this thread."""
     _pass.is_ours = True
     try:
         yield
@@ -59,9 +59,9 @@ def grouped() -> Iterator[None]:
 
 
 def _sdpa(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """Attend by `grouped_attention` in Amulet's passes, and as before in all others.
+    """Attend by `grouped_attention` in Amulet's passes, and as Transformers does in all others.
 
-    A model and its config may be shared, so neither says which.
+    A model and its config may be shared with other code, so neither can tell which pass it is.
     """
     attend = grouped_attention if _pass.is_ours else _sdpa_before
     attended: tuple[torch.Tensor, None] = attend(*args, **options)
@@ -69,7 +69,7 @@ def _sdpa(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
 
 
 def _sdpa_mask(*args: Any, **options: Any) -> Any:
-    """Make no mask in Amulet's passes: they bring theirs, where plain causal is not right."""
+    """Make no mask in Amulet's passes, which bring their own where plain causal is not right."""
     return None if _pass.is_ours else _sdpa_mask_before(*args, **options)
 
 
@@ -109,10 +109,10 @@ def grouped_attention(
     if attention_mask is None and 1 < width < columns:
         if value.shape[-1] == dim and not biased and query.device.type == "cpu":
             return _behind_cached(query, key, value, scaling).transpose(1, 2).contiguous(), None
-        # What the CPU's kernel doesn't do, or a layer that lies on another device than the first.
+        # Not supported by the CPU's kernel, or a layer on another device than the first.
         allowed = torch.ones(width, columns, dtype=torch.bool, device=query.device)
         attention_mask = allowed.tril(columns - width)[None, None]
-    # Without a mask several tokens are causal, which can't be said of grouped ones.
+    # Without a mask, several tokens attend causally, which grouping would break.
     alike = heads == kv_heads or width > (1 if attention_mask is None else WIDEST)
     if alike or biased:
         attended, _ = _sdpa_before(
@@ -135,7 +135,7 @@ def grouped_attention(
 def _attends_natively(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> bool:
-    """Whether `_attend` can do it, and is the faster way."""
+    """Tell whether `_attend` supports the pass and is faster."""
     width, dim, columns = query.shape[2], query.shape[3], key.shape[2]
     halves = query.dtype == torch.bfloat16
     return (
@@ -149,14 +149,14 @@ def _attends_natively(
         and (not halves or key.stride(2) % 2 == value.stride(2) % 2 == 0)
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        and native.library() is not None  # the last question: it may compile
+        and native.library() is not None  # checked last, because it may compile
     )
 
 
 def _attends_by_triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> bool:
-    """Whether `triton_attention.py` can do it, and is the faster way."""
+    """Tell whether `triton_attention.py` supports the pass and is faster."""
     width, dim = query.shape[2:]
     return (
         query.device.type == "cuda"
@@ -179,15 +179,15 @@ def _prefills(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
 
 
 def prefills(width: int, dim: int, dtype: torch.dtype, mask: torch.Tensor | None) -> bool:
-    """Whether `native/prefill.c` is what serves so many new tokens, where there is C code."""
+    """Tell whether `native/prefill.c` computes this many new tokens, if there is C code."""
     return width > FEW and mask is None and dim % SIDE == 0 and _prefills_well(dtype)
 
 
 @cache
 def _prefills_well(dtype: torch.dtype) -> bool:
-    """Whether `native/prefill.c` is faster than PyTorch on this processor."""
+    """Tell whether `native/prefill.c` is faster than PyTorch on this processor."""
     known = native.processor()
-    # With AMX's tiles PyTorch may be as fast; nobody has measured that.
+    # With AMX's tiles, PyTorch may be as fast; that has not been measured.
     return "amx_bf16" not in known and (dtype == torch.float32 or "avx512_bf16" in known)
 
 
@@ -198,9 +198,9 @@ def _attend(
     mask: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """Return what `grouped_attention` does, `[rows, width, heads, dim]`.
+    """Return the result of `grouped_attention`, `[rows, width, heads, dim]`.
 
-    Without a mask, tokens behind cached ones are causal.
+    Without a mask, tokens after cached ones attend causally.
     """
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     rows, heads, width, dim = query.shape
@@ -215,7 +215,7 @@ def _attend(
 def mask_for_c(
     mask: torch.Tensor | None, rows: int, width: int, columns: int
 ) -> tuple[torch.Tensor | None, tuple[int, int]]:
-    """Return a mask as `native/attention.c` reads it, and its strides by rows and by tokens."""
+    """Return a mask in the form of `native/attention.c`, and its strides by rows and tokens."""
     if mask is None:
         return None, (0, 0)
     if mask.dtype != torch.bool:
@@ -229,7 +229,7 @@ def mask_for_c(
 def _prefill(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Return what `_attend` does without a mask, `[rows, width, heads, dim]`, for many tokens."""
+    """Return what `_attend` does without a mask, for many tokens, `[rows, width, heads, dim]`."""
     rows, heads, width, dim = query.shape
     output = query.new_empty((rows, width, heads, dim))
     given = _given(query, key, value, (0, 0))
@@ -287,13 +287,13 @@ def _attend_on_gpu(
         return attend(query, key, value, mask, scale)
 
 
-_triton_serves = False  # until a trial has shown it
+_triton_serves = False  # until a trial succeeds
 
 
 def try_triton(model: PreTrainedModel) -> None:
     """Use Triton's attention on GPUs from now on, if it runs for this model's shapes.
 
-    It compiles where it runs, with a C compiler, and for a GPU whose processors have room for it.
+    It compiles on the machine where it runs, which requires a C compiler and enough shared memory.
     """
     global _triton_serves
     config = model.config.get_text_config()
@@ -309,7 +309,7 @@ def try_triton(model: PreTrainedModel) -> None:
             keys = query.new_zeros(1, kv_heads, SIDE, dim)
             _attend_on_gpu(query, keys, keys, columns.expand(1, 1, width, SIDE), 1.0)
         torch.cuda.synchronize(model.device)
-    except Exception as error:  # Triton's own, a compiler's, the driver's
+    except Exception as error:  # of Triton, a compiler or the driver
         if is_out_of_memory(error):
             raise
         _triton_serves = False
@@ -328,7 +328,7 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    """Return a head's dimension; 0 where the layers' heads differ, or the config names none."""
+    """Return a head's dimension, or 0 if the layers' heads differ or the config has none."""
     try:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     except (RuntimeError, AttributeError):
@@ -337,7 +337,7 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def steps_are_native(model: PreTrainedModel) -> bool:
-    """Whether `native/attention.c` is what decode steps of this model attend by."""
+    """Tell whether this model's decode steps attend by `native/attention.c`."""
     config = model.config.get_text_config()
     dim = _head_dim(config)
     return (
@@ -346,31 +346,31 @@ def steps_are_native(model: PreTrainedModel) -> bool:
         and dim > 0
         and dim % 32 == 0
         and not getattr(config, "attn_logit_softcapping", None)
-        and not getattr(config, "v_head_dim", None)  # keys and values of unlike size
+        and not getattr(config, "v_head_dim", None)  # keys and values of different sizes
         and native.library() is not None  # the last question: it may compile
     )
 
 
 def causal_behind_cached(model: PreTrainedModel) -> bool:
-    """Whether new tokens behind cached ones need no mask to be causal, in the `grouped` block.
+    """Tell whether new tokens after cached ones are causal without a mask, in the `grouped` block.
 
-    Only on the CPU: a GPU's attention reads a mask at no cost. Code that doesn't call its attention
+    Only on the CPU, because on a GPU a mask costs nothing. Code that does not call its attention
     through Transformers' interface would attend without any mask.
     """
     config = model.config.get_text_config()
     is_asked: bool = model.is_backend_compatible()  # type: ignore[no-untyped-call]
     asked = attention_kind(config) == "sdpa" and is_asked
-    ours = _registered(AttentionInterface) is _sdpa  # or whose it was registered as since
+    ours = _registered(AttentionInterface) is _sdpa  # unless other code has replaced it since
     return bool(asked and ours and model.device.type == "cpu")
 
 
 def _behind_cached(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Attend causally where the new tokens are the last columns; `[rows, heads, width, dim]`.
+    """Attend causally with the new tokens as the last columns, `[rows, heads, width, dim]`.
 
     Once over the cached columns, all of which every new token sees, and once over the new ones; the
-    two are joined by their log-sum-exps. Neither needs a mask, which is what makes a pass slow.
+    two are joined by their log-sum-exps. Neither needs a mask, which would slow down the pass.
     """
     rows, heads, width, dim = query.shape
     kv_heads, start = key.shape[1], key.shape[2] - width

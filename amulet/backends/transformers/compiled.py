@@ -1,6 +1,6 @@
 """Compiles the decode step: `torch.compile` of the model over the rows of the KV cache.
 
-One graph serves every number of rows and every length; nothing is compiled again during a chat.
+One graph works for any number of rows and any length, so nothing is compiled during a chat.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from amulet.errors import is_out_of_memory, one_line
 
 logger = logging.getLogger("amulet")
 
-MOST_COMPILED = 64  # kinds of layers and passes, of all models together; PyTorch's own limit is 8
-LEAST_ROWS = 2  # a graph for one row would be another graph; a second row costs nearly nothing
+MOST_COMPILED = 64  # kinds of layers and passes over all models; PyTorch's default limit is 8
+LEAST_ROWS = 2  # one row would need its own graph; a second row costs almost nothing
 
 
 def forward_pass(
@@ -51,10 +51,10 @@ def forward_pass(
     """Pass some tokens per row through a model; return its logits, `[rows, width, vocab]`.
 
     Args:
-        model: one that `check_supported` accepts.
+        model: a model that `check_supported` accepts.
         ids, positions: of the tokens, `[rows, width]`.
-        masks: as `RowCache.masks` returns them.
-        cache: where their keys and values go.
+        masks: the result of `RowCache.masks`.
+        cache: receives their keys and values.
         options: of the model's forward.
     """
     logits: torch.Tensor = model(
@@ -77,13 +77,13 @@ def forward_step(
     values: list[torch.Tensor],
     columns: int,
 ) -> torch.Tensor:
-    """Pass a few tokens per row, by operations on tensors alone; see `forward_pass`.
+    """Pass a few tokens per row, only with operations on tensors; see `forward_pass`.
 
     Args:
-        model, ids, positions: as there.
-        targets: the columns that they are written to: their positions, where somebody has the row.
+        model, ids, positions: as in `forward_pass`.
+        targets: the columns to write to: their positions, if the row is in use.
         keys, values: `[rows, kv_heads, columns or more, head_dim]` per layer.
-        columns: how many of them the pass attends over.
+        columns: the number of columns that the pass attends over.
     """
     text = model.config.get_text_config()
     additive = additive_dtype(model.config, model.dtype)
@@ -92,14 +92,14 @@ def forward_step(
 
 
 class CompiledStep:
-    """`forward_step` compiled; falls back to None, with one line in the log.
+    """`forward_step` compiled; on failure, it logs a message and returns None.
 
-    On the CPU as a whole, as entering compiled code takes time. On a GPU, where a graph records
-    what it does, one layer for all that are alike: that is compiled in seconds, not in minutes.
+    On the CPU it is compiled as a whole, because entering compiled code takes time. On a GPU, where
+    a graph records the step, one layer is compiled for all equal layers, in seconds, not minutes.
 
     Args:
-        model: one that `check_supported` accepts.
-        by_layer: compile layers; None does on a GPU.
+        model: a model that `check_supported` accepts.
+        by_layer: compile layers; None means only on a GPU.
     """
 
     def __init__(self, model: PreTrainedModel, by_layer: bool | None = None) -> None:
@@ -109,7 +109,7 @@ class CompiledStep:
         self.broken = attention_kind(model.config) != "sdpa"
 
     def prepare(self) -> None:
-        """Bring the weights into the order that compiled layers read; again if they were moved."""
+        """Put the weights into the order that compiled layers read; also after they were moved."""
         if self._by_layer and not self.broken:
             join_siblings(self._model)
 
@@ -122,15 +122,15 @@ class CompiledStep:
         values: list[torch.Tensor],
         columns: int,
     ) -> torch.Tensor | None:
-        """Return what `forward_step` does.
+        """Return the result of `forward_step`.
 
-        None where the model can't be compiled: nothing is lost then, the pass can be made anew.
+        None if the model can't be compiled; then nothing has changed and the pass can be repeated.
         """
         if self.broken:
             return None
         config: Any = torch.compiler.config
-        # Layers of other kinds, other models' and passes with and without a mask count alike. An
-        # early PyTorch has no such setting.
+        # Layers of other kinds and models, and passes with and without a mask, all count. Early
+        # # versions of PyTorch lack this setting.
         limit = {"recompile_limit": MOST_COMPILED} if hasattr(config, "recompile_limit") else {}
         try:
             with grouped(), config.patch(limit):
@@ -139,7 +139,7 @@ class CompiledStep:
                     self._compile(arguments)
                 return self._run(*arguments)
         except Exception as error:
-            if is_out_of_memory(error):  # which says nothing of the compiler
+            if is_out_of_memory(error):  # not the compiler's fault
                 raise
             self.broken = True
             logger.warning(
@@ -157,21 +157,21 @@ class CompiledStep:
         return logits
 
     def _compile(self, arguments: tuple[Any, ...]) -> None:
-        """Compile all that will be needed, now: nothing is to be compiled during a chat."""
+        """Compile everything that will be needed, so that nothing is compiled during a chat."""
         if self._model.device.type == "cpu":
-            native.library()  # looked for now: the compiler can't trace that
+            native.library()  # loaded now, because the compiler can't trace that
         self.prepare()
         if are_native(self._model):
             logger.warning(
                 "compile=True: this model's layers are C code, which was faster than compiled ones "
                 "wherever it was measured; leave compile out."
             )
-        # PyTorch keeps compiled code in the temporary folder, which a restart empties.
+        # By default, PyTorch keeps compiled code in the temporary folder, which a restart empties.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         source = _forward_layer if self._by_layer else forward_step
         self._compiled = torch.compile(source, dynamic=True, fullgraph=True)
         start = time.perf_counter()
-        with warnings.catch_warnings():  # the compiler's own, which nobody here can fix
+        with warnings.catch_warnings():  # the compiler's own warnings
             warnings.simplefilter("ignore")
             if self._by_layer:
                 self._try_layers(*arguments[3:5])
@@ -180,9 +180,9 @@ class CompiledStep:
         logger.info("Compiled the decode step in %.0f s.", time.perf_counter() - start)
 
     def _try_layers(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-        """Compile layers for one token per row and for several, on rows of their own.
+        """Compile layers for one token per row and for several, on dummy rows.
 
-        The numbers are no model's, so that what is compiled does not depend on a coincidence.
+        Their sizes match no model's, so that the compiled code does not depend on a coincidence.
         """
         rows, columns = 3, 83
         room = [
@@ -196,7 +196,7 @@ class CompiledStep:
 
     @contextmanager
     def _layers_compiled(self) -> Iterator[None]:
-        """Let the model's decoder layers run compiled in the block."""
+        """Run the model's decoder layers compiled in the block."""
         count = self._model.config.get_text_config().num_hidden_layers
         lists = (m for m in self._model.modules() if isinstance(m, nn.ModuleList))
         layers: Any = next(found for found in lists if len(found) == count)
@@ -212,7 +212,7 @@ class CompiledStep:
                 layer.__dict__.pop("forward", None)
 
     def _layer(self, layer: nn.Module, number: int, *args: Any, **options: Any) -> Any:
-        """Run a layer with a cache of its own, so that no code depends on its number."""
+        """Run a layer with its own cache, so that no code depends on its number."""
         for name, value in options.items():
             if isinstance(value, StepCache):
                 options[name] = value.by_layer[number]

@@ -1,7 +1,7 @@
 """Detects changes of a model's weights and adapters, and identifies them.
 
-Keys and values of past answers, cached answers and packed copies hold only for the weights that
-they were computed with. People change those: they load, train, merge and switch adapters.
+Keys and values of past answers, cached answers and packed copies are valid only for the weights
+that they were computed with. Users change those: they load, train, merge and switch adapters.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 from amulet.backends.transformers.cpu.packed_layers import PackedLayer
 from amulet.errors import ModelError
 
-SAMPLES = 4  # values read of each tensor: what is written through `.data` leaves no other trace
+SAMPLES = 4  # values read per tensor, because writes through `.data` leave no other trace
 CHUNK = 512  # numbers of 8 bytes with one checksum
 PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @torch.no_grad()
 def weights_state(model: nn.Module) -> Any:
-    """Return what differs, by `==`, once the model's weights, adapters or hooks have changed.
+    """Return a value that differs, by `==`, once weights, adapters or hooks have changed.
 
-    It takes a millisecond, so it reads a few values of each tensor only: a write through `.data`
-    that misses these goes unnoticed. Other writes, and whatever replaces a tensor, do not.
+    It takes only a millisecond, so it reads just a few values per tensor: a write through `.data`
+    that misses these goes unnoticed. Other writes, and replaced tensors, are always noticed.
     """
     found: list[Any] = []
     samples: dict[Any, list[torch.Tensor]] = {}
@@ -36,16 +36,16 @@ def weights_state(model: nn.Module) -> Any:
         module = left.pop()
         own = vars(module)
         found.append(id(module))
-        if module is not model:  # hooks of the whole see what goes in and out, not keys
+        if module is not model:  # hooks of the whole model don't affect keys
             found += [*own["_forward_hooks"], *own["_forward_pre_hooks"], id(own.get("forward"))]
         if is_adapter(module):
             found.append(_adapters(module))
-        buffers = own["_buffers"].values()  # some are written to in every pass, with equal values
+        buffers = own["_buffers"].values()  # some are rewritten in every pass with equal values
         tensors = [*own["_parameters"].values(), *buffers]
         if isinstance(module, PackedLayer):
             tensors.append(module.bias)
         for tensor in (part for each in tensors if each is not None for part in parts(each)):
-            if tensor.is_meta:  # Accelerate makes it anew in every pass
+            if tensor.is_meta:  # Accelerate creates it in every pass
                 continue
             found.append(tensor.data_ptr())
             if isinstance(tensor, nn.Parameter) and not tensor.is_inference():
@@ -63,8 +63,7 @@ def weights_state(model: nn.Module) -> Any:
 def weights_digest(model: Any) -> str:
     """Return 64 hex digits that differ between models whose weights or active adapters differ.
 
-    It reads all weights once. `model` may be what stands for a model elsewhere: anything with
-    `named_parameters`.
+    It reads all weights once. `model` may also be a stand-in with `named_parameters`.
     """
     digest = hashlib.sha256()
     for name, tensor in _named_tensors(model):
@@ -80,7 +79,7 @@ def weights_digest(model: Any) -> str:
 
 
 def parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the tensors of numbers that a tensor is made of: itself, but for torchao's."""
+    """Return the tensors that hold a tensor's numbers: itself, or the parts of one of torchao."""
     if type(tensor) in PLAIN or not hasattr(tensor, "__tensor_flatten__"):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
@@ -88,7 +87,7 @@ def parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters, buffers, packed weights, and those that Accelerate holds elsewhere."""
+    """Yield parameters, buffers, packed weights, and those that Accelerate has offloaded."""
     if not isinstance(model, nn.Module):
         yield from model.named_parameters()
         return
@@ -113,7 +112,7 @@ def _weights_elsewhere(module: nn.Module) -> Any:
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:
-    """Return where a model's passes begin; Accelerate brings offloaded weights there."""
+    """Return the device where a model's passes start; Accelerate moves offloaded weights there."""
     if model.device.type != "meta":
         return model.device
     for module in model.modules():
@@ -133,10 +132,10 @@ def _hook_values(module: nn.Module, name: str) -> Iterator[Any]:
 
 
 def decoder_of(model: Any) -> PreTrainedModel:
-    """Return the Transformers model that a PEFT model has put its adapters into; else the model.
+    """Return the Transformers model inside a PEFT model, or the model itself.
 
     Raises:
-        ModelError: its adapters do more than change the layers of that model.
+        ModelError: its adapters change more than the layers of that model.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config"):
         return cast("PreTrainedModel", model)
@@ -156,9 +155,9 @@ def decoder_of(model: Any) -> PreTrainedModel:
 
 
 def _checksums(tensor: torch.Tensor) -> bytes:
-    """Return sums of the tensor's bits, of a few thousand bytes each, and a few of its bytes.
+    """Return sums over the tensor's bits, each of a few thousand bytes, and a few of its bytes.
 
-    One changed value changes a sum, and it is much faster than a digest of everything.
+    A changed value changes a sum, and this is much faster than a digest of everything.
     """
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
     whole = len(raw) // (8 * CHUNK) * (8 * CHUNK)
@@ -169,11 +168,11 @@ def _checksums(tensor: torch.Tensor) -> bytes:
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's, which adds adapters to another one."""
+    """Tell whether a module is one of PEFT's, which adds adapters to another module."""
     return isinstance(getattr(type(module), "disable_adapters", None), property)
 
 
 def _adapters(module: Any) -> str:
-    """Return which of a PEFT module's adapters are in use, and how strongly."""
+    """Return the active adapters of a PEFT module and their scales."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     return repr([getattr(module, name, None) for name in names])

@@ -1,8 +1,8 @@
 """Runs decode steps on a GPU as CUDA graphs: one launch instead of a thousand.
 
-A GPU finishes most operations of a step before Python has launched the next. A graph records a step
-once for a number of rows and of tokens per row, over all columns of the cache; a step then fills in
-ids and positions and replays the graph. When the cache grows, graphs are recorded again.
+A GPU finishes most operations of a step before Python has launched the next one. A graph records a
+step once per number of rows and of tokens per row, over all columns of the cache. A step then fills
+in ids and positions and replays the graph. When the cache grows, graphs are recorded again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from amulet.errors import one_line
 
 logger = logging.getLogger("amulet")
 
-_recording_lock = threading.Lock()  # one at a time in a process, or PyTorch fails both
+_recording_lock = (
+    threading.Lock()
+)  # one recording at a time per process; otherwise PyTorch fails both
 
 GraphShape = tuple[int, int, bool]  # rows, tokens per row, and whether it is compiled
 
 
 class Graph(NamedTuple):
-    """A recorded pass: what it reads, the recording, and where its logits are."""
+    """A recorded pass: its inputs, the recording, and its logits."""
 
     given: torch.Tensor  # ids, positions and target columns, `[3, rows, width]`
     recording: torch.cuda.CUDAGraph
@@ -41,36 +43,36 @@ class StepGraphs:
     """The CUDA graphs of one model's steps.
 
     Args:
-        model: one that `check_supported` accepts.
-        compiled: its compiled step, recorded where compiled steps are asked for.
+        model: a model that `check_supported` accepts.
+        compiled: its compiled step, recorded if compiled steps are requested.
     """
 
     def __init__(self, model: PreTrainedModel, compiled: CompiledStep) -> None:
         self._model, self._compiled = model, compiled
         self._graphs: dict[GraphShape, Graph] = {}
         self._asked: set[GraphShape] = set()
-        self._layout: object = None  # of the cache that the graphs are over
-        self._recorded: Any = []  # what of the model they depend on; None if it can't be
+        self._layout: object = None  # of the cache that the graphs use
+        self._recorded: Any = []  # the model's fingerprint; None if it can't be recorded
         self._pool: Any = None  # their intermediate results share memory
         self._possible = model.device.type == "cuda" and _can_record(model)
 
     @property
     def serves(self) -> bool:
-        """Whether steps are recorded.
+        """Tells whether steps are recorded.
 
-        On a GPU they are, if no Python code of the model's is to run at every step, and no
+        That is so on a GPU, if no Python code of the model has to run at every step and no
         recording has failed.
         """
         return self._possible and bool(self._recorded)
 
     def refresh(self, compiles: bool) -> bool:
-        """Forget the graphs if the model is another than they recorded; asked once per answer.
+        """Drop the graphs if the model has changed since they were recorded; once per answer.
 
         Args:
             compiles: whether compiled steps will be recorded.
 
         Returns:
-            Whether the model is another.
+            Whether the model has changed.
         """
         changed = self._possible and _fingerprint(self._model) != self._recorded
         if compiles and (changed or not self.serves):
@@ -86,7 +88,7 @@ class StepGraphs:
         return True
 
     def blank(self) -> None:
-        """Forget the last steps' tokens and logits."""
+        """Erase the last steps' tokens and logits."""
         for graph in self._graphs.values():
             graph.given.zero_()
             graph.logits.zero_()
@@ -96,13 +98,14 @@ class StepGraphs:
     ) -> torch.Tensor | None:
         """Pass each row's new tokens; return logits `[rows, width, vocab]`.
 
-        None where there is no graph, at a shape's first time above all: it may be the last. Nothing
-        is lost then, the pass can be made by other means. The logits last until the next call.
+        None if there is no graph, in particular at a shape's first use, which may be its last. Then
+        nothing has changed, and the pass can be run without a graph. The logits are valid until the
+        next call.
 
         Args:
-            ids: as many of every row.
-            starts: for each row the column of its first one.
-            cache: the rows are its first.
+            ids: the same number for every row.
+            starts: for each row, the column of its first id.
+            cache: the rows are its first rows.
             compiled: record the compiled step.
         """
         if not self.serves:
@@ -112,7 +115,7 @@ class StepGraphs:
         most, columns = cache.capacity
         rows = min(_rows(max(len(ids), least)), most)
         shape = rows, width, compiled
-        # Spare rows take a column that nobody has; the cache is about to grow where there is none.
+        # Spare rows write to an unused column; if there is none, the cache is about to grow.
         if shape not in self._asked or max(starts) + width >= columns:
             self._asked.add(shape)
             return None
@@ -146,7 +149,7 @@ class StepGraphs:
         try:
             with _recording_lock, grouped():
                 return self._recording(inputs, forward)
-        except Exception as error:  # also for want of memory, of which a pass alone takes less
+        except Exception as error:  # also out of memory, of which a single pass takes less
             self._possible = False
             self._graphs.clear()
             logger.info(
@@ -160,7 +163,7 @@ class StepGraphs:
         stream: Any = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(inputs.device))
         with torch.cuda.stream(stream):
-            forward()  # what is compiled or set up at the first time can't be recorded
+            forward()  # first-time compilation and set-up can't be recorded
         torch.cuda.current_stream(inputs.device).wait_stream(stream)
         recording = torch.cuda.CUDAGraph()
         if self._pool is None:
@@ -178,8 +181,8 @@ def _given(
 ) -> list[list[list[int]]]:
     """Return ids, positions and target columns, `[3, rows, width]`.
 
-    Rows that nobody has are written to the column `spare`, which nobody has either. Tokens beyond a
-    row's new ones lie behind its end, where they harm nothing.
+    Unused rows write to the unused column `spare`. Tokens beyond a row's new ones are after its
+    end, where they do no harm.
     """
     real, empty = len(ids[0]), rows - len(ids)
     short = [0] * (width - real)
@@ -208,10 +211,10 @@ def _width(width: int) -> int:
 
 
 def _can_record(model: PreTrainedModel) -> bool:
-    """Whether a model's steps are the same operations at every position, and wait for no number.
+    """Tell whether a model's steps are the same operations at every position, without waiting.
 
-    Experts are chosen, and some rotary embeddings change, on the host's side; Llama 4 may scale by
-    the number of cached tokens. A recording that fails leaves PyTorch's memory in disorder.
+    Experts are chosen, and some rotary embeddings change, on the host. Llama 4 may scale by the
+    number of cached tokens. A failed recording corrupts PyTorch's memory management.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -226,13 +229,13 @@ def _can_record(model: PreTrainedModel) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> Any:
-    """Return what tells a recorded model from a changed one; None where steps can't be recorded.
+    """Return a value that changes with the model; None if steps can't be recorded.
 
     Hooks and adapters run Python code, which a graph would leave out.
     """
     found: list[int] = []
     left: list[Any] = [model]
-    while left:  # an answer waits for it: `modules()` and `parameters()` take five times as long
+    while left:  # an answer waits for this; `modules()` and `parameters()` take five times as long
         module = left.pop()
         own, children = vars(module), module._modules
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own:

@@ -1,6 +1,6 @@
 """Joins linear layers that share an input, such as q, k and v, to one product in compiled code.
 
-Several small products in turn leave much of a GPU's memory speed unused.
+Several small products in turn leave much of a GPU's memory bandwidth unused.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Let weights of layers that share an input lie side by side, each a view of its part.
+    """Make the weights of layers that share an input adjacent, each a view of its part.
 
-    They stay what they are to everybody else. What is joined already is left alone, unless a weight
-    has been moved or replaced since.
+    Other code sees the same weights as before. Joined layers are skipped, unless a weight has been
+    moved or replaced since.
     """
     for module in model.modules():
         for names in GROUPS:
@@ -32,7 +32,7 @@ def join_siblings(model: nn.Module) -> None:
 
 @contextmanager
 def joint_products() -> Iterator[None]:
-    """Let code that is compiled in the block use joint products; other people's does not."""
+    """Let code compiled in the block use joint products; other code does not use them."""
     global _in_use
     _in_use = True
     try:
@@ -45,9 +45,9 @@ class SiblingLinear(nn.Linear):
     """A linear layer whose weight is a part of a joint one.
 
     Attributes:
-        joint: of all siblings.
-        first: where its own part of the joint's output begins.
-        is_last: whether the part is the last one.
+        joint: the joint weight of all siblings.
+        first: the start of its part in the joint's output.
+        is_last: whether its part is the last one.
     """
 
     joint: Joint
@@ -55,7 +55,7 @@ class SiblingLinear(nn.Linear):
     is_last: bool
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the layer's product; a part of the joint one in code compiled for that."""
+        """Return the layer's product, as a part of the joint one in code compiled for that."""
         if not (_in_use and torch.compiler.is_compiling()):
             return super().forward(hidden)
         joint = self.joint
@@ -67,13 +67,13 @@ class SiblingLinear(nn.Linear):
         return part
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the layer, which then is one like others: the joint weight is let go."""
+        """Move or cast the layer, which then becomes a plain one and releases the joint weight."""
         self.__class__ = nn.Linear  # type: ignore[assignment]
         del self.joint
         return nn.Linear._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
 
     def is_joined(self) -> bool:
-        """Whether the weight and bias still are parts of the joint ones."""
+        """Tell whether the weight and bias are still parts of the joint ones."""
         pairs = ((self.weight, self.joint.weight), (self.bias, self.joint.bias))
         return all(
             own is None or (whole is not None and own.data_ptr() == whole[self.first].data_ptr())
@@ -84,7 +84,7 @@ class SiblingLinear(nn.Linear):
 class Joint:
     """The weight of several siblings, `[sum of out_features, in_features]`, and their bias.
 
-    While code is being compiled it holds their product, until the last of them has its part.
+    During compilation it holds their product until the last sibling has taken its part.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -102,7 +102,7 @@ def _join(layers: list[Any]) -> None:
     plain = all(type(weight) is nn.Parameter for weight in weights)  # on one device, as a whole
     if len(alike) > 1 or len(biased) > 1 or not plain:
         return
-    with torch.inference_mode(False), torch.no_grad():  # the model may be trained again
+    with torch.inference_mode(False), torch.no_grad():  # the model may be trained later
         joint = Joint(torch.cat(weights), torch.cat(biases) if True in biased else None)
         first = 0
         for layer in layers:

@@ -1,10 +1,10 @@
 """Attention of a few new tokens over many cached ones on a GPU, in Triton.
 
-The columns of every row are shared out among the GPU's processors in blocks whose size depends on
-the shapes alone, so that a row's result does not depend on who else is in the batch; a second
-kernel joins what the blocks found by their log-sum-exps (as Flash-Decoding does, arXiv 2311.01282,
-section 2). Blocks of which no new token sees a column end at once: a CUDA graph covers all columns
-that there is room for, and what lies behind a row's end costs it nearly nothing.
+The columns of every row are split between the GPU's processors in blocks whose size depends only on
+the shapes, so that a row's result does not depend on the rest of the batch. A second kernel joins
+the blocks' results by their log-sum-exps (as Flash-Decoding does, arXiv 2311.01282, section 2).
+Blocks without a visible column end at once: a CUDA graph covers all columns of the buffer, and
+those after a row's end cost almost nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 BLOCK_BYTES = 2**15  # of the keys that one block reads, and of the values
-JOINED = 16  # blocks that the second kernel takes at once
+JOINED = 16  # blocks that the second kernel joins at once
 
 
 def attend(
@@ -30,14 +30,14 @@ def attend(
         query: `[rows, heads, width, dim]`.
         key, value: `[rows, kv_heads, columns, dim]`, of the same dtype.
         mask: bool `[rows, 1, width, columns]`, true where a token sees a column; each token must
-            see one at least.
+            see at least one.
         scale: of the products.
     """
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     rows, heads, width, dim = query.shape
     kv_heads, columns = key.shape[1:3]
     groups = heads // kv_heads
-    tokens = max(triton.next_power_of_2(groups * width), 16)  # the least that a product takes
+    tokens = max(triton.next_power_of_2(groups * width), 16)  # the minimum for a product
     padded = max(triton.next_power_of_2(dim), 16)
     block = min(max(BLOCK_BYTES // (padded * key.dtype.itemsize), 16), 128)
     blocks = triton.cdiv(columns, block)
@@ -147,7 +147,7 @@ def _attend_block(
     value += row * value_row + kv_head * value_head
     k = tl.load(key + column[:, None] * key_column + d[None, :], mask=inside, other=0.0)
     v = tl.load(value + column[:, None] * value_column + d[None, :], mask=inside, other=0.0)
-    # "ieee": float32 is not to be rounded to tf32.
+    # "ieee": float32 must not be rounded to tf32.
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     score = tl.where(seen, score, float("-inf"))
     best = tl.max(score, 1)
@@ -177,7 +177,7 @@ def _join(
     DIM: tl.constexpr,
     JOINED: tl.constexpr,
 ) -> None:
-    """Join one token's blocks, each by its weight."""
+    """Join one token's blocks by their weights."""
     pair, token = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, DIM)
     best, total = float("-inf"), 0.0
@@ -189,7 +189,7 @@ def _join(
         higher = tl.maximum(best, tl.max(weight, 0))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         share = tl.exp(weight - level)
-        # A block that nobody saw wrote no part.
+        # A block without a visible column wrote no part.
         part = tl.load(parts + at[:, None] * DIM + d[None, :], mask=(share > 0)[:, None], other=0.0)
         before = tl.exp(best - level)
         whole = whole * before + tl.sum(share[:, None] * part, 0)
