@@ -52,6 +52,11 @@ class Scores:
         """Log-probabilities of the answer's tokens in the base row, `[T]`."""
         return self._gathered(self.rows[-1])
 
+    @property
+    def alone(self) -> torch.Tensor:
+        """Of the answer's tokens behind the preferences alone, `[T]`; the request has focus."""
+        return self._gathered(self.rows[len(self.preferences)])
+
     def steered(
         self, strength: float, floor: float = 0.0, focus: float = 0.0, loop_guard: int = 0
     ) -> torch.Tensor:

@@ -210,6 +210,8 @@ def _by_thumbs(
     ):
         _say(f"{weight:+.2f} ± {deviation:.2f}  {preference.text}")
     _say(f"{fit.agreement:.0%} of {found.thumbs} thumbs are predicted by the others.")
+    focus, guard = found.steering.focus, found.steering.loop_guard
+    _say(f"Fitted with focus {focus:g} and loop guard {guard}, those of most thumbs.")
     _say(f"Written: {', '.join(written)}")
 
 

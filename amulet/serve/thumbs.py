@@ -37,7 +37,9 @@ class ThumbBody(BaseModel):
     answer: str
     thumb: Literal["up", "down"]
     settings: dict[str, Any] = Field(
-        default={}, description="The settings of the answer; stored unchanged."
+        default={},
+        description="The settings of the answer; stored unchanged. Pairs get `focus` and "
+        "`loop_guard` from them.",
     )
 
     @model_validator(mode="before")

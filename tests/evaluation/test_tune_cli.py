@@ -120,6 +120,7 @@ def test_thumbs_give_a_strength(
     assert steering.placement == "user"
     assert "Be brief." in result.stdout
     assert "of 3 thumbs are predicted by the others." in result.stdout
+    assert "Fitted with focus 1 and loop guard 4, those of most thumbs." in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["steering.json", "thumbs.jsonl"]
 
 
