@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from amulet import Amulet
+from amulet import Amulet, Steering
+from tests.models import ScriptedModel
 from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, prefer, serving
 from tests.serve.conftest import saying
 
@@ -82,7 +83,7 @@ def test_all_columns_are_asked_together(visit: Open, url: str) -> None:
     assert [header.split("\n")[-1] for header in headers] == [
         "No preference",
         "Preference in the prompt, no steering (strength 0)",
-        "Be brief. (strength 0.35, floor 0.1)",
+        "Be brief. (strength 0.35, floor 0.1, focus 1, loop guard 4)",
     ]
     settled(page)
     # This model does all that it is asked for, so steering adds nothing, and the page says so.
@@ -129,6 +130,9 @@ def test_what_is_sent(visit: Open, url: str) -> None:
     page.get_by_label("Weight of: Be brief.").fill("0.5")
     page.get_by_label("Strength", exact=True).fill("2")
     page.get_by_label("Floor", exact=True).press("Home")
+    page.get_by_label("Focus", exact=True).fill("0.5")
+    page.get_by_label("Loop guard as a number").fill("6.6")  # whole tokens
+    page.get_by_label("Loop guard as a number").press("Tab")
     page.get_by_label("Both").check()
     page.get_by_text("Sampling").click()
     page.get_by_label("Max tokens per answer").fill("7")
@@ -166,10 +170,58 @@ def test_what_is_sent(visit: Open, url: str) -> None:
         ],
         "floor": 0,
         "placement": "both",
+        "focus": 0.5,
+        "loop_guard": 7,
     }
     assert prompted == {**wished, "strength": 0}
     assert steered == {**wished, "strength": 2, "trace": True}
     assert "Cut off at the token limit." in page.locator("section.plain").inner_text()
+
+
+def test_focus_and_loop_guard_are_the_models_own_until_they_are_changed(
+    visit: Open, tokenizer: Any
+) -> None:
+    model = ScriptedModel(tokenizer, {"Be brief": SHORT, "": LONG})
+    amulet = Amulet(model, tokenizer, steering=Steering(focus=0.5, loop_guard=6))
+    with serving(amulet) as (url, _):
+        page = visit(url)
+        prefer(page, "Be brief.")
+        names = {"Focus": "0.5", "Loop guard": "6"}
+        numbers = {name: page.get_by_label(f"{name} as a number") for name in names}
+        for name, own in names.items():
+            expect(numbers[name]).to_have_value(own)
+            slider = page.get_by_label(name, exact=True)
+            mark = page.locator(f"#{slider.get_attribute('list')} option")
+            expect(mark).to_have_attribute("value", own)
+            hint = page.locator(f"#{slider.get_attribute('aria-describedby')}")
+            expect(hint).to_contain_text("0 is off")
+            assert len((hint.text_content() or "").split()) <= 25
+        for name, typed, taken in (
+            ("Focus", "99", "10"),
+            ("Focus", "-1", "0"),
+            ("Loop guard", "2000", "1000"),
+            ("Loop guard", "2.6", "3"),
+        ):
+            numbers[name].fill(typed)
+            numbers[name].press("Tab")
+            expect(numbers[name]).to_have_value(taken)
+        ask(page, "What is a black hole?")
+        assert answer(page, "steered") == SHORT
+        settled(page)
+        header = page.locator("section.steered header")
+        expect(header).to_contain_text("focus 0, loop guard 3)")
+        page.get_by_role("button", name="The steered answer as code").click()
+        for language in ("LangChain", "LlamaIndex", "Python", "curl"):
+            page.get_by_role("tab", name=language).click()
+            code = page.get_by_role("tabpanel").inner_text()
+            lines = [line.strip().rstrip(",") for line in code.splitlines()]
+            written = ('"focus": 0', '"loop_guard": 3') if language == "curl" else ()
+            assert set(written or ("focus=0", "loop_guard=3")) <= set(lines), language
+        page.get_by_role("button", name="Close").click()
+        page.get_by_role("button", name="Reset to the model's defaults").click()
+        for name, own in names.items():
+            expect(numbers[name]).to_have_value(own)
+        page.get_by_text("The settings have changed").wait_for()
 
 
 def test_stop_keeps_what_there_is(visit: Open, tokenizer: Any) -> None:

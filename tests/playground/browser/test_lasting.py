@@ -53,6 +53,44 @@ def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokeniz
         assert names.all_inner_texts() == ["The second one?\nnot: Be rude."]
 
 
+def test_a_conversation_of_an_older_page(visit: Open, tokenizer: Any) -> None:
+    """It has no focus and no loop guard: the defaults stand in, in the panel and in the code."""
+    with serving(saying(tokenizer, ANSWERS)) as (url, _):
+        page = visit(url)
+        prefer(page, "Be brief.")
+        ask(page, "The first one?")
+        answer(page, "steered")
+        page.get_by_role("button", name="Regenerate").wait_for()
+        page.wait_for_timeout(1500)  # until the browser's copy is written
+        page.evaluate(
+            """() => new Promise((done, failed) => {
+                const open = indexedDB.open("keyval-store");
+                open.onsuccess = () => {
+                    const change = open.result.transaction("keyval", "readwrite");
+                    const all = change.objectStore("keyval").openCursor();
+                    all.onerror = failed;
+                    all.onsuccess = () => {
+                        const cursor = all.result;
+                        if (!cursor) return done();
+                        const kept = cursor.value;
+                        for (const { settings } of [kept, ...kept.turns]) {
+                            delete settings.focus;
+                            delete settings.loopGuard;
+                        }
+                        cursor.update(kept).onsuccess = () => cursor.continue();
+                    };
+                };
+            })"""
+        )
+        page.reload()
+        assert answer(page, "steered") == "Short."
+        expect(page.get_by_label("Focus as a number")).to_have_value("1")
+        expect(page.get_by_label("Loop guard as a number")).to_have_value("4")
+        assert page.get_by_text("The settings have changed").count() == 0
+        page.get_by_role("button", name="The steered answer as code").click()
+        expect(page.get_by_role("tabpanel")).to_contain_text("loop_guard=4,")
+
+
 def test_an_answer_that_was_cut_by_a_reload(visit: Open, tokenizer: Any) -> None:
     with serving(saying(tokenizer, "word " * 600)) as (url, _):
         page = visit(url)

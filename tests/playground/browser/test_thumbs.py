@@ -73,6 +73,8 @@ def test_thumbs_from_the_page_to_a_fit(visit: Open, tokenizer: Any, tmp_path: Pa
             "strength": 0.35,
             "floor": 0.1,
             "placement": "user",
+            "focus": 1,
+            "loop_guard": 4,
             "max_tokens": 256,
         }
 
@@ -83,6 +85,7 @@ def test_thumbs_from_the_page_to_a_fit(visit: Open, tokenizer: Any, tmp_path: Pa
         download.value.save_as(export)
         (pair,) = read_thumbs(export)
         assert (pair.a, pair.b, pair.chosen) == ("Short.", "A long answer.", "a")
+        assert (pair.focus, pair.loop_guard) == (1, 4)
         assert [dict(message) for message in pair.messages] == [
             {"role": "user", "content": "What is tea?"}
         ]

@@ -72,9 +72,10 @@ export function chatBody(
     if (settings.seed !== null) body.seed = settings.seed;
   }
   if (column === "plain") return { ...body, preference: "" };
-  const { wishes, floor, placement } = settings;
+  const { floor, placement, focus, loopGuard } = settings;
   const strength = column === "prompted" ? 0 : settings.strength;
-  return { ...body, preference: preferenceOf(wishes), strength, floor, placement };
+  const preference = preferenceOf(settings.wishes);
+  return { ...body, preference, strength, floor, placement, focus, loop_guard: loopGuard };
 }
 
 /** A single wish of weight 1 is a text; everything else is a list with weights. */

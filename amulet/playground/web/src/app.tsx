@@ -217,6 +217,8 @@ function same(used: Settings, now: Settings): boolean {
       settings.strength,
       settings.floor,
       settings.placement,
+      settings.focus,
+      settings.loopGuard,
       settings.maxTokens,
       settings.temperature,
       settings.temperature > 0 ? seed : null,

@@ -1,4 +1,4 @@
-// The preference panel: wishes as chips, strength, floor, placement and sampling.
+// The preference panel: wishes as chips, the settings of steering, and sampling.
 
 import { memo } from "preact/compat";
 import { useState } from "preact/hooks";
@@ -25,14 +25,15 @@ const PLACES: [value: Placement, name: string][] = [
 ];
 
 export const SettingsPanel = memo(() => {
-  const { wishes, strength, floor, placement, maxTokens, temperature, seed } = settings.value;
+  const { wishes, strength, floor, placement, focus, loopGuard, maxTokens, temperature, seed } =
+    settings.value;
   const most = model.value?.maxWishes ?? 4;
   const standard = defaults(model.value);
   const full = wishes.length >= most;
   const set = (changed: Wish[]) => changeSettings({ wishes: changed });
   const reset = () => {
-    const { strength, floor, placement } = standard;
-    changeSettings({ strength, floor, placement });
+    const { strength, floor, placement, focus, loopGuard } = standard;
+    changeSettings({ strength, floor, placement, focus, loopGuard });
   };
   return (
     <div class="settings">
@@ -93,6 +94,26 @@ export const SettingsPanel = memo(() => {
           range={[-100, 1000]}
           set={(value) => changeSettings({ strength: value })}
           hint={`0: prompt only. ${standard.strength}, marked: this model's default. Above 2, answers often break down; type a larger number to try.`}
+        />
+        <Slider
+          name="Focus"
+          value={focus}
+          standard={standard.focus}
+          max={2}
+          step={0.1}
+          range={[0, 10]}
+          set={(value) => changeSettings({ focus: value })}
+          hint="Holds the answer to what was asked; 0 is off. It acts at strengths above 0."
+        />
+        <Slider
+          name="Loop guard"
+          value={loopGuard}
+          standard={standard.loopGuard}
+          max={16}
+          step={1}
+          range={[0, 1000]}
+          set={(value) => changeSettings({ loopGuard: value })}
+          hint="Tokens that the answer may repeat of itself before repetition costs likelihood; 0 is off. It acts at strengths above 0."
         />
         <Slider
           name="Floor"
@@ -253,7 +274,7 @@ interface SliderGiven {
 }
 
 function Slider({ name, value, standard, max, step, range, hint, set }: SliderGiven) {
-  const id = `slider-${name.toLowerCase()}`;
+  const id = `slider-${name.toLowerCase().replace(" ", "-")}`;
   return (
     <div class="field">
       <label class="name" for={id}>
@@ -267,7 +288,7 @@ function Slider({ name, value, standard, max, step, range, hint, set }: SliderGi
         max={range[1]}
         step="any"
         onChange={({ currentTarget: field }) => {
-          const given = field.valueAsNumber;
+          const given = step === 1 ? Math.round(field.valueAsNumber) : field.valueAsNumber;
           const [least, most] = range;
           const taken = Number.isNaN(given) ? value : Math.max(least, Math.min(most, given));
           field.value = String(taken);

@@ -27,9 +27,11 @@ const DELETED = "amulet-deleted";
 export function defaults(known: Model | null): Settings {
   return {
     wishes: [],
-    strength: known?.steering.strength ?? 0.5,
+    strength: known?.steering.strength ?? 0.35,
     floor: known?.steering.floor ?? 0.1,
     placement: known?.steering.placement ?? "user",
+    focus: known?.steering.focus ?? 1,
+    loopGuard: known?.steering.loop_guard ?? 4,
     maxTokens: Math.min(256, known?.maxTokens ?? 256),
     temperature: 0,
     seed: null,
@@ -56,13 +58,16 @@ function interrupted(conversation: Conversation): Conversation {
     answer.state === "waiting" || answer.state === "streaming"
       ? { ...answer, state: "stopped" }
       : answer;
+  // An older page had no focus and no loop guard: the server answered with its own.
+  const whole = (settings: Settings): Settings => ({ ...defaults(null), ...settings });
   const turns = conversation.turns.map((turn) => ({
     ...turn,
+    settings: whole(turn.settings),
     plain: ended(turn.plain),
     prompted: turn.prompted ? ended(turn.prompted) : null, // an older page had no such column
     steered: turn.steered && ended(turn.steered),
   }));
-  return { ...conversation, turns };
+  return { ...conversation, settings: whole(conversation.settings), turns };
 }
 
 export function select(id: string | null): void {

@@ -201,7 +201,9 @@ function about({ settings }: Turn, column: Column): string {
   const said = settings.wishes.map(({ text, weight }) =>
     weight === 1 ? text : `${weight < 0 ? "Away from: " : ""}${text} × ${Math.abs(weight)}`,
   );
-  return `${said.join(" · ")} (strength ${signed(settings.strength)}, floor ${settings.floor})`;
+  const { strength, floor, focus, loopGuard } = settings;
+  const pushed = `strength ${signed(strength)}, floor ${floor}, focus ${focus}, loop guard ${loopGuard}`;
+  return `${said.join(" · ")} (${pushed})`;
 }
 
 function signed(value: number): string {

@@ -14,6 +14,8 @@ export interface Settings {
   strength: number;
   floor: number;
   placement: Placement;
+  focus: number;
+  loopGuard: number;
   maxTokens: number;
   temperature: number;
   seed: number | null;
@@ -86,7 +88,13 @@ export interface Message {
 export interface Model {
   id: string;
   window: number | null;
-  steering: { strength: number; floor: number; placement: Placement };
+  steering: {
+    strength: number;
+    floor: number;
+    placement: Placement;
+    focus: number;
+    loop_guard: number;
+  };
   maxTokens: number;
   maxWishes: number;
   /** Whether the server keeps thumbs. */
