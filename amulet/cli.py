@@ -31,6 +31,7 @@ from amulet.rendering.terminal import answer_text, legend_text
 from amulet.reply import Reply
 from amulet.request import Request
 from amulet.serve.cli import register as register_serve
+from amulet.starter import register as register_starter
 
 if TYPE_CHECKING:
     from amulet import Amulet, ReplyStream
@@ -367,6 +368,7 @@ def _check(options: dict[str, Any]) -> Request:
     return Request(messages=({"role": "user", "content": "?"},), **options)
 
 
+register_starter(app)
 register_eval(app)
 register_report(app)
 register_tune(app)
