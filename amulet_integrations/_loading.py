@@ -13,15 +13,15 @@ from amulet.errors import ModelError, RequestError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 
-LIVE = "live "  # begins the name of a given object
+LIVE = "live "  # prefix of a given object's name
 
 _loaded: WeakValueDictionary[str, Amulet] = WeakValueDictionary()
-_live: WeakValueDictionary[str, Amulet] = WeakValueDictionary()  # given ones, by a random name
+_live: WeakValueDictionary[str, Amulet] = WeakValueDictionary()  # given objects, by a random name
 _lock = threading.Lock()
 
 
 def key(name: str, options: Mapping[str, Any]) -> str:
-    """Return what tells one loaded model from another."""
+    """Return a key that distinguishes loaded models."""
     name = EMBEDDED if name == "embedded" else name
     return repr((name, sorted(options.items(), key=lambda item: item[0])))
 
@@ -40,7 +40,7 @@ def load(name: str, options: Mapping[str, Any]) -> Amulet:
 
 
 def name_live(amulet: Amulet) -> str | None:
-    """Return a name by which this process finds a given object; None for one that `load` made."""
+    """Return a name by which this process finds a given object; None for one from `load`."""
     if amulet in _loaded.values():
         return None
     with _lock:
@@ -51,7 +51,7 @@ def name_live(amulet: Amulet) -> str | None:
 
 
 def find_live(name: str, where: str) -> Amulet:
-    """Return the object that `name_live` has named.
+    """Return the object that `name_live` named.
 
     Raises:
         ModelError: it is not in this process.
@@ -66,10 +66,10 @@ def find_live(name: str, where: str) -> Amulet:
 
 
 def check_given(amulet: Amulet, model: str | None, options: Mapping[str, Any], where: str) -> None:
-    """Check what is said about a model that is loaded already.
+    """Check the options given with a loaded model.
 
     Raises:
-        RequestError: it is no `Amulet`, it has another name, or there are options for loading it.
+        RequestError: it is not an `Amulet`, has another name, or options for loading are given.
     """
     if not isinstance(amulet, Amulet):
         raise RequestError(f"{where}: amulet is a {type(amulet).__name__}: expected an Amulet.")
@@ -85,7 +85,7 @@ def check_given(amulet: Amulet, model: str | None, options: Mapping[str, Any], w
 
 
 def refuse_source(options: Mapping[str, Any], where: str) -> None:
-    """Refuse to be told which model by a constructor that knows.
+    """Refuse a model in the options of a constructor that has its own.
 
     Raises:
         RequestError: `model` or `amulet` is among the options.

@@ -12,7 +12,7 @@ from amulet.errors import RequestError
 def refuse_unknown(
     options: Mapping[str, Any], known: Iterable[str], where: str, hints: Mapping[str, str]
 ) -> None:
-    """Raise `RequestError` for the first option that nobody would read, naming the close match.
+    """Raise `RequestError` for the first unknown option, and suggest a close match.
 
     Args:
         options: the options given, by name.
@@ -35,7 +35,7 @@ def template_options(given: Any, enable_thinking: Any) -> dict[str, Any]:
     """Return the variables of a chat template, `enable_thinking` among them unless it is None.
 
     Raises:
-        RequestError: `given` is no dict, or `enable_thinking` neither True nor False.
+        RequestError: `given` is not a dict, or `enable_thinking` is neither True nor False.
     """
     if not isinstance(given, Mapping):
         raise RequestError(f"template_options={given!r}: expected a dict.")

@@ -95,10 +95,10 @@ def choose(
 
 
 def setting_meant(key: object) -> str | None:
-    """Return the setting that a key names or is likely to mean, None for anything else.
+    """Return the setting that a key names or probably means, or None.
 
-    Keys share their place with other components', so that words such as "reference" and "length"
-    are none of ours: a typo seldom changes the first letter.
+    Other components' keys are in the same place, so words such as "reference" and "length" must not
+    match: a typo seldom changes the first letter.
     """
     if not isinstance(key, str):
         return None
@@ -122,12 +122,12 @@ def warn_of_typos(keys: Iterable[object], where: str) -> None:
 
 
 def plain(preference: PreferenceLike) -> str | list[str | dict[str, Any]] | None:
-    """Return a preference as plain JSON: text, or a list of texts and dicts; "" where it is off.
+    """Return a preference as plain JSON: text, or a list of texts and dicts; "" if it is off.
 
-    What is equal is then written alike, in the keys of a cache above all. None stays None.
+    Equal preferences then have equal JSON, which matters for cache keys. None stays None.
 
     Raises:
-        RequestError: it is something else than text, `Preference`, its dict, or a list of them.
+        RequestError: it is not text, a `Preference`, its dict, or a list of them.
     """
     if preference is None or isinstance(preference, str):
         return preference

@@ -51,7 +51,7 @@ class Method(BaseModel):
         strength, floor, placement: see `Steering`; None if the method has none.
         focus, loop_guard: see `Steering`; 0 if the method has none.
         adapt: how strength or the base row varies; None is a constant strength against the plain
-        prompt. See `amulet.evaluation.pairs` for the formulas.
+            prompt. See `amulet.evaluation.pairs` for the formulas.
             "jsd": strength times the Jensen-Shannon divergence of the two rows (AdaCAD).
             "decay": strength halves every 32 tokens.
             "entropy": less strength where the preferred row is certain of its token.

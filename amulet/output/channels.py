@@ -11,12 +11,12 @@ from amulet.tool_calls.base import CUT, CallReader, Piece
 _CHANNEL = re.compile(re.escape(harmony.CHANNEL) + r"\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=(?!assistant\b)[^\s<]")
 _HEADS = (harmony.CHANNEL, "to=", harmony.CONSTRAIN, harmony.MESSAGE, harmony.START)
-TEXTS = ("final", "commentary")  # what is said to the reader; commentary also calls tools
-BETWEEN = "\n\n"  # two messages to the reader, or two of reasoning
+TEXTS = ("final", "commentary")  # channels for the reader; commentary also calls tools
+BETWEEN = "\n\n"  # between two messages to the reader, or two of reasoning
 
 
 class Channels:
-    """A `Scanner`. A header is in no section of the reader's; it counts as reasoning.
+    """A `Scanner`. Headers are not for the reader; they count as reasoning.
 
     Args:
         begun: the last message of the prompt, which the model continues, from its role on.
@@ -28,16 +28,16 @@ class Channels:
     def __init__(self, begun: str, forced: bool = False) -> None:
         self._heads: Section = "text" if forced else "reasoning"
         self.section: Section = self._heads
-        self._header = self._is_first = True  # what comes belongs to a header, the first one
+        self._header = self._is_first = True  # the next text belongs to a header, the first one
         self._parted = False  # the message is not the first of its section
         self._buffer = ""
         self._reader: CallReader | None = None
-        self._last: Section | None = None  # of what was released
+        self._last: Section | None = None  # section of the text released last
         self.push(begun.removeprefix("assistant"))
         self._last = None
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next text; return what can be released."""
+        """Take the next text; return the pieces that can be released."""
         self._buffer += text
         out: list[Piece] = []
         while self._head() if self._header else self._body(out, keep_back=True):
@@ -45,7 +45,7 @@ class Channels:
         return out
 
     def finish(self, cut: bool = False) -> list[Piece]:
-        """Return what was held back; see `Scanner.finish`."""
+        """Return the text held back; see `Scanner.finish`."""
         out: list[Piece] = []
         if self._header:
             begun = self._buffer.strip()
@@ -97,12 +97,12 @@ class Channels:
         if self._reader is not None:
             out += self._reader.finish(cut=False)
             self._reader = None
-        if found[1] != harmony.START:  # which is the next header's
+        if found[1] != harmony.START:  # START belongs to the next header
             self._buffer = self._buffer[len(found[1]) :]
         self._header, self.section = True, self._heads
         return True
 
 
 def _agree(text: str, opening: str) -> bool:
-    """Tell whether a text begins with another, as far as it goes."""
+    """Tell whether a text, or the part of it so far, begins with another."""
     return text.startswith(opening) or opening.startswith(text)

@@ -1,6 +1,6 @@
 """gpt-oss: `<|channel|>commentary to=functions.name <|constrain|>json<|message|>{...}<|call|>`.
 
-Every message of the model's has such a header, so `amulet.output.channels` finds the sections.
+Every message of the model has such a header, so `amulet.output.channels` finds the sections.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONSTRAIN = "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", START)  # of a message
 EXTRA: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 
-# The recipient stands before the channel or behind it.
+# The recipient is before or after the channel.
 _CALL = re.compile(r"(?s:.*?)\bto=(?:functions\.)?([^\s<]+)(?s:.*?)<\|message\|>(?s:(.*))")
 
 
@@ -34,7 +34,7 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
 
 
 class _Reader:
-    """Reads a message with its header. Only the end of the message tells that it is whole."""
+    """Parses a message with its header; only its end shows that it is complete."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -59,7 +59,7 @@ class _Reader:
 
 
 def grammar(functions: Sequence[Function], parallel: bool, mark: Mark, template: str) -> str:
-    # A message that calls ends the turn, so there is one call. What is thought is no part of this.
+    # A message that calls ends the turn, so there is one call. Thinking is not part of it.
     head = f'{_thought(mark)} {mark(CHANNEL)} "commentary to=functions."'
     tail = f'" " {mark(CONSTRAIN)} "json" {mark(MESSAGE)}'
     rules = ["start: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
@@ -70,10 +70,10 @@ def grammar(functions: Sequence[Function], parallel: bool, mark: Mark, template:
 
 
 def answer_head(mark: Mark) -> str:
-    """Return a Lark term for what precedes an answer that is no call."""
+    """Return a Lark term that precedes an answer other than a call."""
     return f'{_thought(mark)} {mark(CHANNEL)} "final" {mark(MESSAGE)}'
 
 
 def _thought(mark: Mark) -> str:
-    """The header of what is thought, and after it the next message's beginning."""
+    """Return a Lark term for the header of thinking, followed by the next message's start."""
     return f'{mark(CHANNEL)} "analysis" {mark(MESSAGE)} {mark(START)} "assistant"'

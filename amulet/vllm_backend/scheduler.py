@@ -68,7 +68,7 @@ class _StepPlan:
 
     Attributes:
         is_whole: every row takes all its remaining tokens, so a token is chosen; otherwise each
-        row keeps one.
+            row keeps one.
         is_held: no row takes any token.
         has_room: there are enough blocks for all rows.
     """

@@ -1,7 +1,7 @@
 """Bindings of a model that keep its options, config and preference: `bind`, `with_config`, ...
 
-LangChain's own bindings hand `bind_tools`, `generate` and other methods to the bare model, and
-forget their keywords and config on the way.
+LangChain's own bindings delegate `bind_tools`, `generate` and other methods to the bare model and
+lose the bound keywords and config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from amulet_integrations.langchain.tools import bound_tools
 
 
 def _call(name: str) -> Any:
-    """Return a way of calling a Runnable with what `_asked_as` makes of the call."""
+    """Return a method that calls a Runnable with the arguments of `_asked_as`."""
 
     @wraps(getattr(Runnable, name), updated=())  # without the mark of an abstract method
     def call(self: Composable, input: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def _call(name: str) -> Any:
 
 
 def _composing(name: str) -> Any:
-    """Return a method that composes, with its outcome as a binding."""
+    """Return a composing method whose result is a binding."""
 
     @wraps(getattr(Runnable, name, None) or getattr(RunnableSerializable, name), updated=())
     def compose(self: Composable, *args: Any, **options: Any) -> Any:
@@ -46,20 +46,20 @@ def _composing(name: str) -> Any:
 
 
 class Composable(RunnableSerializable[Any, Any]):
-    """What the models and their bindings share: every way of being called or composed.
+    """The methods by which models and their bindings are called and composed.
 
-    What is composed is an `AmuletBinding`, so that the next composition still knows the model. A
-    stream belongs to the run that asks for it.
+    The result of a composition is an `AmuletBinding`, so that the next one still knows the model. A
+    stream belongs to the run that requests it.
     """
 
     def _composed(self, runnable: Any) -> Any:
-        """Return what was composed of this as a binding."""
+        """Return a composition of this model as a binding."""
         raise NotImplementedError
 
     def _asked_as(
         self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Return what LangChain's own method is to be called with: input, config and keywords."""
+        """Return the arguments for LangChain's own method: input, config and keywords."""
         raise NotImplementedError
 
     invoke, ainvoke = _call("invoke"), _call("ainvoke")
@@ -78,7 +78,7 @@ class Composable(RunnableSerializable[Any, Any]):
 
 
 def _generate(name: str) -> Any:
-    """Return a method of LangChain's models that a binding lacks, with what is bound."""
+    """Return a method that LangChain's bindings lack, applied with the bound arguments."""
 
     @wraps(getattr(BaseLanguageModel, name, None) or getattr(BaseChatModel, name), updated=())
     def generate(
@@ -91,18 +91,18 @@ def _generate(name: str) -> Any:
 
 
 class AmuletBinding(Composable, RunnableBinding[Any, Any]):
-    """A model, or what was composed of one, with keywords and config for every call."""
+    """A model, or a composition of one, with keywords and config for every call."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "kwargs": normal(options.get("kwargs") or {})})
 
     @classmethod
     def lc_id(cls) -> list[str]:
-        """Be written by `dumpd` as the class that this is, with better manners."""
+        """Return the id of LangChain's class, so that `dumpd` writes this one like it."""
         return [*cls.get_lc_namespace(), RunnableBinding.__name__]
 
     def bind(self, **kwargs: Any) -> Any:
-        """Bind options to every call, over those bound before."""
+        """Bind options to every call, overriding those bound before."""
         return super().bind(**normal(kwargs))
 
     def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -149,14 +149,14 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
     def _asked_as(
         self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any, dict[str, Any]]:
-        # A call's keywords are added to the bound ones by name, so both have to be spelled alike;
-        # and what is bound in `configurable` would hide all that the run has there.
+        # A call's keywords are merged with the bound ones by name, so both need the same spelling;
+        # # and a bound `configurable` would hide all of the run's.
         if isinstance(config, list | tuple):
             return input, [self._in_run(one) for one in config], normal(kwargs)
         return input, self._in_run(config), normal(kwargs)
 
     def _in_run(self, config: RunnableConfig | None) -> RunnableConfig | None:
-        """Return a call's config with what the run around it says and nothing nearer does."""
+        """Return a call's config, completed by that of the surrounding run."""
         bound = self.config.get("configurable") or {}
         own = (config or {}).get("configurable") or {}
         around = ensure_config().get("configurable") or {}
@@ -177,7 +177,7 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
 
 
 class ChatBinding(AmuletBinding):
-    """A chat model, or what was composed of one, with keywords and config for every call."""
+    """A chat model, or a composition of one, with keywords and config for every call."""
 
     def bind_tools(self, tools: Any, **options: Any) -> ChatBinding:
         """See `ChatAmulet.bind_tools`."""
@@ -197,11 +197,11 @@ class ChatBinding(AmuletBinding):
 
 
 def unbound(runnable: Any) -> tuple[Any, RunnableConfig, dict[str, Any]]:
-    """Return the model inside of what was composed, with the config and keywords bound to it.
+    """Return the model inside a composition, with its bound config and keywords.
 
-    Of a choice of several it is the one that the config chooses, or that is tried first.
+    If there are alternatives, it is the one that the config chooses, or the first.
     """
-    config: RunnableConfig | None = None  # not {}: to LangChain that is the run's around it
+    config: RunnableConfig | None = None  # not {}, which to LangChain means the surrounding run's
     kwargs: dict[str, Any] = {}
     while True:
         if isinstance(runnable, RunnableBindingBase):
@@ -218,7 +218,7 @@ def unbound(runnable: Any) -> tuple[Any, RunnableConfig, dict[str, Any]]:
 
 
 def _each(runnable: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a choice of several models with each of them changed; None where there is no choice.
+    """Return alternatives with each model changed, or None if there are no alternatives.
 
     Each model has its own form of tools and of structured output.
     """
@@ -237,12 +237,12 @@ def _each(runnable: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _later(runnable: Any, change: Callable[[Any], Any]) -> Any:
-    """Change an alternative, which may be a function that makes it."""
+    """Change an alternative, which may be a function that creates it."""
     return change(runnable) if isinstance(runnable, Runnable) else lambda: change(runnable())
 
 
 def _inside(runnable: Any, change: Callable[[Any], Any]) -> Any:
-    """Change what has fields of its own: the model inside of retries and the like."""
+    """Change the model inside a wrapper with fields of its own, such as a retry."""
     if isinstance(runnable, RunnableBindingBase) and not isinstance(runnable, AmuletBinding):
         return runnable.model_copy(update={"bound": _inside(runnable.bound, change)})
     if isinstance(runnable, RunnableWithFallbacks):

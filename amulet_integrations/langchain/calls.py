@@ -22,7 +22,7 @@ from amulet_integrations.langchain.binding import AmuletBinding, Composable
 from amulet_integrations.langchain.options import AmuletOptions
 from amulet_integrations.langchain.runs import in_its_run
 
-CONNECTIONS = 16  # of one batch to a server
+CONNECTIONS = 16  # concurrent connections of one batch to a server
 
 # What the input that is being answered will ask for, under way already.
 _under_way: ContextVar[list[tuple[Amulet, Request, ReplyStream]] | None] = ContextVar(
@@ -31,7 +31,7 @@ _under_way: ContextVar[list[tuple[Amulet, Request, ReplyStream]] | None] = Conte
 
 
 def _bound(name: str) -> Any:
-    """Return a method of `Runnable` that binds, as that of an empty binding of the model."""
+    """Return a binding method of `Runnable`, applied to an empty binding of the model."""
 
     @wraps(getattr(Runnable, name), updated=())
     def bind(self: AmuletCalls, *args: Any, **options: Any) -> Any:
@@ -42,7 +42,7 @@ def _bound(name: str) -> Any:
 
 
 class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
-    """How both models are called and composed.
+    """The methods by which both models are called and composed.
 
     A batch stays in the calling thread: all of it is queued for decoding, then LangChain's own
     `invoke` answers one input after the other, with its config, callbacks and cache, and finds
@@ -52,7 +52,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     def _asked_as(
         self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any, dict[str, Any]]:
-        # The others call one of these; events of version "v3" don't.
+        # The other methods call one of these; events of version "v3" don't.
         if name in ("invoke", "ainvoke", "stream", "astream") or kwargs.get("version") == "v3":
             input = cast("Any", self)._convert_input(input)
             messages = input.to_messages() if isinstance(self, BaseChatModel) else ()
@@ -79,7 +79,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> Iterator[Any]:
-        """`batch`, giving each answer with its position as soon as it is there."""
+        """As `batch`, but yields each answer with its position as soon as it is finished."""
         configs: Any = config if config is None or isinstance(config, dict) else list(config)
         answers = self._answered(list(inputs), configs, return_exceptions, True, kwargs)
         return cast("Iterator[Any]", in_its_run(answers))
@@ -109,7 +109,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     # --- decoding together
 
     def _asked(self, prompt: PromptValue, stop: Any, kwargs: dict[str, Any]) -> Sequence[Request]:
-        """Return what a prompt with settled keywords asks for; nothing if it is cached."""
+        """Return the requests of a prompt with settled keywords; none if the answer is cached."""
         raise NotImplementedError
 
     def _answered(
@@ -153,12 +153,12 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         asked: Callable[[int], Sequence[Request]],
         as_completed: bool = False,
     ) -> Iterator[tuple[int, Any]]:
-        """Give every position's answer, of which up to `limit` are decoded at once."""
+        """Yield every position's answer, with up to `limit` decoded at once."""
         if not self.engine.decodes_here:
             yield from _by_threads(count, min(limit, CONNECTIONS), answer)
             return
         if getattr(self, "rate_limiter", None):
-            limit = 1  # an answer begins when the limiter lets it
+            limit = 1  # the rate limiter decides when an answer starts
         waiting = list(range(count))
         streams: dict[int, list[tuple[Amulet, Request, ReplyStream]]] = {}
         try:
@@ -197,7 +197,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         return begun
 
     def _replies(self, requests: Sequence[Request]) -> list[Reply]:
-        """Decode requests together, as far as they are not under way."""
+        """Decode requests together, except those already running."""
         streams = [self._begun_earlier(request) for request in requests]
         if not any(streams):
             return cast("list[Reply]", self.engine.batch(requests))
@@ -210,7 +210,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
                 stream.close()
 
     def _begun_earlier(self, request: Request) -> ReplyStream | None:
-        """Return the stream of a request that is under way; a callback's own calls have others."""
+        """Return the stream of a running request; calls made by callbacks have other streams."""
         begun = _under_way.get() or []
         for index, (engine, known, stream) in enumerate(begun):
             if engine is self.engine and known == request:

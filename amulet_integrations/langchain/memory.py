@@ -169,8 +169,8 @@ class PreferenceMemory:
     ) -> dict[Source, Settings]:
         """Return the settings of the levels "conversation" and "user", as `choose` takes them.
 
-        A conversation's are those kept for the user's thread; where there are none, those kept
-        for the thread whoever speaks in it.
+        A conversation's settings are those stored for the user's thread or, if there are none,
+        those stored for the thread regardless of the user.
         """
         kept = [self.get(**ids) if ids else {} for ids in _lookups(user_id, thread_id)]
         return {"conversation": kept[0] or kept[1], "user": kept[2]}
@@ -184,11 +184,11 @@ class PreferenceMemory:
 
 
 def with_memory(chain: Runnable[Any, Any], memory: PreferenceMemory) -> Runnable[Any, Any]:
-    """Return the chain, answering each session, thread or user as its memory says.
+    """Return the chain with the stored preferences of each session, thread or user.
 
     For chains without agent middleware, above all `RunnableWithMessageHistory`: the ids are
-    `user_id` and `session_id` (or `thread_id`) of `config["configurable"]`, and what is kept for
-    them is handed to every model in the chain by the same route. Settings of the call win.
+    `user_id` and `session_id` (or `thread_id`) of `config["configurable"]`, and the settings stored
+    for them reach every model in the chain by the same route. Settings of the call take precedence.
 
     >>> memory.set("Be brief.", thread_id="monday")
     >>> chat = with_memory(RunnableWithMessageHistory(chain, get_session_history, ...), memory)
@@ -210,7 +210,7 @@ def _configured(
     chain: Runnable[Any, Any], call: Settings, kept: dict[Source, Settings]
 ) -> Runnable[Any, Any]:
     settings = choose(call=call, **kept).as_dict()
-    # The lambda makes the config ambient: classic chains don't hand theirs to the model.
+    # The lambda makes the config ambient, because classic chains don't pass theirs to the model.
     return RunnableLambda(lambda _: chain).with_config(configurable={**call, **settings})
 
 
@@ -232,10 +232,10 @@ def merge_settings(kept: Settings, given: Settings) -> Settings:
 
 
 def as_json(preference: PreferenceLike) -> list[str | dict[str, Any]] | str:
-    """Return preferences as a list of texts and dicts; "" where they are off.
+    """Return preferences as a list of texts and dicts; "" if they are off.
 
     Raises:
-        RequestError: something else than text, `Preference`, its dict, or a list of them.
+        RequestError: not text, a `Preference`, its dict, or a list of them.
     """
     return plain(normal_preferences(preference)) or ""
 
@@ -267,7 +267,7 @@ def _read(item: Item | None) -> Settings:
 
 
 def _lookups(user_id: str | None, thread_id: str | None) -> list[dict[str, str]]:
-    """The user's thread, the thread, the user: the ids of each, `{}` where one is not known."""
+    """Return the ids of the user's thread, the thread and the user; `{}` for unknown ones."""
     user = {} if user_id is None else {"user_id": user_id}
     thread = {} if thread_id is None else {"thread_id": thread_id}
     return [{**user, **thread} if user and thread else {}, thread, user]
@@ -282,12 +282,12 @@ def _place(user_id: str | None, thread_id: str | None) -> tuple[tuple[str, str],
 
 
 def _namespace(user_id: str | None) -> tuple[str, str]:
-    # "=" alone is nobody's label: `_label` writes a "=" as "=3D".
+    # "=" alone can't be a label: `_label` writes a "=" as "=3D".
     return ROOT, "=" if user_id is None else _label("user_id", user_id)
 
 
 def _label(name: str, identity: object) -> str:
-    """Write an id so that no store can misread it: not as a path, a wildcard or a control code.
+    """Encode an id so that no store takes it for a path, a wildcard or a control code.
 
     Stores join labels by ".", and search them with LIKE or GLOB. Different ids stay different.
     """
@@ -306,7 +306,7 @@ def _identity(label: str) -> str:
 
 
 def _entries(page: list[Any], namespace: tuple[str, str]) -> dict[str | None, Settings]:
-    """The entries of one page by thread id; a store that searches by prefix may give others'."""
+    """Return one page's entries by thread id; a store that searches by prefix may add others'."""
     return {
         _identity(item.key.removeprefix("thread ")) if item.key != "all threads" else None: _read(
             item

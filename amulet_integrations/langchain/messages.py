@@ -20,8 +20,8 @@ from langchain_core.messages import (
 from amulet.errors import RequestError
 from amulet_integrations._preference import SETTINGS, warn_of_typos
 
-# Blocks that repeat what a message holds elsewhere (its tool calls), or that only some other
-# provider reads; a template has no place for them.
+# Blocks that repeat what a message has elsewhere (its tool calls), or that are for another
+# # provider; a template has no place for them.
 SKIPPED = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call"}
 SKIPPED |= {"redacted_thinking", "non_standard", "server_tool_call", "server_tool_result"}
 REASONING = {"reasoning": "reasoning", "thinking": "thinking"}
@@ -54,7 +54,7 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
 
 
 def countable(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Return `to_chat`, with the text alone of messages that it refuses."""
+    """Return `to_chat`, but only the text of messages that it refuses."""
     given = convert_to_messages(messages)
     try:
         return to_chat(given)
@@ -71,7 +71,7 @@ def _text_alone(message: BaseMessage) -> list[dict[str, Any]]:
 
 
 def stated_settings(messages: Sequence[BaseMessage]) -> dict[str, Any]:
-    """Return the settings that the conversation itself carries, the latest first.
+    """Return the settings that the conversation itself states, latest first.
 
     A message may state them in its `additional_kwargs`, as in
     `HumanMessage("Hi", additional_kwargs={"preference": "Be brief."})`. Chat histories and
@@ -110,7 +110,7 @@ def _assistant(message: AIMessage) -> dict[str, Any]:
         }
         for position, call in enumerate(message.tool_calls)
     ]
-    # What the model wrote as a call and could not be read: it sees its own mistake.
+    # Calls that could not be parsed, as written, so that the model sees its own mistake.
     text += "".join(str(call["args"] or "") for call in message.invalid_tool_calls)
     entry: dict[str, Any] = {"role": "assistant", "content": text}
     if reasoning := _reasoning(message):
@@ -132,7 +132,7 @@ def _block_text(block: Any, role: str) -> str:
     kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
     if kind in ("text", "input_text", "output_text", "refusal"):
         return _string(block, "refusal" if kind == "refusal" else "text", "", role)
-    if kind == "text-plain":  # one that is a file has no text
+    if kind == "text-plain":  # a file has no text
         return _string(block, "text", None, role)
     if kind == "json":
         try:

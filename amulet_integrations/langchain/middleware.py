@@ -21,14 +21,14 @@ from amulet_integrations.langchain.memory import PreferenceMemory, Settings, as_
 from amulet_integrations.langchain.messages import stated_settings
 from amulet_integrations.langchain.options import AmuletOptions, checked
 
-LONGEST = 500  # characters that an agent may remember in one go: a wish, not a document
+LONGEST = 500  # maximum characters of a remembered preference
 
 
 def keep_stated(kept: Any, given: Any) -> Any:
     """The reducer of a state's `preference`: a new one replaces, `{"remember": ...}` adds.
 
-    What is kept is plain JSON, so that every checkpointer can write it. Here `[]`, with which the
-    field begins, is "not given" like None; "" is off.
+    The stored value is plain JSON, so that every checkpointer can write it. Here `[]`, the field's
+    initial value, means "not given" like None; "" is off.
     """
     if given is None or given == []:
         return []
@@ -41,7 +41,7 @@ def keep_stated(kept: Any, given: Any) -> Any:
 
 
 class StatedPreference(TypedDict):
-    """The state fields of a conversation's preference; for a graph of one's own:
+    """The state fields of a conversation's preference, for your own graph:
 
     >>> class State(MessagesState, StatedPreference): ...
     """
@@ -59,19 +59,19 @@ class PreferenceState(AgentState[Any], StatedPreference):
 
 
 def state_settings(state: Mapping[str, Any]) -> Settings:
-    """Return what a graph's state says about preferences, ready for a model call.
+    """Return the preference settings of a graph's state, for a model call.
 
     >>> def answer(state: State):
     ...     return {"messages": [model.invoke(state["messages"], **state_settings(state))]}
     """
     settings = {name: state[name] for name in SETTINGS if state.get(name) is not None}
-    if settings.get("preference") == []:  # the field's beginning: nobody has said anything yet
+    if settings.get("preference") == []:  # the field's initial value: nothing was stated yet
         del settings["preference"]
     return settings
 
 
 class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
-    """Hands each model call of an agent the preference in force; for `create_agent`.
+    """Gives each model call of an agent the preference in force; for `create_agent`.
 
     Each setting (preference, strength, floor, placement, focus, loop_guard) comes from the nearest
     level that has it:
@@ -88,8 +88,8 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
     every model call, so what a tool has just remembered holds for the very next answer. Without a
     store, levels from it are empty.
 
-    The agent's model must be a `ChatAmulet`. Where another model is put in its place, calls for
-    which a preference is in force raise `RequestError`; others pass through.
+    The agent's model must be a `ChatAmulet`. If another model replaces it, calls with a preference
+    in force raise `RequestError`; others pass through.
 
     >>> agent = create_agent(
     ...     ChatAmulet.embedded(), tools=[remember_preference()], store=InMemoryStore(),
@@ -162,16 +162,16 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
                 f"which can't be steered, and {', '.join(settings)} is in force for this call. Use "
                 "ChatAmulet, or leave the middleware out."
             )
-        # The model looks at its own levels again: what was decided here must not sink below them.
+        # The model looks up its own levels again, which must not override this decision.
         source = "call" if call or chosen.source in (None, "constructor") else chosen.source
         settings["preference_source"] = source
         return request.override(model_settings={**request.model_settings, **settings})
 
 
 def remember_preference(scope: Literal["user", "thread"] = "user") -> BaseTool:
-    """Return a tool with which an agent keeps what the user just asked of its answers.
+    """Return a tool with which an agent remembers how the user wants its answers.
 
-    The agent needs `PreferenceMiddleware`; then the very next answer, in the same run, obeys.
+    The agent needs `PreferenceMiddleware`; then the next answer, in the same run, follows it.
 
     Args:
         scope: "user" keeps it in the agent's store under `user_id`, for all conversations (and in
@@ -216,12 +216,12 @@ def remember_preference(scope: Literal["user", "thread"] = "user") -> BaseTool:
 
 def _wish(preference: str) -> str:
     wish = " ".join(preference.split())
-    if len(wish) > LONGEST:  # the model's mistake, so the model is told
+    if len(wish) > LONGEST:  # the model's mistake, so the model gets the message
         raise ToolException(
             f"A preference of {len(wish)} characters is too long: put it as one instruction of at "
             f"most {LONGEST}."
         )
-    # As a sentence, like the prompt around it: small models heed "Keep it short." better.
+    # As a sentence, like the prompt around it, because small models follow that better.
     return wish[:1].upper() + wish[1:] + ("." if wish[-1:].isalnum() else "")
 
 
@@ -253,7 +253,7 @@ def _remembered(
 
 
 def _ids(runtime: Any) -> dict[str, Any]:
-    """The ids of the user and thread of a run."""
+    """Return the ids of a run's user and thread."""
     configurable = _configurable()
     return {
         "user_id": _user_id(runtime.context, configurable),
@@ -271,12 +271,12 @@ def _configurable() -> Settings:
 
 
 def _field(context: Any, name: str) -> Any:
-    """Return a field of a run's context, whatever kind of object the agent's author chose."""
+    """Return a field of a run's context, which may be any kind of object."""
     return context.get(name) if isinstance(context, Mapping) else getattr(context, name, None)
 
 
 def _nearest(*places: Mapping[str, Any]) -> Settings:
-    """Return each setting from the first place that gives it."""
+    """Return each setting from the first place that has it."""
     found: Settings = {}
     for place in places:
         for name in SETTINGS:

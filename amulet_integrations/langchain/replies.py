@@ -19,11 +19,11 @@ from amulet.preference import Steering
 from amulet.reply import Event, Reply, TokenTrace, Usage
 from amulet_integrations._preference import Chosen
 
-CALL_BLOCKS = 1000  # more than an answer has sections
+CALL_BLOCKS = 1000  # more than the sections of any answer
 
 
 def generation(reply: Reply, model_name: str, chosen: Chosen) -> ChatGeneration:
-    """Return one finished answer; reasoning, tool calls and text each in their place."""
+    """Return a finished answer, with reasoning, tool calls and text in their places."""
     message = AIMessage(
         content=reply.text,
         additional_kwargs={"reasoning_content": reply.reasoning} if reply.reasoning else {},
@@ -45,7 +45,7 @@ def generation(reply: Reply, model_name: str, chosen: Chosen) -> ChatGeneration:
 
 
 def says_something(event: Event) -> bool:
-    """Whether an event is worth a chunk: the end of a turn is a token without text."""
+    """Tell whether an event needs a chunk; an end-of-turn token, for example, has no text."""
     return bool(event.text or event.tokens or event.kind == "tool_call")
 
 
@@ -66,9 +66,9 @@ def chunk(event: Event, output_version: str | None = None) -> ChatGenerationChun
 
 
 def _unread(raw: str, error: str) -> str:
-    """Return the arguments of an invalid call: no JSON, not even the beginning of some.
+    """Return the arguments of an invalid call in a form that can't be the start of JSON.
 
-    LangChain parses the arguments of merged chunks, and completes what looks cut off to a call.
+    LangChain parses the arguments of merged chunks, and completes truncated JSON to a call.
     """
     return f"({error}) {raw}"
 
@@ -82,7 +82,7 @@ def last_chunk(reply: Reply, model_name: str, chosen: Chosen) -> ChatGenerationC
 
 
 def usage_metadata(usage: Usage) -> UsageMetadata:
-    """Return LangChain's token counts; what steering cost is told apart as "base_row"."""
+    """Return LangChain's token counts, with the cost of steering as "base_row"."""
     counts = UsageMetadata(
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,
@@ -96,7 +96,7 @@ def usage_metadata(usage: Usage) -> UsageMetadata:
 
 
 def metadata(reply: Reply, model_name: str, chosen: Chosen) -> dict[str, Any]:
-    """Return the response metadata: who answered, why it ended, what steered it and whose wish."""
+    """Return the response metadata: model, finish reason, steering, source of the preference."""
     steering = reply.steering
     return {
         "model_name": model_name,
@@ -109,7 +109,7 @@ def metadata(reply: Reply, model_name: str, chosen: Chosen) -> dict[str, Any]:
 
 
 def logprobs(trace: Iterable[TokenTrace]) -> dict[str, Any]:
-    """Return log-probabilities in OpenAI's shape; they are those of the steered distribution."""
+    """Return log-probabilities of the steered distribution in OpenAI's format."""
     return {
         "content": [
             {
@@ -140,6 +140,6 @@ def text_chunk(event: Event) -> GenerationChunk:
 
 
 def llm_metadata(reply: Reply, model_name: str, chosen: Chosen) -> dict[str, Any]:
-    """Return `metadata` with the token counts in it: a completion has no other place for them."""
+    """Return `metadata` with the token counts, for which a completion has no other place."""
     usage = usage_metadata(reply.usage)
     return {**metadata(reply, model_name, chosen), "usage_metadata": dict(usage)}

@@ -40,11 +40,11 @@ def structured_output(
         model: a `ChatAmulet`, or one with options bound to it, which stay.
         schema: a Pydantic class or dataclass (answers are its instances), a TypedDict, an OpenAI
             tool or a JSON schema (answers are dicts). None only with "json_mode".
-        method: "json_schema" holds the answer to the schema by a grammar; "function_calling" makes
-            it the arguments of a forced tool call; "json_mode" is "json_schema" where a schema is
-            given, and any JSON object where none is.
-        include_raw: give a dict with `raw`, `parsed` and `parsing_error` instead.
-        strict: for other providers' sake; a grammar holds the answer in any case.
+        method: "json_schema" constrains the answer to the schema by a grammar; "function_calling"
+            makes it the arguments of a forced tool call; "json_mode" is "json_schema" if a schema
+            is given, and any JSON object otherwise.
+        include_raw: return a dict with `raw`, `parsed` and `parsing_error` instead.
+        strict: accepted for compatibility; a grammar always constrains the answer.
         kwargs: further options of every call, such as `preference` or `steer_grammar`.
 
     Raises:
@@ -79,7 +79,7 @@ def structured_output(
         parsed=itemgetter("raw") | parser, parsing_error=lambda _: None
     )
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    # The model comes first, or a call's keywords would not reach it.
+    # The model comes first, because otherwise a call's keywords would not reach it.
     kept = RunnableMap(raw=RunnablePassthrough())
     told: Runnable[LanguageModelInput, Any] = (
         bound | kept | parsed.with_fallbacks([failed], exception_key="parsing_error")
@@ -88,10 +88,10 @@ def structured_output(
 
 
 class SchemaParser(BaseCumulativeTransformOutputParser[Any]):
-    """Reads an answer (or the arguments of its tool call) as the schema's instance or dict.
+    """Parses an answer (or the arguments of its tool call) to the schema's instance or dict.
 
-    In a stream it gives each new state of the object; a Pydantic class or dataclass only once what
-    there is of it is valid.
+    In a stream it yields each new state of the object; a Pydantic class or dataclass only once the
+    part so far is valid.
     """
 
     form: Any = None
@@ -102,7 +102,7 @@ class SchemaParser(BaseCumulativeTransformOutputParser[Any]):
         return "amulet-schema"
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """Return the object; with `partial` None where there is none yet.
+        """Return the object; with `partial`, None if there is none yet.
 
         Raises:
             OutputParserException: the finished answer does not fit, or `max_tokens` cut it.
@@ -123,7 +123,7 @@ class SchemaParser(BaseCumulativeTransformOutputParser[Any]):
             raise OutputParserException(f"{reason}. Answer: {text!r}", llm_output=text) from None
 
     def parse(self, text: str) -> Any:
-        """Return the object that a text is."""
+        """Return the object in a text."""
         return self.parse_result([Generation(text=text)])
 
     def _parse_partial(self, text: str) -> Any:

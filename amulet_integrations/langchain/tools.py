@@ -23,10 +23,10 @@ def bound_tools(tools: Any, *, tool_choice: Any = None, **options: Any) -> dict[
 
 
 def tool_schemas(tools: Any) -> list[dict[str, Any]]:
-    """Return the tools in OpenAI's form, whatever form LangChain takes them in.
+    """Return tools of any form that LangChain accepts in OpenAI's form.
 
     Raises:
-        RequestError: something that is no tool, or a tool that only a provider's server runs.
+        RequestError: something is not a tool, or is a tool that only a provider's server runs.
     """
     if not isinstance(tools, Iterable) or isinstance(tools, str | bytes | Mapping | type):
         raise RequestError(f"tools={tools!r}: expected a list of functions, classes or schemas.")
@@ -48,7 +48,7 @@ def tool_schemas(tools: Any) -> list[dict[str, Any]]:
 
 
 def normal_choice(choice: Any, schemas: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return "auto", "any", "none" or a tool's name; None where nothing was chosen.
+    """Return "auto", "any", "none" or a tool's name; None if nothing was chosen.
 
     Args:
         choice: that, or True/"required" for "any", or a dict that names the tool.
@@ -77,14 +77,14 @@ def normal_choice(choice: Any, schemas: Sequence[Mapping[str, Any]]) -> str | No
 
 
 def named_format(schema: Any) -> dict[str, Any]:
-    """Return the response format, in OpenAI's form, that asks for a schema."""
+    """Return OpenAI's response format for a schema."""
     form = json_schema(schema)
     named = {"name": str(form.get("title", "answer")), "schema": form, "strict": True}
     return {"type": "json_schema", "json_schema": named}
 
 
 def response_schema(response_format: Any) -> dict[str, Any] | None:
-    """Return the JSON schema that a response format asks for; {} for any object, None for text.
+    """Return the JSON schema of a response format; {} for any object, None for text.
 
     Args:
         response_format: OpenAI's dict (`json_schema`, `json_object`, `text`), or a Pydantic class,

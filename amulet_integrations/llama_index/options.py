@@ -52,12 +52,12 @@ HINTS = {
 
 @dataclass(frozen=True)
 class PreparedCall:
-    """What goes to the engine for one call.
+    """The engine's input for one call.
 
     Attributes:
         request: the request.
-        raw: what the response says of it: model, stage, source of the preference.
-        react: the answer begins with thoughts and actions, which are decoded plainly.
+        raw: reported in the response: model, stage, source of the preference.
+        react: the answer starts with thoughts and actions, which are decoded plainly.
     """
 
     request: Request
@@ -95,7 +95,7 @@ def request_fields(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def tool_choice(given: Any, required: bool) -> str:
-    """Return a tool choice in any of the usual spellings as "auto", "any", "none" or a name.
+    """Return a tool choice of any usual spelling as "auto", "any", "none" or a name.
 
     Raises:
         RequestError: it is none of them.

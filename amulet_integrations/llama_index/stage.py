@@ -1,8 +1,8 @@
 """Tells who reads a model call's answer: which of LlamaIndex's calls the user reads.
 
-Most calls say nothing about their purpose: a condensed question and a chat answer are both a list
-of messages. What tells them apart is the prompt's type (`PROMPT_TYPES`) and who asks
-(`amulet_integrations.llama_index.askers`). Where neither says, an answer is steered.
+Most calls don't state their purpose: condensing a question and answering a chat are both a list
+of messages. The prompt's type (`PROMPT_TYPES`) and the caller
+(`amulet_integrations.llama_index.askers`) distinguish them. If neither does, an answer is steered.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ PROMPT_TYPES: dict[PromptType, Use] = {
 
 
 def stage_of_call(kind: Literal["chat", "complete"]) -> Stage:
-    """Return for whom the `chat` or `complete` is that is running.
+    """Return the stage of the running `chat` or `complete`.
 
-    `prompt.metadata["steer"]`, True or False, is the user's own word and wins.
+    `prompt.metadata["steer"]`, True or False, is set by the user and takes precedence.
     """
     watch()
     found = askers()
@@ -77,10 +77,10 @@ def stage_of_call(kind: Literal["chat", "complete"]) -> Stage:
     if use == "internal" or plain or (plain is None and is_plain(found)):
         return "internal"
     asker = next((asker for asker in found if asker.role not in (None, "llm")), None)
-    if plain is not None:  # the last answer of a synthesizer, while it is read
+    if plain is not None:  # a synthesizer's last answer, while it is read
         return "answer"
     if asker is None:
-        # Index building makes coroutines of this prompt and awaits them where nothing is known.
+        # Index building creates coroutines of this prompt and awaits them outside its spans.
         return "internal" if prompt is DEFAULT_SUMMARY_PROMPT else "answer"
     if asker.role == "agent":
         return _stage_of_agent(found)
@@ -92,14 +92,14 @@ def stage_of_call(kind: Literal["chat", "complete"]) -> Stage:
 
 
 def reads_calls_alone() -> bool:
-    """Tell whether a program asks that has no use for prose beside a tool call."""
+    """Tell whether the caller is a program that has no use for prose with a tool call."""
     return next((asker.role for asker in askers() if asker.role not in (None, "llm")), None) == (
         "program"
     )
 
 
 def _prompt_call(found: list[Asker]) -> Asker | None:
-    """Return the LLM's `predict` or `stream` that the call is for; None where there is none."""
+    """Return the LLM's `predict` or `stream` that the call belongs to, or None."""
     for asker in found:
         if isinstance(asker.arguments.get("prompt"), BasePromptTemplate):
             return asker if asker.role == "llm" else None
@@ -111,12 +111,12 @@ def _prompt_call(found: list[Asker]) -> Asker | None:
 def _use(prompt: BasePromptTemplate) -> Use:
     try:
         return PROMPT_TYPES[PromptType(prompt.metadata.get("prompt_type", PromptType.CUSTOM))]
-    except (ValueError, KeyError):  # a type of the user's own
+    except (ValueError, KeyError):  # a user-defined type
         return PROMPT_TYPES[PromptType.CUSTOM]
 
 
 def _stage_of_agent(found: list[Asker]) -> Stage:
-    """Tell an agent's own turn from what it does around it, and a ReAct agent from the others."""
+    """Return the stage of an agent's call: its own turn, a ReAct turn, or an internal one."""
     from llama_index.core.agent.workflow import AgentSetup, ReActAgent
 
     step: Any = None
@@ -135,10 +135,10 @@ def _stage_of_agent(found: list[Asker]) -> Stage:
 
 
 def _is_last(call: Asker, found: list[Asker]) -> bool:
-    """Tell whether a synthesizer's call writes what the user reads.
+    """Tell whether a synthesizer's call writes the answer that the user reads.
 
-    Refine asks once per chunk and only the last answer is shown; a summary tree's root is the
-    call about all chunks. Both may have cut the chunks to size.
+    Refine calls the model once per chunk, and only the last answer is shown; a summary tree's root
+    is the call about all chunks. Both may have split the chunks.
     """
     given = [asker for asker in found if asker.chunks]
     synthesizer = next(
@@ -150,13 +150,13 @@ def _is_last(call: Asker, found: list[Asker]) -> bool:
     if isinstance(synthesizer.instance, TreeSummarize):
         return _covers([piece], chunks)
     if isinstance(synthesizer.instance, Refine):
-        # Without a span nobody counted: what comes before the last chunk was asked about.
+        # Without a span there is no count, so compare with the last chunk.
         return _covers(synthesizer.seen or [*chunks[:-1], piece], chunks)
     return True
 
 
 def _covers(pieces: list[str], chunks: list[str]) -> bool:
-    """Tell whether pieces, which may overlap, are all of the chunks together."""
+    """Tell whether pieces, which may overlap, cover all chunks."""
     whole = "\n\n".join(chunk.strip() for chunk in chunks)
     covered = bytearray(len(whole))
     for blank in re.finditer(r"\s+", whole):
@@ -164,9 +164,9 @@ def _covers(pieces: list[str], chunks: list[str]) -> bool:
     for piece in map(str.strip, pieces):
         start = whole.find(piece)
         if start < 0:
-            return True  # it was rewritten: nothing can be told
+            return True  # it was rewritten, so this can't be determined
         while start >= 0 and all(covered[start : start + len(piece)]):
-            start = whole.find(piece, start + 1)  # the same text once more
+            start = whole.find(piece, start + 1)  # a repetition of the same text
         if start >= 0:
             covered[start : start + len(piece)] = b"\1" * len(piece)
     return all(covered)

@@ -20,11 +20,11 @@ from amulet_integrations.llama_index.messages import (
 )
 from amulet_integrations.llama_index.options import PreparedCall
 
-ANSWER = "Answer:"  # after it a ReAct agent says what the user reads
+ANSWER = "Answer:"  # after it, a ReAct agent writes what the user reads
 
 
 class Decode(Protocol):
-    """What `ReplyStream` and `ReactStream` have in common."""
+    """The interface of `ReplyStream` and `ReactStream`."""
 
     def events(self) -> Iterator[Event]: ...
     def close(self) -> None: ...
@@ -33,7 +33,7 @@ class Decode(Protocol):
 
 
 class AsyncDecode(Protocol):
-    """What `AsyncReplyStream` and `AsyncReactStream` have in common."""
+    """The interface of `AsyncReplyStream` and `AsyncReactStream`."""
 
     def events(self) -> AsyncIterator[Event]: ...
     async def aclose(self) -> None: ...
@@ -42,12 +42,12 @@ class AsyncDecode(Protocol):
 
 
 def start(amulet: Amulet, plan: PreparedCall) -> Decode:
-    """Begin to decode."""
+    """Start decoding."""
     return ReactStream(amulet, plan.request) if plan.react else amulet.start(plan.request)
 
 
 def astart(amulet: Amulet, plan: PreparedCall) -> AsyncDecode:
-    """Begin to decode, in the running event loop."""
+    """Start decoding in the running event loop."""
     return AsyncReactStream(amulet, plan.request) if plan.react else amulet.astart(plan.request)
 
 
@@ -74,7 +74,7 @@ async def aread(amulet: Amulet, plan: PreparedCall) -> Reply:
 
 
 def chat_responses(stream: Decode, raw: dict[str, Any]) -> Generator[ChatResponse, None, None]:
-    """Yield what there is of the answer after each event, and the whole of it with its usage."""
+    """Yield the answer so far after each event, then the whole answer with its usage."""
     partial = Partial(raw)
     try:
         for event in stream.events():
@@ -88,7 +88,7 @@ def chat_responses(stream: Decode, raw: dict[str, Any]) -> Generator[ChatRespons
 async def achat_responses(
     stream: AsyncDecode, raw: dict[str, Any]
 ) -> AsyncGenerator[ChatResponse, None]:
-    """`chat_responses` for asyncio."""
+    """The asynchronous `chat_responses`."""
     partial = Partial(raw)
     try:
         async for event in stream.events():
@@ -102,7 +102,7 @@ async def achat_responses(
 def completion_responses(
     stream: Decode, raw: dict[str, Any]
 ) -> Generator[CompletionResponse, None, None]:
-    """Yield the text so far after each piece of it, and the whole of it with its usage."""
+    """Yield the text so far after each piece, then the whole text with its usage."""
     text = ""
     try:
         for event in stream.events():
@@ -117,7 +117,7 @@ def completion_responses(
 async def acompletion_responses(
     stream: AsyncDecode, raw: dict[str, Any]
 ) -> AsyncGenerator[CompletionResponse, None]:
-    """`completion_responses` for asyncio."""
+    """The asynchronous `completion_responses`."""
     text = ""
     try:
         async for event in stream.events():
@@ -147,7 +147,7 @@ class Partial:
         elif event.kind == "reasoning":
             self._reasoning += event.text
             more["thinking_delta"] = event.text
-        elif event.error is None:  # an invalid one is told of by the whole response
+        elif event.error is None:  # the whole response reports invalid calls
             call_id, name, written = self._calls.get(event.index, ("", "", ""))
             self._calls[event.index] = (
                 event.id or call_id,
@@ -210,7 +210,7 @@ class ReactStream:
 
 
 class AsyncReactStream:
-    """`ReactStream` for asyncio."""
+    """The asynchronous `ReactStream`."""
 
     def __init__(self, amulet: Amulet, request: Request) -> None:
         self._amulet = amulet
@@ -242,7 +242,7 @@ def _thoughts(request: Request) -> Request:
 
 
 def _answer(request: Request, thoughts: Reply) -> Request | None:
-    """Return the request of the answer; None where the thoughts led to none."""
+    """Return the request of the answer, or None if the thoughts led to no answer."""
     room = request.max_new_tokens - thoughts.usage.completion_tokens
     if thoughts.stop_string != ANSWER or ANSWER in request.stop or room < 1:
         return None

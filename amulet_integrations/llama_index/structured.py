@@ -16,14 +16,14 @@ from amulet.grammar import Grammar
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# What LlamaIndex's own program for this drops as well: the grammar takes their place.
+# Options that LlamaIndex's own program drops, too; the grammar replaces them.
 _NOT_NEEDED = ("tool_required", "tool_choice", "allow_parallel_tool_calls")
 
 
 def call_options(
     output_cls: type[BaseModel], llm_kwargs: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the keywords of the `chat` that answers in a class's JSON.
+    """Return the keywords of a `chat` that answers in a class's JSON.
 
     Raises:
         RequestError: the class can't be written as a JSON schema.
@@ -33,7 +33,7 @@ def call_options(
 
 
 def with_schema(messages: Sequence[ChatMessage], output_cls: type[BaseModel]) -> list[ChatMessage]:
-    """Return the messages with the schema after the last user turn: a grammar can't explain."""
+    """Return the messages with the schema after the last user turn, as an explanation."""
     said = list(messages)
     block = TextBlock(text=f"\nAnswer in JSON of this schema:\n{json.dumps(_schema(output_cls))}")
     for index in range(len(said) - 1, -1, -1):
@@ -44,10 +44,10 @@ def with_schema(messages: Sequence[ChatMessage], output_cls: type[BaseModel]) ->
 
 
 def parsed(output_cls: type[Model], response: ChatResponse) -> Model:
-    """Return the object that an answer is.
+    """Return the object in an answer.
 
     Raises:
-        DecodeError: the answer was cut off by `max_tokens` or a stop string.
+        DecodeError: the answer was cut off by `max_tokens` or a stop sequence.
         ValidationError: a validator of the class refuses what the schema allows.
     """
     text = response.message.content or ""
@@ -66,7 +66,7 @@ def parsed(output_cls: type[Model], response: ChatResponse) -> Model:
 def partial_objects(
     output_cls: type[Model], responses: Iterable[ChatResponse]
 ) -> Generator[Model | FlexibleModel, None, None]:
-    """Yield the object as far as it is known, each time it grows; at last the whole of it."""
+    """Yield the object so far each time it grows, and finally the whole object."""
     growing = _Growing(output_cls)
     last = None
     for last in responses:
@@ -79,7 +79,7 @@ def partial_objects(
 async def apartial_objects(
     output_cls: type[Model], responses: AsyncIterable[ChatResponse]
 ) -> AsyncGenerator[Model | FlexibleModel, None]:
-    """`partial_objects` for asyncio."""
+    """The asynchronous `partial_objects`."""
     growing = _Growing(output_cls)
     last = None
     async for last in responses:
