@@ -16,11 +16,13 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Lfm2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen3_5TextConfig,
 )
 from transformers.utils import logging
 
@@ -65,7 +67,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    # Three of four layers are a gated delta net, as in Qwen 3.5.
+    "qwen3.5-0.8b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    # Ten of sixteen layers are short convolutions, as in LFM2.
+    "lfm2-350m": {
+        "vocab_size": 65536,
+        "hidden_size": 1024,
+        "intermediate_size": 6656,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "layer_types": ["conv", "conv", "full_attention"] * 4
+        + ["conv", "full_attention", "conv", "full_attention"],
+        "tie_word_embeddings": True,
+    },
 }
+FAMILIES = {"qwen2": Qwen2Config, "qwen3.5": Qwen3_5TextConfig, "lfm2": Lfm2Config}
 
 
 @functools.cache
@@ -101,7 +128,7 @@ def load(
 
 def config_of(name: str) -> PretrainedConfig:
     """Return the configuration of a shape with random weights."""
-    kind: Any = Qwen2Config if name.startswith("qwen2") else LlamaConfig
+    kind: Any = FAMILIES.get(name.rpartition("-")[0], LlamaConfig)
     config: PretrainedConfig = kind(
         **SHAPES[name], max_position_embeddings=8192, bos_token_id=None, eos_token_id=None
     )

@@ -45,7 +45,7 @@ class Engine:
         self.running: list[Generation] = []
         # Held while tokens are appended; a reader that holds it never sees a partial update.
         self.handing_over: AbstractContextManager[Any] = nullcontext()
-        self.prefixes = Prefixes(prefix_bytes)
+        self.prefixes = Prefixes(prefix_bytes, whole=not backend.any_length)
         self._state = backend.state()  # the weights with which the kept rows were computed
         self._owners: list[tuple[Generation, int]] = []  # row i's generation, and its prompt
         self._filling = False  # a prefill is running in rows after those of `_owners`
@@ -204,21 +204,26 @@ class Engine:
 
     def _keep_ended(self) -> None:
         """Keep finished rows for later prompts with the same prefix; keep none on an error."""
-        try:
-            if any(map(self._may_keep, self.running)):
-                self._notice_weights()
-            for row in range(len(self._owners)):
-                self._keep(row)
-        except Exception as error:  # no answer fails because of it
-            logger.info("The rows of finished answers are not kept: %.200s", one_line(error))
-            self.prefixes.clear()  # running answers need the memory more
+        if not any(map(self._may_keep, self.running)):
+            return
+        with self._or_keep_nothing():
+            self._notice_weights()
+            for row, (generation, i) in enumerate(self._owners):
+                if self._may_keep(generation) and generation.computed_with is self._state:
+                    self._keep(row, (*generation.prompts[i], *generation.token_ids[:-1]))
 
-    def _keep(self, row: int) -> None:
-        generation, i = self._owners[row]
-        if self._may_keep(generation) and generation.computed_with is self._state:
-            ids = (*generation.prompts[i], *generation.token_ids[:-1])
-            if self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
-                self.prefixes.keep(KeptRow(ids, self.backend.save_row(row, len(ids))))
+    def _keep(self, row: int, ids: tuple[int, ...]) -> None:
+        if self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
+            self.prefixes.keep(KeptRow(ids, self.backend.save_row(row, len(ids))))
+
+    @contextmanager
+    def _or_keep_nothing(self) -> Iterator[None]:
+        """Discard all kept rows if the block fails; no answer fails because of it."""
+        try:
+            yield
+        except Exception as error:
+            logger.info("No rows are kept: %.200s", one_line(error))
+            self.prefixes.clear()  # running answers need the memory more
 
     def _may_keep(self, generation: Generation) -> bool:
         return bool(self.prefixes.limit) and generation.finish_reason in ("stop", "length")
@@ -269,18 +274,26 @@ class Engine:
         )
         if spared < max(self.backend.worth_sharing, max(map(len, prompts)) - shared):
             shared = 0
-        while filled[-1] < shared:
-            width = self._width(shared - filled[-1])
-            if not self._give_way(generation, width):
-                return None
-            chunk = prompts[-1][filled[-1] : filled[-1] + width]
-            self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
-            filled[-1] += width
-        for i, length in enumerate(common):
-            length = min(length, filled[-1])
-            if filled[i] < length and self._may_copy(filled[-1], length):
-                self.backend.copy_row(first + base, first + i, length)
-                filled[i] = length
+        stops = {shared}
+        if not self.backend.any_length:  # a row can be copied only where it is
+            stops |= {filled[-1], self._branch(prompts[-1], filled[-1])}
+        for stop in sorted(stops):
+            computes = filled[-1] < stop
+            while filled[-1] < stop:
+                width = self._width(stop - filled[-1])
+                if not self._give_way(generation, width):
+                    return None
+                chunk = prompts[-1][filled[-1] : filled[-1] + width]
+                self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
+                filled[-1] += width
+            if computes and not self.backend.any_length and self.prefixes.limit:
+                with self._or_keep_nothing():
+                    self._keep(first + base, tuple(prompts[-1][:stop]))
+            for i, length in enumerate(common):
+                length = min(length, filled[-1])
+                if filled[i] < length and self._may_copy(filled[-1], length):
+                    self.backend.copy_row(first + base, first + i, length)
+                    filled[i] = length
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
             left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
@@ -305,6 +318,16 @@ class Engine:
                 filled[i] += taken[i]
         return torch.stack([logits[i] for i in range(len(prompts))])
 
+    def _branch(self, prompt: list[int], filled: int) -> int:
+        """Return where a prompt leaves what kept rows have consumed, or 0.
+
+        A row that is only reusable whole is saved there, for the next prompt that begins alike.
+        """
+        if self.backend.any_length:
+            return 0
+        length = min(self.prefixes.seen(prompt), len(prompt) - 1)
+        return length if length - filled >= self.backend.worth_sharing else 0
+
     def _may_copy(self, filled: int, length: int) -> bool:
         """Tell whether a row's first `length` ids can be copied; recurrent rows only whole."""
         return self.backend.any_length or filled == length
@@ -317,7 +340,7 @@ class Engine:
         if not self.prefixes.limit:
             return 0
         any_length = self.backend.any_length
-        source, length = self.prefixes.find(prompt, whole=not any_length)
+        source, length = self.prefixes.find(prompt)
         length = min(length, len(prompt) - 1)
         running, longest = None, 0
         for other, (generation, i) in enumerate(self._owners if any_length else ()):

@@ -2,6 +2,7 @@
 
 The next turn of a conversation repeats the whole conversation, so only the new part needs a
 prefill. Entries are found by their ids alone: a prompt can only reuse ids that it contains itself.
+`Engine._reuse` copies them into rows, and the prefixes of running requests as well.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ class Prefixes:
 
     Args:
         limit: bytes that may be held; 0 keeps nothing.
+        whole: rows can only be reused whole, as recurrent states can't be cut back.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, whole: bool = False) -> None:
         self.limit = limit
+        self._whole = whole
         self._rows: list[KeptRow] = []  # the most recently used last
 
     @property
@@ -43,25 +46,20 @@ class Prefixes:
         return length >= LEAST and nbytes <= self.limit
 
     def keep(self, row: KeptRow) -> None:
-        """Add a row; rows that it continues, then the least recently used, make room for it."""
+        """Add a row; rows that it replaces, then the least recently used, make room for it."""
         if not self.takes(len(row.ids), row.saved.nbytes):
             return
-        self._rows = [kept for kept in self._rows if row.ids[: len(kept.ids)] != kept.ids]
+        self._rows = [kept for kept in self._rows if not self._replaces(row.ids, kept.ids)]
         self._rows.append(row)
         while self.nbytes > self.limit:
             self._rows.pop(0)
 
-    def find(self, ids: Sequence[int], whole: bool = False) -> tuple[KeptRow | None, int]:
-        """Return the row with the longest common prefix with a prompt, and the prefix's length.
-
-        Args:
-            ids: the prompt.
-            whole: consider only rows that are a proper prefix of the prompt.
-        """
+    def find(self, ids: Sequence[int]) -> tuple[KeptRow | None, int]:
+        """Return the row with the longest usable prefix of a prompt, and the prefix's length."""
         best, length = None, 0
         for row in self._rows:
             shared = shared_length(row.ids, ids)
-            if whole and not shared == len(row.ids) < len(ids):
+            if self._whole and not shared == len(row.ids) < len(ids):
                 continue
             if shared > length:
                 best, length = row, shared
@@ -70,6 +68,13 @@ class Prefixes:
         self._rows.remove(best)
         self._rows.append(best)
         return best, length
+
+    def seen(self, ids: Sequence[int]) -> int:
+        """Return how many of a prompt's first ids a row begins with, be it usable or not."""
+        return max((shared_length(row.ids, ids) for row in self._rows), default=0)
+
+    def _replaces(self, new: tuple[int, ...], kept: tuple[int, ...]) -> bool:
+        return new == kept if self._whole else new[: len(kept)] == kept
 
     def clear(self) -> None:
         """Discard all rows."""

@@ -165,10 +165,10 @@ def shape_of(config: Any, name: str) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from amulet.backends.transformers.masks import SUPPORTED_KINDS, layer_kinds
+    from amulet.backends.transformers.masks import ATTENTION_KINDS, layer_kinds
 
     text = config.get_text_config()
-    unknown = set(layer_kinds(text)) - SUPPORTED_KINDS
+    unknown = set(layer_kinds(text)) - ATTENTION_KINDS
     if unknown or getattr(text, "kv_lora_rank", None):
         raise ModelError(
             f"{name}: layers of the kind {', '.join(sorted(unknown)) or 'latent attention'} don't "

@@ -9,7 +9,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,9 @@ def transformers() -> Subject:
     return Subject(TransformersBackend(model), logits)
 
 
-def general(config: PretrainedConfig, exact: float = 1e-9) -> Subject:
+def general(
+    config: PretrainedConfig, exact: float = 1e-9, backend: type[Backend] = GeneralBackend
+) -> Subject:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).double().eval()
 
@@ -71,7 +73,7 @@ def general(config: PretrainedConfig, exact: float = 1e-9) -> Subject:
         with torch.inference_mode():
             return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
 
-    return Subject(GeneralBackend(model), logits, exact)
+    return Subject(backend(model), logits, exact)
 
 
 @cache
@@ -103,26 +105,30 @@ def bloom() -> Subject:
     return general(BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 2}))
 
 
-def short_convolutions() -> Subject:
+def short_convolutions(backend: type[Backend]) -> Subject:
     kinds = ["conv", "full_attention"]
-    return general(Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=kinds))
+    config = Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=kinds)
+    return general(config, backend=backend)
 
 
-def gated_delta_net() -> Subject:
+def gated_delta_net(backend: type[Backend]) -> Subject:
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
     heads |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
     kinds = ["linear_attention", "full_attention"]
     sizes = {**SIZES, "head_dim": 16, "num_key_value_heads": 1, "intermediate_size": 48}
     config = Qwen3_5TextConfig(**sizes, **heads, layer_types=kinds)
-    return general(config, exact=1e-4)  # its state is float32 whatever the model is
+    # Its state is float32 whatever the model is.
+    return general(config, exact=1e-4, backend=backend)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": transformers,
     "llama.cpp": llamacpp,
     "general": bloom,
-    "general, convolutions": short_convolutions,
-    "general, delta net": gated_delta_net,
+    "general, convolutions": partial(short_convolutions, GeneralBackend),
+    "general, delta net": partial(gated_delta_net, GeneralBackend),
+    "rows, convolutions": partial(short_convolutions, TransformersBackend),
+    "rows, delta net": partial(gated_delta_net, TransformersBackend),
     "scripted": lambda: Subject(ScriptedBackend(), scores),
     "scripted, recurrent": lambda: Subject(ScriptedBackend(any_length=False), scores),
 }
@@ -245,6 +251,19 @@ def test_nothing_that_other_weights_computed_is_used() -> None:
     again = generation([PROMPTS[0]], 1.0, 3)
     engine.admit(again)
     assert again.cached_tokens == 0
+
+
+def test_a_recurrent_row_is_saved_where_prompts_part() -> None:
+    backend = ScriptedBackend(any_length=False)
+    engine = Engine(backend, prefix_bytes=2**20)
+    backend.worth_sharing, cached = 8, []
+    for end in ([1, 2, 3], [4, 4], [5, 6, 7]):
+        asked = generation([[*BEGINNING, *end]], 1.0, 2)
+        engine.admit(asked)
+        run(engine)
+        cached.append(asked.cached_tokens)
+        assert asked.token_ids == answer(Subject(backend, scores), asked.prompts, 1.0, 2)
+    assert cached == [0, 0, len(BEGINNING)]  # the second prompt shows where they part
 
 
 def test_a_shared_beginning_is_computed_once() -> None:

@@ -6,6 +6,7 @@ compiled where that is wanted; each of them gives way to the plain pass.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,8 +27,12 @@ from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cpu.packed_layers import native_rows
 from amulet.backends.transformers.cuda.graphs import StepGraphs
+from amulet.backends.transformers.masks import has_states
 from amulet.backends.transformers.model_backend import ModelBackend
+from amulet.backends.transformers.states import Place
 from amulet.backends.transformers.support import check_supported, forward_parameters
+
+logger = logging.getLogger("amulet")
 
 COMPILE_AFTER = 60.0  # seconds of decoding; an "auto" program that ends sooner never compiles
 KEPT_FOR_GRAPHS = 1 / 8  # of a GPU's memory: so much KV cache stays for its CUDA graphs when idle
@@ -37,14 +42,15 @@ TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no 
 
 @dataclass(frozen=True)
 class SavedRow:
-    """Per layer, one row's keys and values `[kv_heads, length, head_dim]`."""
+    """One row's keys and values per layer, `[kv_heads, length, head_dim]`, and its states."""
 
     buffers: tuple[torch.Tensor, ...]
+    states: dict[Place, torch.Tensor]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+        """Bytes of all of them."""
+        return sum(tensor.nbytes for tensor in (*self.buffers, *self.states.values()))
 
 
 class TransformersBackend(ModelBackend):
@@ -56,12 +62,17 @@ class TransformersBackend(ModelBackend):
             not where whole layers are C code, which is faster.
     """
 
-    any_length = True
-
     def __init__(self, model: PreTrainedModel, compile: bool | Literal["auto"] = False) -> None:
         check_supported(model)
         super().__init__(model)
-        self._compile = False if compile == "auto" and are_native(model) else compile
+        recurrent = has_states(model.config.get_text_config())
+        self.any_length = not recurrent
+        if compile is True and recurrent:
+            logger.warning(
+                "compile=True: the step of a model with recurrent states is not compiled; leave "
+                "compile out."
+            )
+        self._compile = False if recurrent or (compile == "auto" and are_native(model)) else compile
         self._compiled = CompiledStep(model)
         self._graphs = StepGraphs(model, self._compiled)
         self._seconds = 0.0  # spent on steps
@@ -169,11 +180,12 @@ class TransformersBackend(ModelBackend):
 
     def save_row(self, row: int, length: int) -> SavedRow:
         """Return a copy of a row's first `length` ids."""
-        return SavedRow(self._cache.row(row, length))
+        return SavedRow(self._cache.row(row, length), self._cache.states.row(row, length))
 
     def load_row(self, row: int, snapshot: SavedRow, length: int) -> None:
         """Put the first `length` ids of what `save_row` returned into a row."""
         self._cache.write_row(row, snapshot.buffers, length)
+        self._cache.states.write_row(row, snapshot.states, length)
 
     def row_bytes(self, length: int) -> int:
         """Bytes of a saved row of `length` ids."""

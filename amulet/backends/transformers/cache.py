@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from amulet.backends.transformers.masks import Masks, additive_dtype, by_kind, column_mask, reach
+from amulet.backends.transformers.states import Place, RowStates
 
 COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
 GPU_COLUMN_STEP = 512  # each growth invalidates the CUDA graphs
@@ -88,6 +89,7 @@ class RowCache(ColumnCache):
 
     Attributes:
         layout: an object that is replaced whenever the buffers are reallocated.
+        states: recurrent states of all rows, of the layers that have such.
     """
 
     def __init__(self, column_step: int = COLUMN_STEP) -> None:
@@ -100,6 +102,7 @@ class RowCache(ColumnCache):
         self._first, self._starts, self._width = 0, [0], 0
         self._positions = _NO_POSITIONS
         self._known: tuple[list[BufferKind | None], ...] = [], []  # keys and values as they were
+        self.states = RowStates()
 
     # The engine's side
 
@@ -128,6 +131,7 @@ class RowCache(ColumnCache):
                 self._replace(grown)  # layer by layer: never two whole caches at once
             else:
                 self._make_as_before(rows, columns)
+            self.states.reserve(rows)
         except BaseException:  # all layers have the old size again
             self._replace(lambda buffer: buffer[:have_rows, :, :have_columns])
             raise
@@ -143,12 +147,14 @@ class RowCache(ColumnCache):
         """
         self._first, self._starts, self._width = first, list(starts), width
         self._positions = torch.tensor(self._starts)[:, None] + torch.arange(width)
+        self.states.begin(first, starts, width)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one row to another."""
         for buffer in (*self._keys, *self._values):
             if buffer is not None:
                 buffer[target, :, :length] = buffer[source, :, :length]
+        self.states.copy_row(source, target, length)
 
     def row(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
         """Return copies of a row's first `length` tokens, `[kv_heads, length, dim]` per layer."""
@@ -157,8 +163,9 @@ class RowCache(ColumnCache):
 
     def row_bytes(self, length: int) -> int:
         """Bytes of what `row` returns for `length` tokens."""
-        cells = max(self._capacity[0] * self._capacity[1], 1)
-        return self.nbytes * length // cells
+        rows, columns = (max(size, 1) for size in self._capacity)
+        states = self.states.nbytes
+        return (self.nbytes - states) * length // (rows * columns) + states // rows
 
     def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
         """Write the first `length` tokens of what `row` returned into a row."""
@@ -173,10 +180,11 @@ class RowCache(ColumnCache):
         for buffer in (*self._keys, *self._values):
             if buffer is not None:
                 buffer.zero_()
+        self.states.blank()
 
     def free(self) -> None:
         """Free all memory, but remember the buffers' shapes and types."""
-        if self._keys:
+        if self._keys or self.states.nbytes:
             known = tuple(
                 [b if b is None else _kind(b) for b in buffers]
                 for buffers in (self._keys, self._values)
@@ -201,7 +209,8 @@ class RowCache(ColumnCache):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(b.nbytes for b in (*self._keys, *self._values) if b is not None)
+        buffers = (b.nbytes for b in (*self._keys, *self._values) if b is not None)
+        return sum(buffers) + self.states.nbytes
 
     @property
     def capacity(self) -> tuple[int, int]:
@@ -334,6 +343,43 @@ class RowCache(ColumnCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the pass; only asked where all rows start alike."""
         return self._starts[0]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A convolution's last inputs, `[rows, channels, kernel]`; None in a row's first pass."""
+        return self.states.get(Place("conv", layer_idx, state_idx))
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append the pass's inputs; return the last ones before them with them."""
+        return self.states.extend(
+            Place("conv", layer_idx, state_idx), conv_states, conv_kernel_size
+        )
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A layer's state, `[rows, ...]`; None in a row's first pass."""
+        return self.states.get(Place("recurrent", layer_idx, state_idx))
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Replace a layer's state, `[rows, ...]`."""
+        return self.states.update(Place("recurrent", layer_idx, state_idx), recurrent_states)
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Whether the pass's rows have consumed any ids."""
+        return any(self._starts)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """False: a state can't be taken back to what it was before a pass."""
+        return False
 
 
 class LayerCache(ColumnCache):

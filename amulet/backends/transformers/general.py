@@ -22,6 +22,7 @@ from amulet.backends.base import Backend
 from amulet.backends.transformers.backend import TransformersBackend
 from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.support import (
+    CARRYING,
     check_decoder,
     forward_parameters,
     switches_rope,
@@ -42,25 +43,6 @@ CACHES = {
 WHOLE = 2**40  # ids in one pass: all
 # Layers of caches behind which any pass is what it is in one pass of all ids.
 CONTINUED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
-# Model types that carry a recurrent state through a pass of several ids; Mamba begins it anew.
-CARRYING = {
-    "bailing_hybrid",
-    "bamba",
-    "deepseek_v4",
-    "falcon_h1",
-    "granitemoehybrid",
-    "hy_v4",
-    "inkling2_text",
-    "inkling_text",
-    "kimi_linear",
-    "lfm2",
-    "lfm2_moe",
-    "lfm3",
-    "mamba2",
-    "nemotron_h",
-    "qwen3_5_text",
-    "qwen3_next",
-}
 # Model types whose prompt must be one pass: CPM-Ant's ids attend to later ones, Moshi's window
 # begins behind the prompt, and ProphetNet takes one id at a time behind its cache.
 AT_ONCE = {"cpmant", "moshi", "prophetnet"}

@@ -13,7 +13,10 @@ Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 def by_kind(config: PretrainedConfig, mask: Callable[[str], torch.Tensor | None]) -> Masks:
     """Return the masks of a text model's kinds of layers, in the form that its forward expects."""
-    made = {kind: mask(kind) for kind in layer_kinds(config)}
+    kinds = set(layer_kinds(config))
+    made = {kind: mask(kind) if kind in ATTENTION_KINDS else None for kind in kinds}
+    if has_states(config):  # its forward looks these up, whatever its layers are called
+        made = {"full_attention": mask("full_attention"), "linear_attention": None} | made
     if getattr(config, "layer_types", None):
         return made
     return next(iter(made.values()))
@@ -74,7 +77,14 @@ def additive_dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype 
     return dtype if attention_kind(config) == "eager" else None
 
 
-SUPPORTED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+STATE_KINDS = {"linear_attention", "conv", "hybrid"}  # a hybrid layer attends as well
+OTHER_KINDS = {"moe", "mlp"}  # which need no mask and keep nothing
+
+
+def has_states(config: PretrainedConfig) -> bool:
+    """Whether a text model has layers with a recurrent state."""
+    return bool(STATE_KINDS & set(layer_kinds(config)))
 
 
 def layer_kinds(config: PretrainedConfig) -> list[str]:

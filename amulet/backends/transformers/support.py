@@ -8,8 +8,35 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from amulet.backends.transformers.masks import SUPPORTED_KINDS, attention_kind, layer_kinds
+from amulet.backends.transformers.masks import (
+    ATTENTION_KINDS,
+    OTHER_KINDS,
+    STATE_KINDS,
+    attention_kind,
+    has_states,
+    layer_kinds,
+)
 from amulet.errors import ModelError
+
+# Model types that carry a recurrent state through a pass of several ids; Mamba begins it anew.
+CARRYING = {
+    "bailing_hybrid",
+    "bamba",
+    "deepseek_v4",
+    "falcon_h1",
+    "granitemoehybrid",
+    "hy_v4",
+    "inkling2_text",
+    "inkling_text",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "mamba2",
+    "nemotron_h",
+    "qwen3_5_text",
+    "qwen3_next",
+}
 
 
 def check_decoder(model: PreTrainedModel) -> None:
@@ -29,9 +56,12 @@ def check_decoder(model: PreTrainedModel) -> None:
 def why_not_in_rows(model: PreTrainedModel) -> str | None:
     """Return why this cache can't serve a model that is one of `check_decoder`, or None."""
     config = model.config
-    unknown = set(layer_kinds(config.get_text_config())) - SUPPORTED_KINDS
+    text = config.get_text_config()
+    unknown = set(layer_kinds(text)) - ATTENTION_KINDS - STATE_KINDS - OTHER_KINDS
     if unknown:
         return f"it has layers of the kind {', '.join(sorted(unknown))}"
+    if has_states(text) and text.model_type not in CARRYING:
+        return "it does not carry its recurrent state through a pass of several ids"
     attention = attention_kind(config)
     if attention not in ("sdpa", "eager"):
         return (

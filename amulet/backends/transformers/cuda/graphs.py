@@ -20,6 +20,7 @@ from amulet.backends.transfer import on_device
 from amulet.backends.transformers.attention import grouped, try_triton
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.compiled import LEAST_ROWS, CompiledStep, forward_step
+from amulet.backends.transformers.masks import has_states
 from amulet.errors import one_line
 
 logger = logging.getLogger("amulet")
@@ -214,14 +215,16 @@ def _can_record(model: PreTrainedModel) -> bool:
     """Tell whether a model's steps are the same operations at every position, without waiting.
 
     Experts are chosen, and some rotary embeddings change, on the host. Llama 4 may scale by the
-    number of cached tokens. A failed recording corrupts PyTorch's memory management.
+    number of cached tokens. A failed recording corrupts PyTorch's memory management. Graphs
+    cover keys and values only, not recurrent states.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = str(rope)  # of one kind for all layers, or one for each kind of layer
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return not (
-        any(getattr(config, name, None) for name in counts)
+        has_states(config)
+        or any(getattr(config, name, None) for name in counts)
         or "longrope" in kinds
         or "dynamic" in kinds
         or getattr(config, "attn_temperature_tuning", None)
