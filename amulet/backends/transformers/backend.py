@@ -42,15 +42,16 @@ TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no 
 
 @dataclass(frozen=True)
 class SavedRow:
-    """One row's keys and values per layer, `[kv_heads, length, head_dim]`, and its states."""
+    """One row's keys and values, as `RowCache.row` returns them, and its states."""
 
-    buffers: tuple[torch.Tensor, ...]
+    buffers: tuple[torch.Tensor | None, ...]
     states: dict[Place, torch.Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
-        return sum(tensor.nbytes for tensor in (*self.buffers, *self.states.values()))
+        held = (*self.buffers, *self.states.values())
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class TransformersBackend(ModelBackend):

@@ -156,10 +156,13 @@ class RowCache(ColumnCache):
                 buffer[target, :, :length] = buffer[source, :, :length]
         self.states.copy_row(source, target, length)
 
-    def row(self, row: int, length: int) -> tuple[torch.Tensor, ...]:
-        """Return copies of a row's first `length` tokens, `[kv_heads, length, dim]` per layer."""
-        buffers = (buffer for buffer in (*self._keys, *self._values) if buffer is not None)
-        return tuple(buffer[row, :, :length].clone() for buffer in buffers)
+    def row(self, row: int, length: int) -> tuple[torch.Tensor | None, ...]:
+        """Return copies of a row's first `length` tokens: keys, then values.
+
+        `[kv_heads, length, dim]` per layer; None for a layer that has none.
+        """
+        buffers = (*self._keys, *self._values)
+        return tuple(None if b is None else b[row, :, :length].clone() for b in buffers)
 
     def row_bytes(self, length: int) -> int:
         """Bytes of what `row` returns for `length` tokens."""
@@ -167,13 +170,14 @@ class RowCache(ColumnCache):
         states = self.states.nbytes
         return (self.nbytes - states) * length // (rows * columns) + states // rows
 
-    def write_row(self, row: int, buffers: Sequence[torch.Tensor], length: int) -> None:
+    def write_row(self, row: int, buffers: Sequence[torch.Tensor | None], length: int) -> None:
         """Write the first `length` tokens of what `row` returned into a row."""
         half = len(buffers) // 2
         for own, given in ((self._keys, buffers[:half]), (self._values, buffers[half:])):
             for layer, states in enumerate(given):
-                buffer = self._buffer(own, layer, _kind(states[None]))
-                buffer[row, :, :length] = states[:, :length]
+                if states is not None:
+                    buffer = self._buffer(own, layer, _kind(states[None]))
+                    buffer[row, :, :length] = states[:, :length]
 
     def blank(self) -> None:
         """Erase all tokens, but keep the memory."""
