@@ -34,8 +34,12 @@ CARRYING = {
     "lfm3",
     "mamba2",
     "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_next",
+    "qwen4_exp_text",
+    "zamba2",
 }
 
 
