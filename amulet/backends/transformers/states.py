@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
     kind: str
     layer: int
-    index: int
+    number: int
 
 
 class RowStates:
