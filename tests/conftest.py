@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -21,6 +22,12 @@ with suppress(ImportError):  # the environment of vLLM's tests goes without Hypo
     settings.register_profile("fixed", deadline=None, derandomize=True)
     settings.register_profile("random", deadline=None, max_examples=2000)
     settings.load_profile("fixed")
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, which a shell has ignored in what it starts in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:
