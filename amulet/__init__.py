@@ -17,7 +17,7 @@ from amulet.errors import (
     RequestError,
     TemplateError,
 )
-from amulet.gain import game_gain
+from amulet.game import game_gain
 from amulet.grammar import Grammar
 from amulet.models.collector import paused_collector
 from amulet.output.comparison import Comparison

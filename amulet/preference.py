@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from amulet.aliases import advice
 from amulet.errors import RequestError
-from amulet.gain import game_gain
+from amulet.game import game_gain
 
 Placement: TypeAlias = Literal["system", "user", "both"]
 PLACEMENTS: tuple[Placement, ...] = ("system", "user", "both")

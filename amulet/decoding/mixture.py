@@ -13,7 +13,7 @@ import torch
 
 from amulet.backends.transfer import on_device
 from amulet.decoding.sampling import NEVER
-from amulet.gain import steer, steer_many
+from amulet.game import steer, steer_many
 
 FORCED = 50.0  # nats: what a processor adds to force a token, at least, or takes to forbid it
 

@@ -1,6 +1,6 @@
 """Plays the paper's online game step by step over the vocabulary, in torch.
 
-`amulet.gain.game_gain` is its closed form. This module only serves to check that: it takes T passes
+`amulet.game.game_gain` is its closed form. This module only serves to check that: it takes T passes
 over the vocabulary for one multiply-add.
 """
 

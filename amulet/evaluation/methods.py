@@ -21,7 +21,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from amulet.errors import EvaluationError
-from amulet.gain import game_gain
+from amulet.game import game_gain
 from amulet.preference import (
     DEFAULT_STEERING,
     Floor,

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from amulet.evaluation.literal import play
 from amulet.evaluation.methods import BEAMS, Method
-from amulet.gain import steer
+from amulet.game import steer
 
 if TYPE_CHECKING:
     from amulet import Amulet

@@ -41,7 +41,7 @@ from pydantic import (
 from amulet.decoding.loop_guard import Repeats
 from amulet.errors import EvaluationError
 from amulet.evaluation.run import read_lines
-from amulet.gain import game_gain
+from amulet.game import game_gain
 from amulet.preference import Focus, LoopGuard, Placement, Preference, Steering, describe
 from amulet.prompting.chat_template import break_all, encode, token_pattern
 from amulet.prompting.tokenizer import own_tokenizer

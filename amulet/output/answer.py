@@ -1,7 +1,7 @@
 """Converts the ids of one answer to events: text, reasoning and tool calls.
 
 ids -> text -> pieces by section -> stop sequences (only in the reader's text) -> events. After each
-token `policy.py` sets how the next one is chosen.
+token `steered_tokens.py` sets how the next one is chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from amulet.output.detokenizer import (
     special_letters,
     without_letters,
 )
-from amulet.output.policy import Policy
+from amulet.output.steered_tokens import Policy
 from amulet.output.sections import Scanner
 from amulet.reply import Event, InvalidToolCall, ToolCall
 from amulet.tool_calls.base import Piece

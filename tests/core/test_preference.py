@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from amulet.errors import RequestError
-from amulet.gain import game_gain
+from amulet.game import game_gain
 from amulet.preference import (
     DEFAULT_STEERING,
     PLACEMENTS,

@@ -20,7 +20,7 @@ from amulet.evaluation.pairs import combine_of, decode_pairs, divergence, entrop
 from amulet.evaluation.paper import NAMES, opposite_of, parts_of, preferences_of
 from amulet.evaluation.questions import load_question_sets
 from amulet.evaluation.run import PreferenceMeta
-from amulet.gain import game_gain, steer
+from amulet.game import game_gain, steer
 from tests.models import random_model
 from tests.oracles.literal_game import literal_game
 

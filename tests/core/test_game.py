@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amulet.errors import AmuletError, RequestError
-from amulet.gain import game_gain, steer, steer_many
+from amulet.game import game_gain, steer, steer_many
 from tests.oracles.literal_game import literal_game, log_softmax
 from tests.search import examples
 

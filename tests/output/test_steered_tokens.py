@@ -9,7 +9,7 @@ import torch
 
 from amulet import Grammar
 from amulet.decoding.generation import Generation
-from amulet.output.policy import Policy, is_answer_steered, is_token_steered
+from amulet.output.steered_tokens import Policy, is_answer_steered, is_token_steered
 from amulet.output.sections import Section
 from amulet.request import Request
 
