@@ -15,8 +15,8 @@ from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
 from amulet.output.answer import Answer
 from amulet.output.channels import Channels
-from amulet.output.steered_tokens import is_answer_steered
 from amulet.output.sections import Calls, Scanner, Spans, find_thinking
+from amulet.output.steered_tokens import is_answer_steered
 from amulet.preference import Preference, Steering, guard_of, row_weights
 from amulet.prompting.chat_template import ChatTemplate
 from amulet.prompting.messages import Message, calls_as_text, normal_messages

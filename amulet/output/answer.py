@@ -22,8 +22,8 @@ from amulet.output.detokenizer import (
     special_letters,
     without_letters,
 )
-from amulet.output.steered_tokens import Policy
 from amulet.output.sections import Scanner
+from amulet.output.steered_tokens import Policy
 from amulet.reply import Event, InvalidToolCall, ToolCall
 from amulet.tool_calls.base import Piece
 

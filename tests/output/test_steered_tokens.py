@@ -9,8 +9,8 @@ import torch
 
 from amulet import Grammar
 from amulet.decoding.generation import Generation
-from amulet.output.steered_tokens import Policy, is_answer_steered, is_token_steered
 from amulet.output.sections import Section
+from amulet.output.steered_tokens import Policy, is_answer_steered, is_token_steered
 from amulet.request import Request
 
 VOCAB, END = 8, 7
