@@ -1,37 +1,37 @@
 """The loop guard: finds tokens that would continue a repetition, and penalises them.
 
-The rule is DRY's ("don't repeat yourself"): a token that would make a repeated run longer loses
-likelihood, the more the longer the run. Only the answer's own tokens count, so that what is copied
-from the prompt, such as a passage, may be.
+The rule is that of DRY ("don't repeat yourself"): a token that would extend a repeated run loses
+likelihood, more for longer runs. Only the answer's own tokens count, so copying from the prompt,
+such as from a passage, is free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-FIRST = 0.8  # nats that the first token over the limit loses
-GROWTH = 1.75  # times as many for each further one
-MOST = 100.0  # nats: certainly another token, as far as there is one
-LEVELS = 10  # tokens over the limit, from which it is `MOST`
+FIRST = 0.8  # nats that the first token beyond the limit loses
+GROWTH = 1.75  # factor for each further token
+MOST = 100.0  # nats: excludes the token if there is any alternative
+LEVELS = 10  # tokens beyond the limit from which the penalty is `MOST`
 
 
 class Repeats:
-    """What an answer repeats.
+    """Finds an answer's repetitions.
 
     Args:
-        free: how many tokens may be repeated freely, at least 1.
-        start: index of the first id that counts; those before it are not for the reader.
+        free: the number of tokens that may be repeated freely, at least 1.
+        start: index of the first id that counts; earlier ones are not for the reader.
     """
 
     def __init__(self, free: int, start: int = 0) -> None:
         self._free = free
         self._start = start
-        # Run of `free` ids -> each id that followed it, with what stood before.
+        # Run of `free` ids -> each id that followed it, with the position before it.
         self._seen: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-        self.read = start  # ids of the answer so far
+        self.read = start  # number of ids processed so far
 
     def costs(self, answer: Sequence[int]) -> dict[int, float]:
-        """Return, for each token that would make a repeated run too long, the nats it loses.
+        """Return the nats lost by each token that would make a repeated run too long.
 
         Args:
             answer: the answer's ids, of which only the end is new since the last call.
@@ -53,5 +53,5 @@ class Repeats:
 
 
 def cost_of(over: int) -> float:
-    """Return the nats that a token loses, `over` tokens after those that may be repeated."""
+    """Return the nats that a token loses `over` tokens beyond the free repetition."""
     return min(FIRST * GROWTH ** min(over, LEVELS), MOST)

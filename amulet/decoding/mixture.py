@@ -15,7 +15,7 @@ from amulet.backends.transfer import on_device
 from amulet.decoding.sampling import NEVER
 from amulet.game import steer, steer_many
 
-FORCED = 50.0  # nats: what a processor adds to force a token, at least, or takes to forbid it
+FORCED = 50.0  # nats: the least that a processor adds to force a token, or takes to forbid it
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Mixture:
         return found
 
     def permit(self, allowed: Sequence[torch.Tensor | None]) -> None:
-        """Exclude from `scores` what a grammar forbids.
+        """Exclude the tokens that a grammar forbids from `scores`.
 
         Args:
             allowed: for each generation a bool mask `[vocab]` of permitted ids, or None.

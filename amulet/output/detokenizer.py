@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What every tokenizer's decode puts for bytes that are not (yet) a character."""
+"""What every tokenizer's decode returns for bytes that are not (yet) a character."""
 
 _LETTERS = re.compile("[\ud800-\udfff]")
 
 _HELD_LIMIT = 8
-"""Held tokens from which on bytes that never become a character are given up, piece by piece.
+"""The number of held tokens from which invalid bytes are given up, piece by piece.
 
 A character has at most four bytes, hence at most four tokens.
 """
 
 
 class StopStrings:
-    """Cuts a growing text at the first stop string; holds back what may become one.
+    """Cuts a growing text at the first stop sequence; holds back what may become one.
 
     Args:
-        strings: not empty ones; none lets everything through.
+        strings: non-empty stop sequences; without any, all text is released.
         special: special tokens and the letters that stand for them in the text; see
-            `special_letters`. They take part in stop strings and are never released.
+            `special_letters`. They can be part of stop sequences and are never released.
 
     Attributes:
-        found: the stop string that was complete first; from then on nothing is released.
+        found: the stop sequence that was complete first; after it, nothing is released.
     """
 
     def __init__(self, strings: Sequence[str], special: Mapping[str, str] | None = None) -> None:
@@ -48,7 +48,7 @@ class StopStrings:
         self._tail = ""
 
     def push(self, text: str, *, ended: bool = False) -> str:
-        """Take the next text; return what can be released, with `ended` all that is left."""
+        """Take the next text; return the text that can be released; with `ended`, all of it."""
         if self.found is not None:
             return ""
         text = self._tail + text
@@ -66,7 +66,7 @@ class StopStrings:
         return without_letters(text[:keep])
 
     def _held_length(self, text: str) -> int:
-        """The length of the longest suffix with which a stop string begins."""
+        """Return the length of the longest suffix that is the start of a stop sequence."""
         for length in range(min(self._longest_hold, len(text)), 0, -1):
             if any(string.startswith(text[-length:]) for string in self._strings):
                 return length
@@ -76,9 +76,9 @@ class StopStrings:
 def special_letters(
     tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
 ) -> dict[int, tuple[str, str]]:
-    """Return the special tokens that stop strings contain, by id: their text, and a letter for it.
+    """Return the special tokens in stop sequences, by id: their text, and a letter for it.
 
-    Decoding gives them no text. The letters are lone surrogates, which no decoded text holds.
+    Decoding gives them no text. The letters are lone surrogates, which no decoded text contains.
     """
     named = [
         (token_id, token.content)
@@ -98,7 +98,7 @@ def without_letters(text: str) -> str:
 
 
 class Detokenizer:
-    """The text of one answer, token by token; a character whose bytes are not all there waits.
+    """Decodes one answer token by token; an incomplete character waits for its other bytes.
 
     Pieces concatenate to `tokenizer.decode(all_ids)`, without clean-up of spaces. One difference: a
     `byte_fallback` tokenizer decodes a run of byte tokens that breaks off inside a character to

@@ -1,7 +1,7 @@
-"""Finds thinking spans and tool calls in the text of an answer, as it is written.
+"""Finds thinking spans and tool calls in the text of an answer while it is decoded.
 
 An answer is a sequence of sections: "text" for the reader, "reasoning" between a model's thinking
-markers, "call" where tools are called. What may turn out to be a marker is held back.
+markers, and "call" for tool calls. Text that may be the start of a marker is held back.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ Section: TypeAlias = Literal["text", "reasoning", "call"]
 
 
 def find_thinking(template: str) -> tuple[str, str] | None:
-    """Return the thinking markers that a chat template mentions, if it does."""
+    """Return the thinking markers in a chat template, if any."""
     return next((pair for pair in THINKING if pair[1] in template), None)
 
 
 class Scanner(Protocol):
-    """Cuts an answer's text into pieces; `Spans` does it by markers."""
+    """Splits an answer's text into pieces; `Spans` does so by markers."""
 
     section: Section
     markers: tuple[str, ...]
     """Texts that must reach it even where they are special tokens."""
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next text; return what can be released."""
+        """Take the next text; return the pieces that can be released."""
 
     def finish(self, cut: bool = False) -> list[Piece]:
-        """Return what was held back, once decoding has ended.
+        """Return the pieces held back, after decoding has ended.
 
         Args:
-            cut: it was stopped, by a limit or by the caller; so nothing unfinished is a call, and
-                what may have been the beginning of a marker is no text.
+            cut: decoding was stopped by a limit or by the caller; then an incomplete call is not a
+                    call, and the possible start of a marker is not text.
         """
 
 
@@ -52,12 +52,12 @@ class Calls:
 
 @dataclass
 class _Doubt:
-    """A closing marker that seems to be part of a value: what is read if it isn't.
+    """A closing marker that seems to be part of a value, and the alternative if it is not.
 
     Args:
-        reader: as it was before the marker.
-        text: the marker, and what came behind it.
-        pieces: what was read since, if it is part of a value.
+        reader: its state before the marker.
+        text: the marker and the text after it.
+        pieces: the pieces since, if it is part of a value.
     """
 
     reader: CallReader
@@ -66,13 +66,13 @@ class _Doubt:
 
 
 class Spans:
-    """Recognises thinking spans at the answer's beginning, and calls in one dialect anywhere.
+    """Recognises thinking spans at the start of an answer, and calls in one dialect anywhere.
 
-    Space around spans belongs to nobody and is dropped.
+    Space around spans is dropped.
 
     Args:
         thinking: the markers of a thinking span; None looks for none.
-        opened: the prompt has opened the thinking span already.
+        opened: the prompt has already opened the thinking span.
         calls: how calls look; None looks for none.
     """
 
@@ -110,7 +110,7 @@ class Spans:
         return pieces
 
     def _cut_text(self) -> list[Piece]:
-        """Return what is left of a text that was cut: space, or the beginning of a marker."""
+        """Return the rest of a text that was cut off: space, or the start of a marker."""
         begun = self._buffer.strip()
         if not begun:
             return [Piece("text", self._buffer)] if self._buffer and not self._trim else []
@@ -121,7 +121,7 @@ class Spans:
     def _scan(self, ended: bool) -> list[Piece]:
         steps = {"text": self._text, "reasoning": self._reasoning, "call": self._call}
         out: list[Piece] = []
-        while steps[self.section](out, ended):  # a marker was found: there may be more behind it
+        while steps[self.section](out, ended):  # a marker was found; another may follow
             pass
         return out
 
@@ -139,7 +139,7 @@ class Spans:
             keep -= held_back(self._buffer, tuple(self._closes))
             if self._calls is not None:
                 keep = len(self._buffer[:keep].rstrip())
-        # What is cut off inside the next call's marker is no text.
+        # Text that is cut off inside the next call's marker is not for the reader.
         is_cut = self._trim and any(m.startswith(self._buffer.strip()) for m in self._closes)
         if not (ended and is_cut):
             self._release("text", self._buffer[:keep], out)
@@ -147,7 +147,7 @@ class Spans:
         return False
 
     def _beginning(self, ended: bool) -> bool | None:
-        """Look for what only an answer's beginning can be; None: it is text, go on."""
+        """Look for what can only start an answer; None if it is text."""
         head = self._buffer.lstrip()
         if self._thinking is not None:
             opening = self._thinking[0]
@@ -201,7 +201,7 @@ class Spans:
         return True
 
     def _read(self, length: int, out: list[Piece]) -> None:
-        """Give the reader so much of the buffer."""
+        """Pass this much of the buffer to the reader."""
         assert self._reader is not None
         text, self._buffer = self._buffer[:length], self._buffer[length:]
         pieces = self._reader.push(text)
@@ -216,7 +216,7 @@ class Spans:
         pieces, doubt = self._reader.finish(cut=False), self._doubt
         if doubt is not None:
             pieces = [*doubt.pieces, *pieces]
-            if any(piece.error for piece in pieces):  # the first closing marker was one
+            if any(piece.error for piece in pieces):  # the first closing marker was a real one
                 pieces = doubt.reader.finish(cut=False)
                 self._buffer = doubt.text + self._buffer
         out += pieces
@@ -235,13 +235,13 @@ class Spans:
 
 
 def first_marker(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
-    """Return where the first of some markers stands, and which it is."""
+    """Return the position of the first marker, and the marker."""
     found = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
     return min(found) if found else None
 
 
 def held_back(text: str, markers: Sequence[str]) -> int:
-    """Return the length of the longest suffix with which a marker begins."""
+    """Return the length of the longest suffix that is the start of a marker."""
     longest = max(map(len, markers), default=0) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(marker.startswith(text[-length:]) for marker in markers):

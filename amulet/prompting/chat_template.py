@@ -1,6 +1,6 @@
 """Renders a chat template, finds what it supports, and keeps control tokens in contents text.
 
-What a template can do (`TemplateTraits`) is found by rendering sentinels, never by its name.
+What a template supports (`TemplateTraits`) is found by rendering sentinels, never by its name.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ THINKING: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class TemplateTraits:
-    """What a chat template does, as far as prompts care.
+    """The features of a chat template that matter for prompts.
 
     Attributes:
         has_system: a system message is rendered, not refused and not dropped.
-        default_system: the system text that it writes where the chat has none; "" for none.
-        control: the tokens that may not come from a content.
-        special: those of them that may not come from the assistant's content either: special
-            tokens, and what begins and ends turns.
+        default_system: the system text that it writes if the chat has none; "" for none.
+        control: the tokens that must not come from a content.
+        special: those that must not come from the assistant's content either: special
+            tokens, and those that start and end turns.
         markers: role markers that are plain text, such as `[/INST]` or `### Response:`.
         lists: the roles whose contents it shows only as lists of parts.
-        folds: the tokenizer reads wide letters as usual ones, or drops invisible ones.
+        folds: the tokenizer reads full-width letters as normal ones, or drops invisible ones.
     """
 
     has_system: bool = True
@@ -99,11 +99,11 @@ class ChatTemplate:
         object.__setattr__(self, "source", source)
 
     def render(self, chat: list[Message], quiet: bool = False) -> str:
-        """Return the prompt's text; a refusal carries the template's words and the roles."""
+        """Return the prompt's text; the error of a refusal names the roles."""
         return self.render_all([chat], quiet)[0]
 
     def render_all(self, chats: list[list[Message]], quiet: bool = False) -> list[str]:
-        """Render several chats that all end in an answer to be continued, or all don't."""
+        """Render several chats, all of which or none of which end in an answer to continue."""
         chat = chats[0]
         continued = chat[-1]["role"] == "assistant"
         try:
@@ -137,7 +137,7 @@ class ChatTemplate:
         return {**message, "content": [{"type": "text", "text": content}]}
 
     def traits(self) -> TemplateTraits:
-        """Return what the template does; probed once per template, options and day."""
+        """Return the template's traits; probed once per template, options and day."""
         # The day: a default system text may state today's date.
         key = (self.source, repr(self.options), bool(self.tools), len(self.tokenizer), date.today())
         known = _known_traits.setdefault(self.tokenizer, {})
@@ -176,7 +176,7 @@ def _probe(template: ChatTemplate) -> TemplateTraits:
             if given["content"] not in attempt(*chat):
                 template = known
     plain, steered = attempt(user), attempt(system, user)
-    # Where even a lone user message is refused the probe says nothing: believe in the system role.
+    # If even a single user message is refused, the probe is inconclusive: assume a system role.
     has_system = SYSTEM in steered or not plain
     default, (before, found, after) = "", steered.partition(SYSTEM)
     if found and plain.startswith(before) and plain.endswith(after):
@@ -211,7 +211,7 @@ def _probe(template: ChatTemplate) -> TemplateTraits:
 
 
 def is_uncased(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer reads capitals as small letters, in its added tokens perhaps too."""
+    """Tell whether a tokenizer lower-cases text, perhaps also its added tokens."""
     small, capital = (tokenizer.encode(text, add_special_tokens=False) for text in "aA")
     return bool(small == capital)
 
@@ -232,7 +232,7 @@ def token_pattern(tokens: Iterable[str], any_case: bool = False) -> re.Pattern[s
 
 
 def _markers(rendered: str, control: re.Pattern[str]) -> re.Pattern[str]:
-    """Find the role markers that are plain text: what stands between the sentinels."""
+    """Find the role markers that are plain text, between the sentinels."""
     found: set[str] = set()
     between = re.sub(f"{SYSTEM}|{USER}|{ANSWER}|{TOOL}", "\n", control.sub("\n", rendered))
     for line in between.splitlines():
@@ -240,7 +240,7 @@ def _markers(rendered: str, control: re.Pattern[str]) -> re.Pattern[str]:
         rest = [word for word in line.split() if word not in bracketed]
         found.update(bracketed)
         # A marker needs a sign that prose lacks (a bare "user" is only half of one: its control
-        # token is broken already), and is short: longer lines are a preamble, not a role.
+        # # token is already broken) and is short: longer lines are a preamble, not a role.
         if 0 < len(rest) <= 4 and re.search(r"\w", line) and re.search(r"[^\w\s]", "".join(rest)):
             found.add(" ".join(rest))
     found = {marker for marker in found if '"' not in marker and re.search(r"\w", marker)}
@@ -250,7 +250,7 @@ def _markers(rendered: str, control: re.Pattern[str]) -> re.Pattern[str]:
 
 
 def _spaced(match: re.Match[str]) -> str:
-    # "[/INST]" -> "[ /INST]", "Human:" -> "Human :"; still readable, no marker any more.
+    # "[/INST]" -> "[ /INST]", "Human:" -> "Human :"; still readable, but no longer a marker.
     marker = match[0]
     cut = len(marker) - 1 if marker[0].isalnum() else 1
     return f"{marker[:cut]} {marker[cut:]}"
@@ -272,9 +272,9 @@ def break_all(value: Any, pattern: re.Pattern[str], folds: bool = False) -> Any:
     """Put `BREAK` into every control token of the strings in `value`, keys too.
 
     Args:
-        value: any JSON, or another object: what a template writes of that becomes text if need be.
+        value: any JSON, or another object, which becomes the text that a template would write.
         pattern: finds the tokens.
-        folds: find those that folding would make too; a text with one of them is folded.
+        folds: also find those that folding would create; a text with one of them is folded.
     """
     if isinstance(value, str):
         text = _broken(value.replace(BREAK, ""), pattern)
@@ -293,7 +293,7 @@ def break_all(value: Any, pattern: re.Pattern[str], folds: bool = False) -> Any:
 
 
 def _broken(text: str, pattern: re.Pattern[str]) -> str:
-    while pattern.search(text):  # breaking one token can leave another one whole
+    while pattern.search(text):  # breaking one token can leave another intact
         text = pattern.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
     return text
 
@@ -301,7 +301,7 @@ def _broken(text: str, pattern: re.Pattern[str]) -> str:
 def _folded(text: str) -> str:
     """Return a text with wide letters folded and invisible ones dropped.
 
-    Some tokenizers do so: what is a control token or a marker after that is treated as one.
+    Some tokenizers do so, so a control token or marker that results is treated as one.
     """
     if text.isascii():
         return text
@@ -310,10 +310,10 @@ def _folded(text: str) -> str:
 
 
 def check_unicode(text: str) -> None:
-    """Raise for what no tokenizer takes.
+    """Raise for text that no tokenizer accepts.
 
     Raises:
-        RequestError: the text holds half of a surrogate pair.
+        RequestError: the text contains a lone surrogate.
     """
     if _SURROGATE.search(text):
         raise RequestError(
@@ -323,11 +323,11 @@ def check_unicode(text: str) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """Encode once, or piece by piece where `BREAK` keeps characters apart; see `check_unicode`."""
+    """Encode once, or piece by piece if `BREAK` separates characters; see `check_unicode`."""
     check_unicode(text)
     first, *pieces = text.split(BREAK)
     ids = list(tokenizer(first, add_special_tokens=special, verbose=False)["input_ids"])
-    # Some tokenizers close every text; a prompt that is to be gone on from stays open.
+    # Some tokenizers end every text with a token; a prompt to be continued must not have one.
     end, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if special and ids and ids[-1] == end and not first.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1] if len(ids) > 1 or end != bos else ids
@@ -338,7 +338,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
 
 
 def _encode_inside(tokenizer: PreTrainedTokenizerBase, pieces: set[str]) -> dict[str, list[int]]:
-    """Return the ids of pieces; in one call, for a hostile text has very many of them."""
+    """Return the ids of pieces, in one call, because a hostile text has very many."""
     if not pieces:
         return {}
     # SentencePiece puts a space before a text's first word; after a newline it does not.

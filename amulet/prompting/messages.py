@@ -19,14 +19,14 @@ ROLES = ("system", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "reasoning_text", "thinking", "redacted_thinking")
 TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-"""Further keys that templates write; None is as good as absent."""
+"""Further keys that templates write; None counts as absent."""
 
 
 def normal_messages(messages: Sequence[object]) -> list[Message]:
     """Return copies with a known role, contents as one text each, and tool arguments as dicts.
 
     Raises:
-        RequestError: something is not what templates read, with the message's index; or the last
+        RequestError: templates can't read a message (states its index), or the last
             message calls tools.
     """
     normal = [_normal_message(index, message) for index, message in enumerate(messages)]
@@ -59,7 +59,7 @@ def _normal_message(index: int, message: object) -> Message:
         raise RequestError(f"messages[{index}] has content of type {kind}: expected text.")
     elif role == "assistant" and isinstance(message.get("refusal"), str):
         normal["content"] = message["refusal"]
-    elif role == "assistant" and message.get("reasoning_content"):  # it was cut while it thought
+    elif role == "assistant" and message.get("reasoning_content"):  # it was cut off while thinking
         normal["content"] = None if message.get("tool_calls") else ""
     elif role != "assistant" or not message.get("tool_calls"):
         raise RequestError(f"messages[{index}] ({role}) has no content: expected text.")
@@ -100,14 +100,14 @@ def _is_reasoning(part: object) -> bool:
 
 
 def _reasoning(part: Any) -> str:
-    """Return the text of a reasoning part, of whichever form."""
+    """Return the text of a reasoning part of any form."""
     texts = [part.get("text") or part.get(part["type"])]
     texts += [entry.get("text") for entry in part.get("summary") or () if isinstance(entry, dict)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
 def _parsed_call(index: int, call: object) -> Message:
-    """Turn OpenAI's arguments, JSON in a string, into the dict that templates expect."""
+    """Convert OpenAI's arguments, JSON in a string, to the dict that templates expect."""
     if not isinstance(call, Mapping):
         kind = type(call).__name__
         raise RequestError(f"messages[{index}] has a tool call of type {kind}: expected a dict.")
@@ -125,7 +125,7 @@ def _parsed_arguments(function: Mapping[str, Any]) -> Message:
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
-        parsed = arguments  # a model's broken JSON stays the text that it wrote
+        parsed = arguments  # a model's invalid JSON stays text
     except RecursionError:
         raise RequestError("The request is nested too deeply.") from None
     if arguments in (None, ""):
@@ -133,7 +133,7 @@ def _parsed_arguments(function: Mapping[str, Any]) -> Message:
     return {**function, "arguments": parsed} if isinstance(parsed, dict) else dict(function)
 
 
-# ---- past calls, as templates take them ----
+# ---- past calls, in the forms that templates accept ----
 
 
 def has_calls(chat: Sequence[Message]) -> bool:
@@ -172,9 +172,9 @@ def _short(given: object) -> str:
 
 
 def _one_call_each(chat: list[Message]) -> list[Message]:
-    """Let each call be a message of its own, followed by its result."""
+    """Make each call a separate message, followed by its result."""
     out: list[Message] = []
-    # Messages of one call each, whose results are still to come, by the call's id.
+    # Messages of one call each whose results have not come yet, by the call's id.
     waiting: dict[str, list[Message]] = {}
     for message in chat:
         if message["role"] == "tool" and waiting:
@@ -219,7 +219,7 @@ def arguments_text(function: Mapping[str, Any]) -> str:
 def calls_as_text(chat: Sequence[Message]) -> list[Message]:
     """Return a chat in normal form whose calls and results are text, in Hermes's form.
 
-    Calls stand in the assistant's own turn; results become user turns.
+    Calls stay in the assistant's own turn; results become user turns.
     """
     written: list[Message] = []
     after_result = False

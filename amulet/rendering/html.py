@@ -1,10 +1,10 @@
 """Renders replies as HTML for notebooks: no scripts, no style sheets, every text escaped.
 
-Styles stand in the elements, because notebooks and mail clients drop style sheets. Colours are
-blue for raised and orange for lowered, which every kind of colour blindness tells apart, under
-black text at a contrast of 7:1 or more; what they say stands in titles and a table too. Blue is
-the one that has most to show: its levels differ in lightness more than those of a yellow or an
-orange, so they can be told in grey too. The playground has the same colours.
+Styles are inline, because notebooks and mail clients drop style sheets. Blue means raised and
+orange lowered, which are distinct for every kind of colour blindness, under black text at a
+contrast of 7:1 or more; titles and a table give the same information. Blue is for the more frequent
+case: its levels differ in lightness more than those of a yellow or an orange, so they are distinct
+in grey, too. The playground has the same colours.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from amulet.reply import Reply
 
 RAISED = ("#dbe9f6", "#b7d4ea", "#85bcdc", "#5ba3cf")
-"""Colours of the levels 1 to 4: the deeper, the more steering raised a token."""
+"""Colours of the levels 1 to 4; deeper means that steering raised a token more."""
 LOWERED = ("#fee8d3", "#fdd0a2", "#fdae6b", "#f4872a")
 """Colours of the levels −1 to −4."""
 
-ROWS = 100  # of the table of differences; a page with thousands of them helps nobody
+ROWS = 100  # maximum rows of the table of differences
 
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin:0 0 .5em"
 _SMALL = "font-size:.85em;margin:.25em 0"
@@ -31,14 +31,14 @@ _CELL = "text-align:left;padding:.1em .8em .1em 0;white-space:pre-wrap"
 
 
 def reply_html(reply: Reply) -> str:
-    """Return a `<div>` with the answer, its tokens coloured, and what is known of them."""
+    """Return a `<div>` with the answer, its tokens coloured, and their figures."""
     shown = pieces_of(reply)
     legend = legend_html() if _is_steered(shown) else ""
     return f'<div style="max-width:50em">{answer_html(reply, shown)}{legend}</div>'
 
 
 def columns_html(columns: Sequence[tuple[str, Reply]]) -> str:
-    """Return a `<div>` with titled replies side by side; on a narrow page one below the other."""
+    """Return a `<div>` with titled replies side by side; on a narrow page, stacked."""
     sections = "".join(
         f'<section aria-label="{_safe(title)}"><p style="margin:0 0 .5em"><strong>{_safe(title)}'
         f"</strong></p>{answer_html(reply, pieces_of(reply))}</section>"
@@ -76,7 +76,7 @@ def answer_html(reply: Reply, shown: Sequence[Piece]) -> str:
 
 
 def figures(reply: Reply) -> str:
-    """Return words, tokens, how the answer ended and how it was steered, in one line."""
+    """Return words, tokens, finish reason and steering in one line."""
     found = [f"{len(reply.text.split())} words", f"{reply.usage.completion_tokens} tokens"]
     ends = {"length": "cut off at the limit", "cancelled": "cancelled"}
     if reply.finish_reason in ends:
@@ -89,7 +89,7 @@ def figures(reply: Reply) -> str:
 
 
 def legend_html() -> str:
-    """Return what the colours mean, as a line of text with swatches."""
+    """Return the legend of the colours, as a line of text with swatches."""
     named = zip(BOUNDS, RAISED, LOWERED, strict=True)
     swatches = [
         (_swatch(raised, f"+{bound:g}"), _swatch(lowered, f"−{bound:g}"))
@@ -122,7 +122,7 @@ def _piece(piece: Piece) -> str:
 
 
 def told(piece: Piece) -> str:
-    """Return in words what is known of a piece: log-probabilities, the plain model's choice."""
+    """Return a piece's log-probabilities and the plain model's choice in words."""
     steered, preferred, base = (
         sum(getattr(token, name) for token in piece.tokens)
         for name in ("steered", "preferred", "base")
@@ -137,7 +137,7 @@ def told(piece: Piece) -> str:
 
 
 def _differences(shown: Sequence[Piece]) -> str:
-    """Return the places where the plain model would have gone another way, folded away."""
+    """Return a collapsed table of the places where the plain model would have differed."""
     different = [piece for piece in shown if piece.differs]
     traced = sum(bool(piece.tokens) for piece in shown)
     summary = f"The plain model would have said something else at {len(different)} of {traced}"

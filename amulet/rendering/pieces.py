@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from amulet.reply import Reply, TokenTrace
 
 BOUNDS = (0.5, 1.5, 3.0, 5.0)
-"""Nats from which on a token has the next deeper colour: e^.5 is 1.6 times likelier, e^5 148."""
+"""Nats from which a token has the next deeper colour: e^.5 is 1.6 times likelier, e^5 148."""
 
 _CONTROLS = dict.fromkeys(
     {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10},
@@ -26,8 +26,8 @@ class Piece:
 
     Attributes:
         text: as the reader sees it.
-        tokens: those that wrote it; empty where no trace was asked for.
-        is_reasoning: it stands in a thinking span.
+        tokens: the tokens that wrote it; empty without a trace.
+        is_reasoning: it is in a thinking span.
     """
 
     text: str
@@ -48,20 +48,20 @@ class Piece:
 
     @property
     def differs(self) -> bool:
-        """The plain model would have said something else here."""
+        """Whether the plain model would have said something else here."""
         return any(token.unsteered_id != token.token_id for token in self.tokens)
 
     @property
     def unsteered(self) -> str:
-        """What the plain model would have said; characters that no token ends are left out."""
+        """What the plain model would have said, without incomplete characters."""
         return "".join(token.unsteered_text for token in self.tokens)
 
 
 def harmless(text: str) -> str:
-    """Return the text without control characters: a model must not drive a terminal or a page.
+    """Return the text without control characters, with which a model could control a terminal.
 
-    Line breaks and tabs stay. Unicode's overrides of the writing direction go too: with them an
-    answer could be read in another order than it was written.
+    Line breaks and tabs stay. Unicode's direction overrides are removed, too: with them an answer
+    could be displayed in another order than it was written.
     """
     return text.translate(_CONTROLS)
 
@@ -70,7 +70,7 @@ def pieces_of(reply: Reply) -> list[Piece]:
     """Return what the reader sees of a reply, reasoning first, in pieces that concatenate to it.
 
     Tokens that the reader doesn't see (the end of turn, tool calls, a cut-off stop string) are
-    left out. Where a tokenizer's texts don't add up to the reply's, its pieces have no tokens.
+    left out. If a tokenizer's texts don't add up to the reply's, its pieces have no tokens.
     """
     whole = [
         Piece(text, is_reasoning=is_reasoning)
@@ -89,7 +89,7 @@ def pieces_of(reply: Reply) -> list[Piece]:
 def _aligned(trace: Sequence[TokenTrace], target: str) -> list[tuple[str, tuple[TokenTrace, ...]]]:
     """Walk through `target` token by token; bytes of one character are taken together."""
     found: list[tuple[str, tuple[TokenTrace, ...]]] = []
-    waiting: list[TokenTrace] = []  # they wrote bytes of a character that is not complete
+    waiting: list[TokenTrace] = []  # their bytes belong to an incomplete character
     at = 0
     for token in trace:
         if not token.text:
@@ -112,11 +112,11 @@ def _aligned(trace: Sequence[TokenTrace], target: str) -> list[tuple[str, tuple[
 
 
 def _find(text: str, target: str, at: int, unknown: int) -> int:
-    """Return where a token's text begins in `target`, or −1: it is not seen.
+    """Return where a token's text starts in `target`, or −1 if it is not visible.
 
-    That is at `at`; or up to `unknown` characters on, after characters that were waited for; or
-    after the space that some tokenizers leave off; or the rest of `target` begins it, where a
-    stop string cut it.
+    That is at `at`; or up to `unknown` characters later, after incomplete characters; or after the
+    space that some tokenizers drop; or the rest of `target` is the start of the text, if a stop
+    sequence cut it.
     """
     if unknown:
         return target.find(text, at + 1, at + 1 + unknown + len(text))

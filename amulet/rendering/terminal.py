@@ -34,7 +34,7 @@ def columns_terminal(columns: Sequence[tuple[str, Reply]]) -> RenderableType:
 
 
 def answer_text(reply: Reply) -> Text:
-    """Return reasoning, text and tool calls of a reply; tokens coloured where it has a trace."""
+    """Return reasoning, text and tool calls of a reply; with a trace, tokens are coloured."""
     text = Text()
     shown = pieces_of(reply)
     for piece in shown:
@@ -49,7 +49,7 @@ def answer_text(reply: Reply) -> Text:
 
 
 def legend_text() -> Text:
-    """Return what the colours mean, in one line."""
+    """Return the legend of the colours in one line."""
     text = Text("Nats by which steering made a token likelier than the plain model has it: ", "dim")
     for bound, colour in zip(BOUNDS, RAISED, strict=True):
         text.append(f"+{bound:g}", f"not dim black on {colour}").append(" ")
