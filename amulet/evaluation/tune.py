@@ -48,8 +48,8 @@ class Guards:
 
     Attributes:
         log_probability: loss in mean log-probability of the answer's tokens under the plain model,
-                in nats per token, 0 or more.
-            distinct_3: loss in the share of runs of three words that are not repeats, 0 to 1.
+            in nats per token, 0 or more.
+        distinct_3: loss in the share of runs of three words that are not repeats, 0 to 1.
     """
 
     log_probability: float = 0.3

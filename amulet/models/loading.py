@@ -47,9 +47,9 @@ def load_pretrained(
 
     Args:
         name_or_path: a hub name such as "Qwen/Qwen3-0.6B", or the folder of a saved model or
-                PEFT adapter. Models that also read images are loaded as text models.
-            device: the device of the whole model. None, without `device_map` and
-                `quantization_config`, means cuda, else mps, else cpu.
+            PEFT adapter. Models that also read images are loaded as text models.
+        device: the device of the whole model. None, without `device_map` and
+            `quantization_config`, means cuda, else mps, else cpu.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16" or a floating `torch.dtype`.
         device_map: Accelerate's placement over several devices, such as "auto"; excludes `device`.
         quantization_config: a Transformers quantization config.
@@ -57,11 +57,11 @@ def load_pretrained(
         trust_remote_code: run Python code that comes with the model; read that code first.
         attn_implementation: such as "sdpa", "eager" or "flash_attention_2".
         pack: on the CPU, store the linear layers' weights in the best layout for decoding;
-                the model then can't be trained or given other weights. "int8" and "int4" also round
-                them: half of bfloat16's memory and faster for a few rows, at some loss; see
-                `pack_linears`.
-            options: further options of Transformers' `from_pretrained`, such as `gguf_file`, the
-                name of a GGUF file there; its weights are made dense.
+            the model then can't be trained or given other weights. "int8" and "int4" also round
+            them: half of bfloat16's memory and faster for a few rows, at some loss; see
+            `pack_linears`.
+        options: further options of Transformers' `from_pretrained`, such as `gguf_file`, the
+            name of a GGUF file there; its weights are made dense.
 
     Raises:
         ModelError: an option is invalid, or the model can't be loaded; says why.

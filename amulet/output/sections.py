@@ -37,7 +37,7 @@ class Scanner(Protocol):
 
         Args:
             cut: decoding was stopped by a limit or by the caller; then an incomplete call is not a
-                    call, and the possible start of a marker is not text.
+                call, and the possible start of a marker is not text.
         """
 
 
