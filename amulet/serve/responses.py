@@ -1,6 +1,6 @@
-"""OpenAI's Responses API: a request is translated to a `ChatBody`, its answer to items and events.
+"""OpenAI's Responses API: converts a request to a `ChatBody`, and its answer to items and events.
 
-Nothing is stored: the client sends the whole conversation, and the prefix cache holds its prompt.
+Nothing is stored: the client sends the whole conversation, whose prompt is in the prefix cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TextOptions(BaseModel):
 
     format: dict[str, Any] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        default=None, description="For chat templates that know it."
+        default=None, description="For chat templates that support it."
     )
 
 
@@ -144,7 +144,7 @@ def as_response_error(error: ApiError) -> ApiError:
     """Return an error of a chat completion with the field names of the Responses API."""
     param = error.param and NAMES.get(error.param.partition("[")[0], error.param)
     message = error.message
-    if message.startswith("messages"):  # which are not numbered as the items
+    if message.startswith("messages"):  # which are numbered differently from the items
         message = f"input, read as a chat: {message}"
     message = re.sub(r"^max_tokens\b", "max_output_tokens", message)
     message = re.sub(r"\bresponse_format\b", "text.format", message)
@@ -169,7 +169,7 @@ def _messages(given: str | list[Item], instructions: str | None) -> list[dict[st
         kind = item.type or "message"
         if kind == "message" and item.role == "assistant":
             one = turn()
-            if one["content"] is not None and "tool_calls" not in one:  # a message of its own
+            if one["content"] is not None and "tool_calls" not in one:  # already a message
                 messages.append(one := {"role": "assistant", "content": None})
             said = item.content or ""
             parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
@@ -234,7 +234,7 @@ class ResponseWriter:
 
     Args:
         body: the request, whose settings the response repeats.
-        model, fingerprint: the served model's.
+        model, fingerprint: those of the served model.
         raw: the bytes of the tokenizer's tokens.
         tokenizer: counts the tokens of the thinking span.
     """

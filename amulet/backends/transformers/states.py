@@ -1,7 +1,7 @@
-"""Recurrent states of rows: what linear attention, Mamba-2 and short convolutions keep of a row.
+"""The recurrent states of rows, which linear attention, Mamba-2 and short convolutions need.
 
-A state holds all that its layer needs of the ids consumed so far. It can be copied, but not cut
-back to fewer ids.
+A state contains all that its layer needs from the ids consumed so far. It can be copied, but not
+truncated to fewer ids.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 class Place(NamedTuple):
-    """Which state: "conv" or "recurrent", of which layer, and which of its states."""
+    """The key of a state: "conv" or "recurrent", the layer, and the state's number in it."""
 
     kind: str
     layer: int
@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 
 class RowStates:
-    """States of all rows, one tensor `[rows, ...]` for each place; made by a row's first pass."""
+    """The states of all rows, a tensor `[rows, ...]` per place; created by a row's first pass."""
 
     def __init__(self) -> None:
         self._states: dict[Place, torch.Tensor] = {}
@@ -46,7 +46,7 @@ class RowStates:
         self._begun = any(starts)
         fresh = [first + i for i, start in enumerate(starts) if not start]
         for state in self._states.values() if self._begun and fresh else ():
-            state[fresh] = 0  # what a layer takes for no state
+            state[fresh] = 0  # a layer's initial state
 
     def get(self, place: Place) -> torch.Tensor | None:
         """Return the states of the pass's rows, `[rows, ...]`, to read or to update in place.
@@ -66,7 +66,7 @@ class RowStates:
         """Append a convolution's inputs `[rows, channels, width]`; keep the last `size` of them.
 
         Returns:
-            The kept inputs with the new ones behind them, at least `size`.
+            The kept inputs followed by the new ones, at least `size`.
         """
         before = self.get(place)
         size = new.shape[-1] if size is None else size
@@ -76,19 +76,19 @@ class RowStates:
         return whole
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy a row's states, those after its first `length` ids, to another row."""
+        """Copy a row's states after its first `length` ids to another row."""
         self._check(source, length)
         self._lengths[target] = length
         for state in self._states.values():
             state[target] = state[source]
 
     def row(self, row: int, length: int) -> dict[Place, torch.Tensor]:
-        """Return copies of a row's states, those after its first `length` ids."""
+        """Return copies of a row's states after its first `length` ids."""
         self._check(row, length)
         return {place: state[row].clone() for place, state in self._states.items()}
 
     def write_row(self, row: int, states: Mapping[Place, torch.Tensor], length: int) -> None:
-        """Write what `row` returned into a row."""
+        """Restore states returned by `row`."""
         self._lengths[row] = length
         for place, state in states.items():
             self._room(place, state)[row] = state

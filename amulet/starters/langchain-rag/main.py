@@ -1,6 +1,6 @@
 """A LangChain RAG chain over one set of documents that answers each user the way they prefer.
 
-`python main.py` asks a sample question, `python main.py "..."` one of your own.
+`python main.py` asks a sample question; `python main.py "..."` asks your own.
 """
 
 import re
@@ -19,7 +19,7 @@ DOCUMENTS = Path(__file__).with_name("documents")
 
 model = ChatAmulet.embedded(max_tokens=80)
 
-# Each section of each page is a passage, found also by its page's title.
+# Each section of each page is a passage; its page's title helps to find it.
 passages = {}
 for file in sorted(DOCUMENTS.glob("*.md")):
     title, *sections = file.read_text("utf-8").split("\n## ")
@@ -29,12 +29,12 @@ for file in sorted(DOCUMENTS.glob("*.md")):
 
 
 def words(text: str) -> set[str]:
-    """Return the words of a text, the shortest left out."""
+    """Return the words of a text, without the shortest."""
     return set(re.findall(r"\w{3,}", text.lower()))
 
 
 def find(inputs: dict[str, str]) -> str:
-    """Return the passage that shares the most words with the question: put your retriever here."""
+    """Return the passage that shares the most words with the question. Put your retriever here."""
     asked = words(inputs["question"])
     return passages[max(passages, key=lambda text: len(asked & words(text)))]
 

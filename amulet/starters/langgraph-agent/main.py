@@ -21,8 +21,8 @@ def opening_hours(place: str) -> str:
 middleware = [PreferenceMiddleware()]  # reads a user's preference before each call of the model
 
 # ----------------------------------------------------------------------
-# SmolLM2 is too small to decide when to call a tool, so this does. A larger model decides itself:
-# delete all between the two lines.
+# SmolLM2 is too small to decide when to call a tool, so this code does. A larger model decides
+# # by itself: delete everything between the two lines.
 from langchain.agents.middleware import wrap_model_call
 
 

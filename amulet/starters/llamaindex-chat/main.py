@@ -11,7 +11,7 @@ from llama_index.core.storage.chat_store.sql import SQLAlchemyChatStore
 
 from amulet_integrations.llama_index import AmuletLLM, PreferenceMemoryBlock
 
-USER = "anna"  # whoever has signed in to your application
+USER = "anna"  # the signed-in user of your application
 DATABASE = f"sqlite+aiosqlite:///{Path(__file__).with_name('chats.db')}"
 
 llm = AmuletLLM.embedded(max_tokens=120)
