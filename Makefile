@@ -11,7 +11,7 @@ SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-gguf test-vllm lint types docs bench dist test-dist matrix clean
+.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-gguf test-vllm lint types docs bench dist test-dist matrix clients clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -116,6 +116,9 @@ test-dist: dist ## Try the wheel in fresh environments: contents, extras, a newc
 
 matrix: install ## Test the oldest and newest frameworks, each in its environment; ARGS names rows.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.release.matrix $(ARGS)
+
+clients: install ## Run clients of OpenAI's API against the server, each in its environment; ARGS names some.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.release.clients $(ARGS)
 
 clean: ## Remove .venv, caches and build products; the converted model in the user's cache stays.
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .sanitize

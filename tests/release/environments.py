@@ -98,6 +98,19 @@ class Environment:
         return subprocess.run(command, cwd=cwd, env=_environment()).returncode
 
 
+def bare(folder: Path, *, python: str = sys.executable) -> Environment:
+    """Make an environment with pip and nothing else.
+
+    Args:
+        folder: where; it must not exist.
+        python: the interpreter.
+    """
+    subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    environment = Environment(folder)
+    environment.pip("install", "--quiet", "--upgrade", "pip")
+    return environment
+
+
 def make(folder: Path, *, python: str = sys.executable, share_torch: bool = True) -> Environment:
     """Make an environment with torch in the pinned version and nothing else.
 
@@ -107,9 +120,7 @@ def make(folder: Path, *, python: str = sys.executable, share_torch: bool = True
         share_torch: link this environment's torch instead of installing a gigabyte again; where
             the interpreter is another version, torch is installed all the same.
     """
-    subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    environment = Environment(folder)
-    environment.pip("install", "--quiet", "--upgrade", "pip")
+    environment = bare(folder, python=python)
     same = environment.run("-c", "import sysconfig; print(sysconfig.get_config_var('SOABI'))")
     if share_torch and same.stdout.strip() == sysconfig.get_config_var("SOABI"):
         _link_torch(environment.site_packages())
