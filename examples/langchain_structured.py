@@ -10,7 +10,7 @@ from amulet_integrations.langchain import ChatAmulet
 
 
 class Review(BaseModel):
-    """A film review as structured data."""
+    """A film review, taken apart."""  # the model reads it, as the description of the schema
 
     film: str
     verdict: Literal["good", "bad"]

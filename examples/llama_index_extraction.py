@@ -13,7 +13,7 @@ NOTE = "Dr. Sara Lindqvist will give a talk about glaciers on Friday in the town
 
 
 class Event(BaseModel):
-    """The announced event."""
+    """What is announced."""  # the model reads it, as the description of the schema
 
     speaker: str
     topic: str = Field(max_length=40)

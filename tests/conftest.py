@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from contextlib import suppress
@@ -28,6 +29,12 @@ def pytest_configure() -> None:
     """Hear Ctrl-C, which a shell has ignored in what it starts in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported, or each collection takes .3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

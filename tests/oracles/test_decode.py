@@ -24,7 +24,7 @@ from tests.oracles.reference import generate
 
 STRENGTHS = (0.5, 2.0, 4.6487)
 TOKENS = 64
-SMOLLM_TOKENS = 20
+SMOLLM_TOKENS = 12
 
 
 def run(engine: Engine, generations: list[Generation]) -> None:

@@ -155,8 +155,10 @@ def test_draft_checks_do_not_go_beyond_a_limit() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the second takes the C code
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("llama", torch.float64), ("gemma3", torch.float32)],  # the second takes the C code
+)
 def test_a_compiled_step_decodes_what_transformers_does(
     kind: Kind,
     dtype: torch.dtype,
