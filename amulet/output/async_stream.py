@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import copy_context
-from types import TracebackType
 
 from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, RequestError
@@ -118,12 +117,7 @@ class AsyncReplyStream(AsyncIterator[str]):
     async def __aenter__(self) -> AsyncReplyStream:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 

@@ -176,14 +176,11 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         requests, chosen = self._requests(messages, stop, kwargs, streaming=True)
-        stream = self.engine.astart(requests[0])
-        try:
+        async with self.engine.astart(requests[0]) as stream:
             async for event in stream.events():
                 if replies.says_something(event):
                     yield replies.chunk(event, self.output_version)
             yield replies.last_chunk(stream.reply, str(self.model), chosen)
-        finally:
-            await stream.aclose()
 
     def _requests(
         self,

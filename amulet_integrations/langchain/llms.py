@@ -103,8 +103,7 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         (request,), chosen, _ = self._requests([prompt], stop, kwargs, streaming=True)
-        stream = self.engine.astart(request)
-        try:
+        async with self.engine.astart(request) as stream:
             async for event in stream.events():
                 if not replies.says_something(event):
                     continue
@@ -114,8 +113,6 @@ class AmuletLLM(AmuletCalls, BaseLLM):
                 yield piece
             info = replies.llm_metadata(stream.reply, str(self.model), chosen)
             yield GenerationChunk(text="", generation_info=info)
-        finally:
-            await stream.aclose()
 
     def _requests(
         self,

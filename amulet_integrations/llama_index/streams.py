@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, closing
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from pydantic_core import from_json
 
 from amulet import Amulet
+from amulet.output.async_stream import AsyncReplyStream
+from amulet.output.stream import ReplyStream
 from amulet.reply import Event, Reply, ToolCall, Usage
 from amulet.request import Request
 from amulet_integrations.llama_index.messages import (
@@ -23,110 +26,80 @@ from amulet_integrations.llama_index.options import PreparedCall
 ANSWER = "Answer:"  # after it, a ReAct agent writes what the user reads
 
 
-class Decode(Protocol):
-    """The interface of `ReplyStream` and `ReactStream`."""
-
-    def events(self) -> Iterator[Event]: ...
-    def close(self) -> None: ...
-    @property
-    def reply(self) -> Reply: ...
-
-
-class AsyncDecode(Protocol):
-    """The interface of `AsyncReplyStream` and `AsyncReactStream`."""
-
-    def events(self) -> AsyncIterator[Event]: ...
-    async def aclose(self) -> None: ...
-    @property
-    def reply(self) -> Reply: ...
-
-
-def start(amulet: Amulet, plan: PreparedCall) -> Decode:
+def start(amulet: Amulet, plan: PreparedCall) -> ReplyStream | ReactStream:
     """Start decoding."""
     return ReactStream(amulet, plan.request) if plan.react else amulet.start(plan.request)
 
 
-def astart(amulet: Amulet, plan: PreparedCall) -> AsyncDecode:
+def astart(amulet: Amulet, plan: PreparedCall) -> AsyncReplyStream | AsyncReactStream:
     """Start decoding in the running event loop."""
     return AsyncReactStream(amulet, plan.request) if plan.react else amulet.astart(plan.request)
 
 
 def read(amulet: Amulet, plan: PreparedCall) -> Reply:
     """Decode to the end."""
-    stream = start(amulet, plan)
-    try:
+    with closing(start(amulet, plan)) as stream:
         for _ in stream.events():
             pass
         return stream.reply
-    finally:
-        stream.close()
 
 
 async def aread(amulet: Amulet, plan: PreparedCall) -> Reply:
     """Decode to the end; cancelling the task ends the decode."""
-    stream = astart(amulet, plan)
-    try:
+    async with aclosing(astart(amulet, plan)) as stream:
         async for _ in stream.events():
             pass
         return stream.reply
-    finally:
-        await stream.aclose()
 
 
-def chat_responses(stream: Decode, raw: dict[str, Any]) -> Generator[ChatResponse, None, None]:
+def chat_responses(
+    stream: ReplyStream | ReactStream, raw: dict[str, Any]
+) -> Generator[ChatResponse, None, None]:
     """Yield the answer so far after each event, then the whole answer with its usage."""
     partial = Partial(raw)
-    try:
+    with closing(stream):
         for event in stream.events():
             if _says_something(event):
                 yield partial.push(event)
         yield to_chat_response(stream.reply, raw, delta="")
-    finally:
-        stream.close()
 
 
 async def achat_responses(
-    stream: AsyncDecode, raw: dict[str, Any]
+    stream: AsyncReplyStream | AsyncReactStream, raw: dict[str, Any]
 ) -> AsyncGenerator[ChatResponse, None]:
     """The asynchronous `chat_responses`."""
     partial = Partial(raw)
-    try:
+    async with aclosing(stream):
         async for event in stream.events():
             if _says_something(event):
                 yield partial.push(event)
         yield to_chat_response(stream.reply, raw, delta="")
-    finally:
-        await stream.aclose()
 
 
 def completion_responses(
-    stream: Decode, raw: dict[str, Any]
+    stream: ReplyStream | ReactStream, raw: dict[str, Any]
 ) -> Generator[CompletionResponse, None, None]:
     """Yield the text so far after each piece, then the whole text with its usage."""
     text = ""
-    try:
+    with closing(stream):
         for event in stream.events():
             if event.kind == "text" and event.text:
                 text += event.text
                 yield CompletionResponse(text=text, delta=event.text, raw=raw)
         yield to_completion_response(stream.reply, raw, delta="")
-    finally:
-        stream.close()
 
 
 async def acompletion_responses(
-    stream: AsyncDecode, raw: dict[str, Any]
+    stream: AsyncReplyStream | AsyncReactStream, raw: dict[str, Any]
 ) -> AsyncGenerator[CompletionResponse, None]:
     """The asynchronous `completion_responses`."""
     text = ""
-    try:
+    async with aclosing(stream):
         async for event in stream.events():
             if event.kind == "text" and event.text:
                 text += event.text
                 yield CompletionResponse(text=text, delta=event.text, raw=raw)
         yield to_completion_response(stream.reply, raw, delta="")
-    finally:
-        await stream.aclose()
 
 
 class Partial:
@@ -183,14 +156,16 @@ def _arguments(written: str) -> dict[str, Any]:
 # ---- ReAct: thoughts and actions are read by the agent's parser, the answer by the user ----
 
 
-class ReactStream:
-    """Decodes plainly up to "Answer:", and from there on with the preference."""
-
+class _React:
     def __init__(self, amulet: Amulet, request: Request) -> None:
         self._amulet = amulet
         self._request = request
         self._current: Any = None
         self.reply: Reply
+
+
+class ReactStream(_React):
+    """Decodes plainly up to "Answer:", and from there on with the preference."""
 
     def events(self) -> Iterator[Event]:
         self._current = self._amulet.start(_thoughts(self._request))
@@ -209,14 +184,8 @@ class ReactStream:
             self._current.close()
 
 
-class AsyncReactStream:
+class AsyncReactStream(_React):
     """The asynchronous `ReactStream`."""
-
-    def __init__(self, amulet: Amulet, request: Request) -> None:
-        self._amulet = amulet
-        self._request = request
-        self._current: Any = None
-        self.reply: Reply
 
     async def events(self) -> AsyncIterator[Event]:
         self._current = self._amulet.astart(_thoughts(self._request))
