@@ -599,21 +599,22 @@ HEAD = """# The server under load
 Written by `python -m benchmarks.load`; {when}. SmolLM2-135M-Instruct in `amulet serve`, over
 loopback, {machine}.
 
-{clients} clients ask one request after the other: whole answers, streams, slow readers (a small
-receive buffer, pauses between pieces, a trace with 20 alternatives per token), clients that go in
-the middle of a stream or before the answer, and bodies that must be refused with a given 4xx. The
-32 different requests are steered by 16 preferences or plain, greedy, of {least} to {tokens} tokens.
+{clients} clients send one request after the other: whole answers, streams, slow readers (a small
+receive buffer, pauses between pieces, a trace with 20 alternatives per token), clients that
+disconnect during a stream or before the answer, and bodies that must be refused with a given 4xx.
+The 32 different requests are steered by 16 preferences or plain, greedy, of {least} to {tokens}
+tokens.
 
-Every complete answer is compared with the same request decoded alone before the load. In float32 it
-must be the same to the token. In bfloat16 the number of rows in a pass changes its rounding, so a
-near tie may fall the other way: at the first token that differs, the decode alone says by how many
-nats it preferred its own. A logit between 16 and 32 is known to 1/16, so rounding of the logits
-alone moves two tokens of a row by up to 1/4 against each other, and as much again is left for what
-the layers before them round: {plain:g} nats in a plain answer, and {steered:g} in a steered one,
-which weighs three rows by 1 + g + g·f, −g and −g·f. More, or a token that was not among the 20
-likeliest, counts as a wrong answer. (In bfloat16 the requests have no floor: what is cut at its
-edge has no distance.) That this finds what it should is seen by giving each answer in every other
-request's place.
+Every complete answer is compared with the same request decoded alone before the load. In float32
+the tokens must be identical. In bfloat16 the number of rows in a pass changes its rounding, which
+may decide a near tie the other way: at the first token that differs, the decode alone says by how
+many nats it preferred its own. A logit between 16 and 32 has a precision of 1/16, so rounding of
+the logits alone shifts two tokens of a row by up to 1/4 against each other, and as much again is
+allowed for rounding in earlier layers: {plain:g} nats in a plain answer, and {steered:g} in a
+steered one, which weighs three rows by 1 + g + g·f, −g and −g·f. More, or a token that was not
+among the 20 likeliest, counts as a wrong answer. (In bfloat16 the requests have no floor, because a
+token excluded at its edge has no distance.) Swapping the answers shows whether the comparison
+detects an answer to another request.
 """
 
 
