@@ -92,8 +92,8 @@ def stated_in(messages: Iterable[ChatMessage]) -> Settings:
         for key in message.additional_kwargs:
             if key != MARK and setting_meant(key) is not None:
                 warnings.warn(
-                    f"messages[{index}]: unused key {key!r} of its additional_kwargs; to store a "
-                    "preference in a conversation use preference_message(...).",
+                    f"messages[{index}]: the key {key!r} of its additional_kwargs is not used; "
+                    "to store a preference in a conversation use preference_message(...).",
                     UserWarning,
                     stacklevel=3,
                 )
