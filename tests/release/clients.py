@@ -64,6 +64,11 @@ def environment_of(client: str, folder: Path) -> Environment:
     return environment
 
 
+def script_of(client: str) -> Path:
+    """Return the path of a client's script."""
+    return SCRIPTS / f"try_{client.replace('-', '_')}.py"
+
+
 def versions(client: str, environment: Environment) -> str:
     """Return the versions of a client and of the package openai under it."""
     found = distributions(path=[str(environment.site_packages())])
@@ -95,11 +100,10 @@ def main() -> int:
         listening(app, keep_alive=True) as (url, _),
     ):
         for client in clients:
-            script = SCRIPTS / f"try_{client.replace('-', '_')}.py"
             try:
                 environment = environment_of(client, (arguments.keep or Path(temporary)).absolute())
                 print(f"{client}: {versions(client, environment)}", flush=True)
-                environment.run(str(script), f"{url}/v1", embeds)
+                environment.run(str(script_of(client)), f"{url}/v1", embeds)
             except RuntimeError as error:
                 print(error, flush=True)
                 failed.append(client)

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from amulet import __version__
+from tests.release.clients import CLIENTS, SCRIPTS, script_of
 from tests.release.environments import ROOT
 from tests.release.matrix import FRAMEWORKS, ROWS, lower_bounds, pins
 
@@ -106,6 +107,15 @@ def test_a_release_has_no_link_that_pypi_could_not_follow(tmp_path: Path) -> Non
 def test_the_matrix_of_the_workflow_has_every_row() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
     assert workflow["jobs"]["frameworks"]["strategy"]["matrix"]["row"] == list(ROWS)
+
+
+def test_every_client_has_a_script_and_a_row_in_the_docs() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([a-z-]+) [\d.]+ \|", page, re.MULTILINE)
+    installed = [re.sub(r"\[.*", "", packages[0]) for packages in CLIENTS.values()]
+    assert rows == installed
+    scripts = {path.name for path in SCRIPTS.glob("*.py")}
+    assert scripts == {script_of(client).name for client in CLIENTS}
 
 
 def test_the_workflows_try_the_pythons_that_the_pinned_versions_run_on() -> None:

@@ -56,7 +56,8 @@ def test_nothing_that_is_sent_is_a_server_error(
             continue  # nothing of this operation can be wrong
         tried.add(operation.label)
     stored = {"PUT /v1/preferences/{user}", "PUT /v1/thumbs/{id}", "GET /v1/thumbs/pairs"}
-    assert {"POST /v1/chat/completions", *stored} <= tried
+    posted = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings")
+    assert {*(f"POST {path}" for path in posted), *stored} <= tried
     assert len(app.state.service.traffic) == 0
 
 
