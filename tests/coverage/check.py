@@ -75,9 +75,11 @@ def examine(entry: Entry) -> Result:
     wide = copy.deepcopy(model)
     wide.set_experts_implementation("eager")  # the others take no float64
     wide = wide.double()
+    try:
+        generate(wide, [PLAIN])
+    except Exception:  # it makes float32 tensors of its own
+        wide = model
     reference = Reference(wide)
-    if reference.failed:  # it makes float32 tensors of its own
-        wide, reference = model, Reference(model)
     if reference.failed:
         return Result(entry.label, "no reference", kinds=kinds, note=reference.failed)
     way, failed = "", []
@@ -143,7 +145,7 @@ def generate(model: Any, prompts: list[list[int]]) -> list[int]:
         }
     with torch.no_grad():
         out = model.generate(
-            ids,
+            input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=TOKENS,
             do_sample=False,
@@ -177,7 +179,7 @@ def told(model: Any, prompts: list[list[int]]) -> list[int]:
             ids = torch.tensor([prompt])
             with torch.no_grad():
                 out = model.generate(
-                    ids,
+                    input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=len(answer) + 1,
                     do_sample=False,

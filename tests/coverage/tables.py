@@ -281,7 +281,12 @@ OVER: dict[str, dict[str, Any]] = {
     "qwen4_exp": sub("text_config", QSA),
     # The default of their class is for heads of 128.
     "glm4v": sub("text_config", MROPE),
-    "glm4v_moe": sub("text_config", MROPE),
+    "glm46v": sub("text_config", MROPE),
+    "glm4v_moe": sub(
+        "text_config",
+        {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [2, 3, 3]}},
+    ),
+    "glmga": sub("text_config", MROPE),
     "glm_ocr": sub("text_config", MROPE),
     "prophetnet": {"max_position_embeddings": 128},
     "qwen2_vl": sub("text_config", MROPE),
@@ -293,7 +298,11 @@ OVER: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "attention_head_size": 32,
         "feed_forward_size": 192,
+        # Its forward else draws the hashes anew, and sets the buckets by the first prompt's length.
+        "hash_seed": 0,
+        "num_buckets": 4,
     },
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
     "granitemoehybrid": {"layer_types": MIX},
     "jamba": {

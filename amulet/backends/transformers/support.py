@@ -41,6 +41,11 @@ CARRYING = {
     "qwen4_exp_text",
     "zamba2",
 }
+# Model types whose forward does what its signature and config don't tell.
+OF_ITS_OWN = {
+    "moshi": "its window begins behind the prompt",
+    "xlm": "it predicts what is at a mask token behind the prompt",
+}
 
 
 def check_decoder(model: PreTrainedModel) -> None:
@@ -96,8 +101,8 @@ def _not_by_row(model: PreTrainedModel) -> str | None:
         return "its local layers count their window from the longest row's end"
     if hasattr(text, "keep_window_size"):
         return "its attention makes masks of its own"
-    if text.model_type == "moshi":
-        return "its window begins behind the prompt"
+    if text.model_type in OF_ITS_OWN:
+        return OF_ITS_OWN[text.model_type]
     if most := switches_rope(model):
         return (
             f"its rotary embedding (longrope) is another one beyond {most} positions, for the "
