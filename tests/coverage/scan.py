@@ -86,8 +86,9 @@ def page(results: list[Result]) -> str:
     ways = Counter(result.way for result in results if result.verdict == "exact")
     summary = (
         f"The same tokens: {counts['exact']} ({ways['in rows']} in rows, {ways['row after row']} "
-        f"row after row). Others: {counts['wrong']}. Fails: {counts['fails']}. Refused, since "
-        f"they don't write token by token: {counts['refused']}. Not compared, since Transformers "
+        f"row after row). Others: {counts['wrong']}. Fails: {counts['fails']}. Refused, since they "
+        "have an encoder, read an image with every text or don't write token by token: "
+        f"{counts['refused']}. Not compared, since Transformers "
         f"can't decode the tiny model: {counts['no reference']}."
     )
     results = sorted(results, key=lambda result: result.label)

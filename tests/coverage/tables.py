@@ -375,7 +375,28 @@ OVER: dict[str, dict[str, Any]] = {
         },
         "vision_config.deepstack_visual_indexes": [0],
     },
-    "muse_spark": {"vision_config.num_hidden_layers": 4},
+    "muse_spark": {
+        "vision_config.num_hidden_layers": 4,
+        **sub("audio_config", {"num_hidden_layers": 4, "out_hidden_size": H}),
+    },
+    "paddleocr_vl": sub("text_config", MROPE),
+    "hunyuan_vl": sub(
+        "text_config",
+        {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [4, 4, 4, 4]}},
+    ),
+    "florence2": sub(
+        "vision_config",
+        {
+            "embed_dim": [32] * 4,
+            "num_heads": [2] * 4,
+            "num_groups": [2] * 4,
+            "depths": [1] * 4,
+            "projection_dim": H,
+        },
+    ),
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5, **sub("text_config", MROPE)},
+    "deepseek_ocr2": sub("text_config", {"mlp_layer_types": ["dense", "sparse"] * 2}),
+    "step3p7": sub("text_config", {"sliding_window": WINDOW}),
     "opt": {"word_embed_proj_dim": H},
     "rembert": {"input_embedding_size": 64, "output_embedding_size": 64},
     "cpmant": {"dim_model": H, "num_attention_heads": HEADS, "dim_head": 32, "dim_ff": 192},
@@ -538,7 +559,12 @@ VARIANTS: list[tuple[str, str, str, dict[str, Any]]] = [
         "minimax_m3_vl_text:sparse",
         "minimax_m3_vl_text",
         "causal",
-        {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+        {
+            "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+            "index_n_heads": KV,
+            "index_block_size": 8,
+            "index_topk_blocks": 2,
+        },
     ),
     ("modernbert-decoder:window16", "modernbert-decoder", "causal", {"local_attention": WINDOW}),
 ]

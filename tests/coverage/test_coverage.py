@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.coverage.check import examine
+from tests.coverage.check import Result, examine
 from tests.coverage.models import entries
 from tests.coverage.scan import page
 
@@ -53,7 +53,30 @@ def test_a_family_is_decoded_exactly(label: str, way: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_writes_by_diffusion_is_refused() -> None:
-    result = examine(BY_LABEL["diffusion_gemma (image-text)"])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("diffusion_gemma", "no model that Transformers' generate decodes token by token"),
+        ("blip", "blip reads an image with every text"),
+        ("kosmos-2", "kosmos-2 reads an image with every text"),
+    ],
+)
+def test_what_does_not_continue_a_text_is_refused(kind: str, why: str) -> None:
+    label = f"{kind} (image-text)"
+    result = examine(BY_LABEL[label])
     assert result.verdict == "refused"
-    assert "| diffusion_gemma (image-text) | refused |" in page([result])
+    assert why in result.note
+    assert f"| {label} | refused |" in page([result])
+
+
+def test_the_page_says_what_was_not_compared_and_why() -> None:
+    results = [
+        Result("b", "exact", "in rows", "full attention"),
+        Result("c", "no reference", note="OSError: no `/tmp/x/y` at 0x7f01"),
+        Result("a", "exact", "row after row", "recurrent"),
+    ]
+    written = page(results)
+    assert written.index("| a | the same | row after row | recurrent |") < written.index("| b |")
+    assert written.endswith("- c: `OSError: no '…y' at …`\n")
+    assert "| c |" not in written
+    assert "The same tokens: 2 (1 in rows, 1 row after row)" in written

@@ -23,6 +23,7 @@ from amulet.backends.transformers.backend import TransformersBackend
 from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.support import (
     CARRYING,
+    attends_to_all,
     check_decoder,
     forward_parameters,
     switches_rope,
@@ -44,8 +45,8 @@ WHOLE = 2**40  # ids in one pass: all
 # Layers of caches behind which any pass is what it is in one pass of all ids.
 CONTINUED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
 # Model types whose prompt must be one pass: CPM-Ant's ids attend to later ones, Moshi's window
-# begins behind the prompt, ProphetNet takes one id at a time behind its cache, XLM and XLNet predict
-# only what is at a token behind all.
+# begins behind the prompt, ProphetNet takes one id at a time behind its cache, XLM and XLNet
+# predict only what is at a token behind all.
 AT_ONCE = {"cpmant", "moshi", "prophetnet", "xlm", "xlnet"}
 OWN_POSITIONS = {"reformer"}  # model types that count positions themselves, as `generate` lets them
 
@@ -89,11 +90,12 @@ class GeneralBackend(ModelBackend):
         super().__init__(model)
         parameters = forward_parameters(model)
         self._keeps_logits = "logits_to_keep" in parameters
-        self._type = model.config.get_text_config().model_type
+        text = model.config.get_text_config()
+        self._type = text.model_type
         self._takes_positions = "position_ids" in parameters and self._type not in OWN_POSITIONS
         self._rows: dict[int, Row] = {}
         # What one rotary embedding computed is of no use where another one has begun.
-        self._at_once = bool(switches_rope(model)) or self._type in AT_ONCE
+        self._at_once = bool(switches_rope(model)) or attends_to_all(text) or self._type in AT_ONCE
         expected = expected_cache(model)
         if not self._goes_on(expected):
             self.chunk = self.worth_sharing = WHOLE

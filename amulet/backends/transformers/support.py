@@ -41,6 +41,7 @@ CARRYING = {
     "qwen4_exp_text",
     "zamba2",
 }
+WITH_IMAGES = {"idefics", "kosmos-2"}  # model types that fail without one
 # Model types whose forward does what its signature and config don't tell.
 OF_ITS_OWN = {
     "moshi": "its window begins behind the prompt",
@@ -60,6 +61,9 @@ def check_decoder(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is no model that Transformers' generate decodes token by "
             "token; Amulet decodes only such (causal) models."
         )
+    image = inspect.signature(model.forward).parameters.get("pixel_values")
+    if name in WITH_IMAGES or (image is not None and image.default is image.empty):
+        raise ModelError(f"{name} reads an image with every text; Amulet decodes text alone.")
 
 
 def why_not_in_rows(model: PreTrainedModel) -> str | None:
@@ -101,6 +105,8 @@ def _not_by_row(model: PreTrainedModel) -> str | None:
         return "its local layers count their window from the longest row's end"
     if hasattr(text, "keep_window_size"):
         return "its attention makes masks of its own"
+    if attends_to_all(text):
+        return "its prompt attends to all of itself"
     if text.model_type in OF_ITS_OWN:
         return OF_ITS_OWN[text.model_type]
     if most := switches_rope(model):
@@ -109,6 +115,11 @@ def _not_by_row(model: PreTrainedModel) -> str | None:
             f"whole batch; where model.config.max_position_embeddings is {most}, it isn't"
         )
     return None
+
+
+def attends_to_all(text: Any) -> bool:
+    """Whether the ids of a prompt attend to later ones, by a text model's config (PaliGemma)."""
+    return getattr(text, "use_bidirectional_attention", None) is True
 
 
 def switches_rope(model: PreTrainedModel) -> int | None:
