@@ -25,6 +25,7 @@ from amulet.output.async_stream import AsyncReplyStream, read_all
 from amulet.output.comparison import Comparison, comparison_requests
 from amulet.output.curve import STRENGTHS, Point, StrengthCurve, curve_requests
 from amulet.output.stream import ReplyStream
+from amulet.output.telemetry import Call
 from amulet.preference import DEFAULT_STEERING, PreferenceLike, Steering
 from amulet.prepare import Preparer
 from amulet.prompting.chat_template import check_unicode
@@ -338,7 +339,8 @@ class Amulet:
                         f"The prompt has the token {self._missing_ids[token_id]!r}, which the "
                         "model's embedding has no row for; leave it out."
                     )
-        return ReplyStream(self._driver, preparer.tokenizer, generation, answer, steering)
+        call = Call(self.name, request, steering)
+        return ReplyStream(self._driver, preparer.tokenizer, generation, answer, steering, call)
 
     def batch(
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False

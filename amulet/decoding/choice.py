@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -141,6 +142,8 @@ def _process(generation: Generation, scores: torch.Tensor) -> torch.Tensor | Non
 def append_token(generation: Generation, token_id: int) -> None:
     """Append a decoded id, pass it to `on_token`, and end the answer if it is complete."""
     generation.token_ids.append(token_id)
+    generation.last_at = time.time_ns()
+    generation.first_at = generation.first_at or generation.last_at
     if generation.seen is not None:
         generation.seen[token_id] = True
     if token_id in generation.end_ids:

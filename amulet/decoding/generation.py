@@ -62,6 +62,10 @@ class Generation:
     scores: list[TokenScores] = field(default_factory=list, init=False)
     finish_reason: str | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
+    # Nanoseconds of `time.time_ns`: it left the queue, and got its first and its last token.
+    admitted_at: int = field(default=0, init=False, repr=False)
+    first_at: int = field(default=0, init=False, repr=False)
+    last_at: int = field(default=0, init=False, repr=False)
     cached_tokens: int = field(default=0, init=False)  # of `prompts[0]`: copied, not computed
     generator: torch.Generator | None = field(default=None, init=False, repr=False)
     seen: torch.Tensor | None = field(default=None, init=False, repr=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -329,6 +330,7 @@ class Driver:
             if rows and rows + len(self._waiting[0].prompts) > self._max_rows:
                 return None
             self._admitting = self._waiting.popleft()
+            self._admitting.admitted_at = time.time_ns()
             return self._admitting
 
 

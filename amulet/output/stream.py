@@ -12,6 +12,7 @@ from amulet.decoding.generation import Generation
 from amulet.decoding.worker import Driver
 from amulet.errors import RequestError
 from amulet.output.answer import Answer
+from amulet.output.telemetry import Call
 from amulet.preference import Steering
 from amulet.reply import Event, FinishReason, Reply, TokenTrace, Usage
 
@@ -30,6 +31,7 @@ class ReplyStream(Iterator[str]):
         generation: Generation,
         answer: Answer,
         steering: Steering | None,
+        call: Call,
     ) -> None:
         self.generation = generation
         self.ended = False
@@ -38,6 +40,7 @@ class ReplyStream(Iterator[str]):
         self._tokenizer = tokenizer
         self._answer = answer
         self._steering = steering
+        self._call = call
 
     def __next__(self) -> str:
         for event in self.events():
@@ -49,6 +52,7 @@ class ReplyStream(Iterator[str]):
         """Queue the request for decoding if it isn't queued yet; the first read does so too."""
         if not (self._submitted or self.generation.done):
             self._submitted = True
+            self._call.begin()
             self._driver.submit(self.generation)
 
     def events(self) -> Iterator[Event]:
@@ -87,9 +91,14 @@ class ReplyStream(Iterator[str]):
             cut = self.generation.finish_reason != "stop"
             self._answer.finish(len(self.generation.token_ids), cut)
             return self.poll()
-        self.ended = True
+        self._end()
         self._driver.check(self.generation)
         return None
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._call.end(self.generation, self.usage, self._finish_reason)
 
     def _wait(self, known: int) -> None:
         try:
@@ -113,7 +122,7 @@ class ReplyStream(Iterator[str]):
     def close(self) -> None:
         """End decoding within one step and free its memory."""
         self.cancel()
-        self.ended = True
+        self._end()
 
     @property
     def text(self) -> str:
@@ -130,14 +139,10 @@ class ReplyStream(Iterator[str]):
         generation, answer = self.generation, self._answer
         if not generation.done or not self.ended:
             raise RequestError("The answer is not finished: read the stream to its end first.")
-        reason: Any = generation.finish_reason or "cancelled"
-        if reason == "stop" and answer.tool_calls:
-            reason = "tool_calls"
-        finish_reason: FinishReason = reason
         return Reply(
             text=answer.text,
             token_ids=tuple(generation.token_ids),
-            finish_reason=finish_reason,
+            finish_reason=self._finish_reason,
             usage=self.usage,
             steering=self._steering,
             stop_string=answer.stop_string,
@@ -146,6 +151,14 @@ class ReplyStream(Iterator[str]):
             tool_calls=tuple(answer.tool_calls),
             invalid_tool_calls=tuple(answer.invalid_tool_calls),
         )
+
+    @property
+    def _finish_reason(self) -> FinishReason:
+        reason: Any = self.generation.finish_reason or "cancelled"
+        if reason == "stop" and self._answer.tool_calls:
+            reason = "tool_calls"
+        found: FinishReason = reason
+        return found
 
     @property
     def usage(self) -> Usage:

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amulet.errors import RequestError
+from amulet.output.telemetry import of_caller
 from amulet.serve.errors import ApiError
 from amulet.serve.service import Service
 
@@ -90,7 +91,8 @@ class Guard:
             await send(message)
 
         try:
-            await self._inner(scope, receive, tell)
+            with of_caller(Headers(scope=scope)):
+                await self._inner(scope, receive, tell)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._service.metrics.requests.labels(route, str(status)).inc()
