@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3NextConfig
 
 from tests.models import END_OF_TEXT, IM_END, VOCAB_SIZE, byte_tokenizer
 
@@ -50,5 +50,35 @@ def save_model(folder: Path, kind: Kind, window: int = 512, *, is_readable: bool
         for token in [*range(32), *range(127, IM_END), *range(IM_END + 1, VOCAB_SIZE)]:
             head[token] = head[32 + token % 95] / 2
     model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_hybrid(folder: Path) -> Path:
+    """Save a tiny Qwen3-Next: three layers of a gated delta net, one of attention, and experts."""
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    heads |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}  # vLLM's only ones on a CPU
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        shared_expert_intermediate_size=64,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=IM_END,
+        pad_token_id=END_OF_TEXT,
+        **heads,
+        **experts,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

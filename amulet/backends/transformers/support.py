@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from amulet.backends.transformers.masks import (
     ATTENTION_KINDS,
@@ -19,6 +20,7 @@ from amulet.backends.transformers.masks import (
 from amulet.errors import ModelError
 
 # Model types that carry a recurrent state through a pass of several ids; Mamba begins it anew.
+# Before Transformers' caches had `get_conv_state`, between 5.19 and 5.23, not all of these did.
 CARRYING = {
     "bailing_hybrid",
     "bamba",
@@ -41,6 +43,8 @@ CARRYING = {
     "qwen4_exp_text",
     "zamba2",
 }
+if not hasattr(Cache, "get_conv_state"):
+    CARRYING = set()
 WITH_IMAGES = {"idefics", "kosmos-2"}  # model types that fail without one
 # Model types whose forward does what its signature and config don't tell.
 OF_ITS_OWN = {
