@@ -35,7 +35,8 @@ a tiny model with random weights in float64 (float32 where it can't be). What is
 compared token by token with Transformers' `generate`: a plain answer, a steered one (with its
 guidance, or a `generate` for each row where that fails), four answers of unlike lengths in one
 batch, and a conversation's second turn over what was kept of the first. There are two ways of
-decoding: [in rows, and row after row](models.md#which-models).
+decoding: [in rows, and row after row](models.md#which-models). "image-text" is the class that also
+reads images, decoded without any; what follows a colon is a setting that checkpoints have.
 
 {summary}
 
@@ -45,7 +46,7 @@ decoding: [in rows, and row after row](models.md#which-models).
 NOT_COMPARED = """
 ## Not compared
 
-Transformers can't build these tiny models, or its `generate` fails with them:
+Transformers can't build these tiny models here, or its `generate` fails with them:
 
 """
 VERDICTS = {
@@ -104,8 +105,9 @@ def page(results: list[Result]) -> str:
 
 
 def _quotable(error: str) -> str:
-    """Return an error's beginning, without what is another one in another run."""
-    return re.sub(r"0x[0-9a-f]+|/\S*/", "…", error.replace("`", "'"))[:160].strip()
+    """Return an error's first sentence, without what is another one in another run."""
+    sentence = error.partition(". ")[0]
+    return re.sub(r"0x[0-9a-f]+|/\S*/", "…", sentence.replace("`", "'"))[:160].strip()
 
 
 def main() -> None:
