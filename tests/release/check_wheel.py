@@ -33,7 +33,7 @@ NOT_TRIED = {
     "browser": "`make test-browser` runs in this repository's own environment",
     "dev": "it is what this repository's own environment has",
     "docs": "`make docs` runs in this repository's own environment",
-    "otel": "one package of the interface; `tests/core/test_telemetry.py` runs with the SDK",
+    "otel": "one package of the interface; `tests/output/test_telemetry.py` runs with the SDK",
     "vllm": "needs vLLM's own torch; `tests/vllm` runs where it is installed",
 }
 """Extras without a smoke test, and why."""
