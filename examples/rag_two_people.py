@@ -29,9 +29,9 @@ from amulet.evaluation.rules import RULES
 from amulet_integrations.langchain import ChatAmulet
 
 DOCUMENTS = Path(__file__).parent / "documents"
-# Chosen by the rule of benchmarks/demo_choice.py from 30 pairs of question and preference.
-QUESTION, FACT = "How long can I keep a library book?", "two weeks"
-PEOPLE = {"Ada": RULES["one-sentence"], "Ben": RULES["question"]}  # each with a program's check
+# Chosen by the rule of benchmarks/demo_choice.py from 64 pairs of question and preference.
+QUESTION, FACT = "What can I eat at the Saturday market?", "smoked trout"
+PEOPLE = {"Ada": RULES["numbered"], "Ben": RULES["list"]}  # each with a program's check
 PROMPT = ChatPromptTemplate.from_messages(
     [
         ("system", "You are a helpful guide to the town of Tarnholm."),

@@ -1,12 +1,14 @@
 """Draws the pictures of the pages out of real runs: `python docs/images/draw.py`, half a minute.
 
-`steered.svg`: one question answered three ways by the embedded model, each token coloured by how
-much steering raised it. `gain.svg`: the gain that so many steps of the paper's game amount to.
+`steered.svg`: the demo's question, answered three ways by the embedded model from the demo's
+passage, each token coloured by how much steering raised it. `gain.svg`: the gain that so many steps
+of the paper's game amount to.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,9 +18,13 @@ from amulet import Amulet, Reply, Steering, game_gain
 from amulet.rendering.html import RAISED
 from amulet.rendering.pieces import BOUNDS
 
-QUESTION = "What is a black hole?"
-PREFERENCE = "Talk like a pirate."
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parents[1] / "examples"))
+from rag_two_people import PEOPLE, PROMPT, QUESTION, load_passages  # noqa: E402
+
+# Question and preference of `make demo`, which a rule has chosen (benchmarks/demo_choice.py).
+PREFERENCE = PEOPLE["Ada"].preference
+SECTION = "What to eat"
 WIDTH, LINE, ADVANCE, MARGIN = 980, 26, 8.43, 24
 COLUMNS = int((WIDTH - 2 * MARGIN) / ADVANCE)
 STYLE = """\
@@ -47,6 +53,11 @@ def lines(answer: Sequence[Piece]) -> list[list[Piece]]:
     """Break an answer into lines, at spaces."""
     out: list[list[Piece]] = [[]]
     for number, piece in enumerate(answer):
+        ended, newline, rest = piece.text.rpartition("\n")
+        if newline:
+            out[-1].append(Piece(ended.rstrip("\n"), piece.raised))
+            out.append([])
+            piece = Piece(rest, piece.raised)
         word = piece.text
         for later in answer[number + 1 :]:  # a word may be several tokens
             if later.text[:1].isspace():
@@ -85,8 +96,11 @@ def coloured(answer: Sequence[Piece], top: int) -> tuple[list[str], int]:
 
 def draw_answers(amulet: Amulet) -> str:
     """Return `steered.svg`."""
-    messages = [{"role": "user", "content": QUESTION}]
-    shared = {"max_new_tokens": 48, "trace": True}
+    (passage,) = (one for one in load_passages() if one.metadata.get("section") == SECTION)
+    roles = {"system": "system", "human": "user"}
+    prompt = PROMPT.invoke({"passages": passage.page_content, "question": QUESTION})
+    messages = [{"role": roles[m.type], "content": m.text} for m in prompt.to_messages()]
+    shared = {"max_new_tokens": 80, "trace": True}
     answers = [
         ("no preference", amulet.chat(messages, **shared)),
         (
@@ -105,7 +119,8 @@ def draw_answers(amulet: Amulet) -> str:
         parts += drawn
         top += 14
     steered = answers[-1][1].trace or ()
-    most = max(steered, key=lambda token: token.steered - token.base)
+    seen = [token for token in steered if token.text.strip()]
+    most = max(seen, key=lambda token: token.steered - token.base)
     note = (
         f"Colour: how much likelier than without the preference. Most: “{most.text.strip()}”, from "
         f"{math.exp(most.base):.4%} to {math.exp(most.steered):.0%}."

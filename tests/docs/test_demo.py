@@ -12,6 +12,8 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amulet import Amulet
+from amulet.evaluation.grounded import holds
+from benchmarks.demo_choice import faults
 
 PROMPTED, STEERED = "preference in the prompt only", "steered"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -32,8 +34,8 @@ def demo() -> Iterator[ModuleType]:
 def test_minilm_finds_the_passage(demo: ModuleType) -> None:
     store = demo.InMemoryVectorStore.from_documents(demo.load_passages(), demo.MiniLM())
     expected = {
-        demo.QUESTION: "The town library / Borrowing",
-        "What can I eat at the Saturday market?": "The Saturday market / What to eat",
+        demo.QUESTION: "The Saturday market / What to eat",
+        "How long can I keep a library book?": "The town library / Borrowing",
         "May my dog come on the ferry?": "The lake ferry / Dogs",
         "When does the lighthouse open?": "The old lighthouse / Visiting",
     }
@@ -53,16 +55,19 @@ def test_the_demo_runs_and_steering_shows(
     monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls: cls(*smollm)))
     answers = demo.main()
     printed = capsys.readouterr().out
-    assert "Passages: The town library / Borrowing" in printed
+    assert "Passages: The Saturday market / What to eat" in printed
     assert len(re.findall(r"\d+ words, \d+ ms", printed)) == 6
     ada, ben = answers["Ada"], answers["Ben"]
     assert ada["plain"] == ben["plain"]
+    passage = next(p for p in demo.load_passages() if demo.title(p).endswith("/ What to eat"))
     failed = 0
     for name, given in answers.items():
-        kept, held = demo.PEOPLE[name].check, demo.FACT
+        kept = demo.PEOPLE[name].check
         assert kept(given[STEERED])
-        assert held in given[STEERED]
-        failed += not (kept(given[PROMPTED]) and held in given[PROMPTED])
+        assert holds(given[STEERED], [demo.FACT])
+        wish = demo.PEOPLE[name].preference
+        assert faults(given[STEERED], True, wish, f"{passage.page_content}\n{demo.QUESTION}") == []
+        failed += not (kept(given[PROMPTED]) and holds(given[PROMPTED], [demo.FACT]))
     assert failed >= 1
     assert printed.count("keeps the preference: plain no, ") == 2
     assert printed.count("steered yes") == 4
