@@ -273,6 +273,9 @@ def test_unsupported_models_are_refused_with_the_way_out() -> None:
     with pytest.raises(ModelError, match="attn_implementation='sdpa'"):
         engine_over(model)
     model = random_model("qwen2")
+    model.config.layer_types = ["indexed_attention"] * 4
+    with pytest.raises(ModelError, match="indexed_attention"):
+        engine_over(model)
     model.config.layer_types = ["linear_attention"] * 4
-    with pytest.raises(ModelError, match="linear_attention"):
+    with pytest.raises(ModelError, match="does not carry its recurrent state"):
         engine_over(model)
