@@ -116,6 +116,8 @@ def test_options_reach_the_server(servers: list[Server], tmp_path: Path) -> None
     assert asyncio.run(ask(server, "/openapi.json", "a")).json()["paths"].keys() == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model}",
         "/tokenize",
