@@ -84,7 +84,7 @@ Facts = Annotated[
 ]
 Trace = Annotated[bool, typer.Option("--trace", help="Store how much steering raised each token.")]
 MaxRows = Annotated[
-    int, typer.Option(help="Maximum rows in a batch; a steered answer takes two or more.")
+    int, typer.Option(help="Maximum rows in a batch; a steered answer takes three or more.")
 ]
 JudgeModel = Annotated[
     str | None,

@@ -22,7 +22,7 @@ middleware = [PreferenceMiddleware()]  # reads a user's preference before each c
 
 # ----------------------------------------------------------------------
 # SmolLM2 is too small to decide when to call a tool, so this code does. A larger model decides
-# # by itself: delete everything between the two lines.
+# by itself: delete everything between the two lines.
 from langchain.agents.middleware import wrap_model_call
 
 
