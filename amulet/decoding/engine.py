@@ -286,7 +286,9 @@ class Engine:
                 chunk = prompts[-1][filled[-1] : filled[-1] + width]
                 self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
                 filled[-1] += width
-            if computes and not self.backend.any_length and self.prefixes.limit:
+            whole = not self.backend.any_length and bool(self.prefixes.limit)
+            # A step meanwhile may have noticed other weights.
+            if computes and whole and generation.computed_with is self._state:
                 with self._or_keep_nothing():
                     self._keep(first + base, tuple(prompts[-1][:stop]))
             for i, length in enumerate(common):

@@ -26,7 +26,9 @@ from transformers import (
 from amulet.backends.base import Backend
 from amulet.backends.llamacpp.backend import LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel
+from amulet.backends.transformers import states
 from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.general import GeneralBackend
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
@@ -264,6 +266,55 @@ def test_a_recurrent_row_is_saved_where_prompts_part() -> None:
         cached.append(asked.cached_tokens)
         assert asked.token_ids == answer(Subject(backend, scores), asked.prompts, 1.0, 2)
     assert cached == [0, 0, len(BEGINNING)]  # the second prompt shows where they part
+
+
+def test_weights_that_change_during_a_prefill_leave_no_row() -> None:
+    backend = ScriptedBackend(any_length=False)
+    engine = Engine(backend, prefix_bytes=2**20)
+    seen: list[int] = []
+
+    def change(token: int) -> bool:
+        seen.append(token)
+        if len(seen) == 3:
+            backend.changed()
+        return len(seen) == 3
+
+    engine.admit(Generation(prompts=[[1] * 20], max_new_tokens=50, on_token=change))
+    common = [7 * i % 50 for i in range(120)]
+    two = [[*common, 1, 2], [*common, 3, 4]]
+    engine.admit(Generation(prompts=two, weights=[1.0], max_new_tokens=2))
+    assert len(seen) == 3
+    run(engine)
+    last = Generation(prompts=[[*common, 9, 9]], max_new_tokens=2)
+    engine.admit(last)
+    assert last.cached_tokens == 0
+
+
+def test_a_growth_that_fails_leaves_the_memory_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = RowCache()
+    cache.reserve(2, 10)
+    cache.begin(0, [0, 0], 10)
+    keys = torch.ones(2, 2, 10, 16)
+    cache.update(keys, keys, 0)
+    cache.update_recurrent_state(torch.ones(2, 4), 1)
+    cache.update_recurrent_state(torch.ones(2, 4), 2)
+    held = cache._keys[0].untyped_storage().nbytes(), cache.nbytes, cache.row_bytes(10)
+    resized, calls = states._resized, []
+
+    def fails(state: torch.Tensor, rows: int) -> torch.Tensor:
+        calls.append(rows)
+        if len(calls) == 2:
+            raise MemoryError
+        return resized(state, rows)
+
+    monkeypatch.setattr(states, "_resized", fails)
+    with pytest.raises(MemoryError):
+        cache.reserve(8, 300)
+    assert held == (cache._keys[0].untyped_storage().nbytes(), cache.nbytes, cache.row_bytes(10))
+    cache.begin(0, [10, 10], 1)
+    found = cache.get_recurrent_state(1)
+    assert found is not None
+    assert torch.equal(found, torch.ones(2, 4))
 
 
 def test_a_shared_beginning_is_computed_once() -> None:

@@ -127,12 +127,13 @@ class RowCache(ColumnCache):
             return made
 
         try:
+            self.states.reserve(rows)  # first, as they are the smaller part
             if self._keys:
                 self._replace(grown)  # layer by layer: never two whole caches at once
             else:
                 self._make_as_before(rows, columns)
-            self.states.reserve(rows)
         except BaseException:  # all layers have the old size again
+            self.states.reserve(have_rows)
             self._replace(lambda buffer: buffer[:have_rows, :, :have_columns])
             raise
         self._capacity = rows, columns

@@ -32,8 +32,9 @@ class RowStates:
         self._begun = False
 
     def reserve(self, rows: int) -> None:
-        """Make room for `rows` rows, keeping the present states; all or nothing."""
-        self._states = {place: _resized(state, rows) for place, state in self._states.items()}
+        """Make room for `rows` rows, keeping the present states; fewer rows never fail."""
+        for place, state in self._states.items():  # one by one: never all of them twice
+            self._states[place] = _resized(state, rows)
         self._rows = rows
 
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:

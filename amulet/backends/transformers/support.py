@@ -48,6 +48,8 @@ if not hasattr(Cache, "get_conv_state"):
 WITH_IMAGES = {"idefics", "kosmos-2"}  # model types that fail without one
 # Model types whose forward does what its signature and config don't tell.
 OF_ITS_OWN = {
+    "inkling2_text": "it counts distances from one row's position for the whole pass",
+    "inkling_text": "it counts distances from one row's position for the whole pass",
     "moshi": "its window begins behind the prompt",
     "xlm": "it predicts what is at a mask token behind the prompt",
 }
