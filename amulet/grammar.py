@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # JSON is spaced only as by `json.dumps`, on which models are trained: a small model that may put
-# # spaces anywhere writes nothing but spaces.
+# spaces anywhere writes nothing but spaces.
 SPACING: Mapping[str, Any] = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
 }
 # llguidance's option in a schema that leaves out what a grammar can't express (`not`, `if`,
-# # `uniqueItems`, unknown formats); the reader of the answer has to check that.
+# `uniqueItems`, unknown formats); the reader of the answer has to check that.
 LENIENT: Mapping[str, Any] = {"x-guidance": {**SPACING, "lenient": True, "coerce_one_of": True}}
 # Keywords that contain schemas by name, and those that contain data, not schemas.
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

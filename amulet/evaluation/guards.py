@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 TEXTS = 64  # embedded at once
 
 # Repetition is measured twice: in words alone, because the numbers of a list would separate its
-# # repeated items; and with numbers, emojis and punctuation that occurs four or more times in a
-# row, # as in "!!!!!!" or a list of dashes only. Other punctuation is ignored, because a good list
-# repeats # its marks.
+# repeated items; and with numbers, emojis and punctuation that occurs four or more times in a row,
+# as in "!!!!!!" or a list of dashes only. Other punctuation is ignored, because a good list repeats
+# its marks.
 PLAIN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 UNIT = re.compile(
     r"[^\W_]+(?:['’][^\W_]+)*|([^\w\s])(?=(?:\s*\1){3})|[^\w\s!-/:-@\[-`{-~\u2000-\u206f«»¿¡·\ufe0f]"

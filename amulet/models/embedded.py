@@ -176,7 +176,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # The GGUF file names the pre-tokenizer "smollm", which first splits digits apart;
-    # # Transformers' reader supports only GPT-2's, which tokenizes "\n\n1." differently.
+    # Transformers' reader supports only GPT-2's, which tokenizes "\n\n1." differently.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )

@@ -23,7 +23,7 @@ class Gpu:
 
 
 # Name, memory, GB/s. "80 GB" of memory is 80 * 2**30 bytes, minus a reserve for error
-# # correction that `utilization` has to cover.
+# correction that `utilization` has to cover.
 _SOLD = (
     ("T4", 16, 320),
     ("L4", 24, 300),

@@ -240,7 +240,7 @@ def _markers(rendered: str, control: re.Pattern[str]) -> re.Pattern[str]:
         rest = [word for word in line.split() if word not in bracketed]
         found.update(bracketed)
         # A marker needs a sign that prose lacks (a bare "user" is only half of one: its control
-        # # token is already broken) and is short: longer lines are a preamble, not a role.
+        # token is already broken) and is short: longer lines are a preamble, not a role.
         if 0 < len(rest) <= 4 and re.search(r"\w", line) and re.search(r"[^\w\s]", "".join(rest)):
             found.add(" ".join(rest))
     found = {marker for marker in found if '"' not in marker and re.search(r"\w", marker)}

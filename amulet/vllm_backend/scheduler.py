@@ -152,7 +152,7 @@ class PairScheduler(Scheduler):
         self._spent = 0
         if self.policy == SchedulingPolicy.PRIORITY:
             # Then the last request is preempted, as without priorities, and never one that has
-            # # its tokens already.
+            # its tokens already.
             self.running.sort(key=lambda row: (row.priority, row.arrival_time))
         try:
             output = super().schedule(*args, **options)
@@ -330,7 +330,7 @@ class PairScheduler(Scheduler):
             if row.status != RequestStatus.RUNNING:
                 continue
             # The row that needs the blocks is preempted once vLLM finds that it is the last one,
-            # # and the rows before it then.
+            # and the rows before it then.
             if row is self._allocating:
                 break
             self.running.remove(row)

@@ -150,7 +150,7 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
         self, name: str, input: Any, config: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any, dict[str, Any]]:
         # A call's keywords are merged with the bound ones by name, so both need the same spelling;
-        # # and a bound `configurable` would hide all of the run's.
+        # and a bound `configurable` would hide all of the run's.
         if isinstance(config, list | tuple):
             return input, [self._in_run(one) for one in config], normal(kwargs)
         return input, self._in_run(config), normal(kwargs)

@@ -21,7 +21,7 @@ from amulet.errors import RequestError
 from amulet_integrations._preference import SETTINGS, warn_of_typos
 
 # Blocks that repeat what a message has elsewhere (its tool calls), or that are for another
-# # provider; a template has no place for them.
+# provider; a template has no place for them.
 SKIPPED = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call"}
 SKIPPED |= {"redacted_thinking", "non_standard", "server_tool_call", "server_tool_result"}
 REASONING = {"reasoning": "reasoning", "thinking": "thinking"}

@@ -130,7 +130,7 @@ class CompiledStep:
             return None
         config: Any = torch.compiler.config
         # Layers of other kinds and models, and passes with and without a mask, all count. Early
-        # # versions of PyTorch lack this setting.
+        # versions of PyTorch lack this setting.
         limit = {"recompile_limit": MOST_COMPILED} if hasattr(config, "recompile_limit") else {}
         try:
             with grouped(), config.patch(limit):

@@ -25,7 +25,7 @@ Reply with one JSON object and nothing else:
 {{"reason": "<one short sentence>", "winner": "first" or "second" or "tie"}}"""
 
 # The JSON schema for endpoints that support one. The reason comes first, so that it leads to the
-# # verdict instead of justifying it.
+# verdict instead of justifying it.
 SCHEMA: dict[str, Any] = {
     "type": "json_schema",
     "json_schema": {

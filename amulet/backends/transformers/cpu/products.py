@@ -56,7 +56,7 @@ def address_of_blocks(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
     if torch.ops.mkldnn._nbytes(packed) != size or address % weight.itemsize:
         return None
     # oneDNN does not document the layout, so it is checked bit for bit; once per shape and type,
-    # # because it depends on nothing else.
+    # because it depends on nothing else.
     kind = (weight.shape, weight.dtype)
     if kind not in _in_blocks:
         whole = torch.int16 if pair == 2 else torch.int32

@@ -162,7 +162,7 @@ def _compile(compiler: str, options: Sequence[str], path: Path) -> None:
             ]
             list(pool.map(_run, commands))
         # Linked without OpenMP, so that it uses the library that PyTorch has loaded, with
-        # # PyTorch's threads. Those of a second library would compete with them.
+        # PyTorch's threads. Those of a second library would compete with them.
         whole = str(Path(folder, path.name))
         _run((compiler, *options, "-shared", "-pthread", *objects.values(), "-o", whole))
         os.chmod(whole, 0o755)
