@@ -209,11 +209,14 @@ class Engine:
         with self._or_keep_nothing():
             self._notice_weights()
             for row, (generation, i) in enumerate(self._owners):
-                if self._may_keep(generation) and generation.computed_with is self._state:
-                    self._keep(row, (*generation.prompts[i], *generation.token_ids[:-1]))
+                if self._may_keep(generation):
+                    ids = (*generation.prompts[i], *generation.token_ids[:-1])
+                    self._keep(generation, row, ids)
 
-    def _keep(self, row: int, ids: tuple[int, ...]) -> None:
-        if self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
+    def _keep(self, generation: Generation, row: int, ids: tuple[int, ...]) -> None:
+        """Keep a generation's row, unless other weights were noticed since it was admitted."""
+        is_current = generation.computed_with is self._state
+        if is_current and self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
             self.prefixes.keep(KeptRow(ids, self.backend.save_row(row, len(ids))))
 
     @contextmanager
@@ -286,11 +289,9 @@ class Engine:
                 chunk = prompts[-1][filled[-1] : filled[-1] + width]
                 self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
                 filled[-1] += width
-            whole = not self.backend.any_length and bool(self.prefixes.limit)
-            # A step meanwhile may have noticed other weights.
-            if computes and whole and generation.computed_with is self._state:
+            if computes and not self.backend.any_length:
                 with self._or_keep_nothing():
-                    self._keep(first + base, tuple(prompts[-1][:stop]))
+                    self._keep(generation, first + base, tuple(prompts[-1][:stop]))
             for i, length in enumerate(common):
                 length = min(length, filled[-1])
                 if filled[i] < length and self._may_copy(filled[-1], length):

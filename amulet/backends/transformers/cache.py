@@ -166,7 +166,7 @@ class RowCache(ColumnCache):
         return tuple(None if b is None else b[row, :, :length].clone() for b in buffers)
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of what `row` returns for `length` tokens."""
+        """Bytes of what `row` and `RowStates.row` return for `length` tokens."""
         rows, columns = (max(size, 1) for size in self._capacity)
         states = self.states.nbytes
         return (self.nbytes - states) * length // (rows * columns) + states // rows
@@ -375,12 +375,6 @@ class RowCache(ColumnCache):
     ) -> torch.Tensor:
         """Replace a layer's state, `[rows, ...]`."""
         return self.states.update(Place("recurrent", layer_idx, state_idx), recurrent_states)
-
-    def has_previous_state(
-        self, layer_idx: int | None = None, state_idx: int | None = None
-    ) -> bool:
-        """Whether the pass's rows have consumed any ids."""
-        return any(self._starts)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """False: a state can't be taken back to what it was before a pass."""
