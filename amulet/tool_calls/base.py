@@ -56,6 +56,18 @@ class CallReader(Protocol):
         """
 
 
+class WholeReader:
+    """The base of readers that parse a section once it is complete, in `finish`."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def push(self, text: str) -> list[Piece]:
+        """Take the next text of the section."""
+        self._text += text
+        return []
+
+
 class Dialect(Protocol):
     """The interface that each dialect module implements."""
 

@@ -18,6 +18,7 @@ from amulet.tool_calls.base import (
     Mark,
     Piece,
     Schema,
+    WholeReader,
     arguments_schema,
 )
 
@@ -44,15 +45,8 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader()
 
 
-class _Reader:
+class _Reader(WholeReader):
     """The syntax is not JSON, so a call is parsed once its section is complete."""
-
-    def __init__(self) -> None:
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        return []
 
     def is_inside(self) -> bool:
         return any(self._text.count(quote) % 2 for quote in EXTRA)

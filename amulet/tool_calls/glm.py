@@ -15,6 +15,7 @@ from amulet.tool_calls.base import (
     Function,
     Mark,
     Piece,
+    WholeReader,
     arguments_schema,
     bare_arguments,
     bare_value_rules,
@@ -43,16 +44,12 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader(functions)
 
 
-class _Reader:
+class _Reader(WholeReader):
     """Only the closing marker ends the arguments, so a call is parsed once it is complete."""
 
     def __init__(self, functions: Sequence[Function]) -> None:
+        super().__init__()
         self._functions = functions
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        return []
 
     def is_inside(self) -> bool:
         return self._text.rfind("<arg_value>") > self._text.rfind("</arg_value>")

@@ -8,7 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from amulet.tool_calls.base import CUT, CallReader, Function, Mark, Piece, arguments_rule
+from amulet.tool_calls.base import (
+    CUT,
+    CallReader,
+    Function,
+    Mark,
+    Piece,
+    WholeReader,
+    arguments_rule,
+)
 
 NAME = "Harmony"
 SPANS: tuple[tuple[str, str], ...] = ()
@@ -33,15 +41,8 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader()
 
 
-class _Reader:
+class _Reader(WholeReader):
     """Parses a message with its header; only its end shows that it is complete."""
-
-    def __init__(self) -> None:
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        return []
 
     def is_inside(self) -> bool:
         return False

@@ -16,6 +16,7 @@ from amulet.tool_calls.base import (
     Mark,
     Piece,
     Schema,
+    WholeReader,
     arguments_schema,
     json_term,
 )
@@ -84,15 +85,8 @@ def _call_rules(i: int, function: Function) -> list[str]:
     return rules
 
 
-class _Reader:
+class _Reader(WholeReader):
     """Python can only be parsed once it is complete."""
-
-    def __init__(self) -> None:
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        return []
 
     def is_inside(self) -> bool:
         return _WITHOUT_OPEN_STRING.fullmatch(self._text) is None

@@ -15,6 +15,7 @@ from amulet.tool_calls.base import (
     Function,
     Mark,
     Piece,
+    WholeReader,
     arguments_schema,
     bare_arguments,
     bare_value_rules,
@@ -46,16 +47,12 @@ def reader(functions: Sequence[Function] = ()) -> CallReader:
     return _Reader(functions)
 
 
-class _Reader:
+class _Reader(WholeReader):
     """What follows a value determines its end, so a section is parsed once it is complete."""
 
     def __init__(self, functions: Sequence[Function]) -> None:
+        super().__init__()
         self._functions = functions
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        return []
 
     def is_inside(self) -> bool:
         return "<parameter=" in self._text and not self._text.rstrip().endswith("</function>")
