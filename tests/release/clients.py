@@ -10,17 +10,15 @@ temporary folder in Amulet's cache folder; with `--keep` they stay in FOLDER for
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
-from importlib.metadata import distributions
 from pathlib import Path
 
 from amulet import Amulet, minilm
 from amulet.cache_folder import cache_folder
 from amulet.serve.app import create_app
 from tests.models import ScriptedModel
-from tests.release.environments import Environment, bare
+from tests.release.environments import Environment, bare, report
 from tests.serve.conftest import listening
 from tests.templates import family_tokenizer
 
@@ -71,10 +69,8 @@ def script_of(client: str) -> Path:
 
 def versions(client: str, environment: Environment) -> str:
     """Return the versions of a client and of the package openai under it."""
-    found = distributions(path=[str(environment.site_packages())])
-    installed = {one.metadata["Name"].lower(): one.version for one in found}
     names = [name.partition("[")[0] for name in (*CLIENTS[client], "openai")]
-    return ", ".join(f"{name} {installed.get(name, 'missing')}" for name in dict.fromkeys(names))
+    return environment.versions(*dict.fromkeys(names))
 
 
 def main() -> int:
@@ -107,11 +103,7 @@ def main() -> int:
             except RuntimeError as error:
                 print(error, flush=True)
                 failed.append(client)
-    passed = f"{len(clients) - len(failed)} of {len(clients)} clients passed"
-    print(f"\n{passed} on Python {platform.python_version()}")
-    if failed:
-        print(f"failed: {', '.join(failed)}")
-    return len(failed)
+    return report("clients", len(clients), failed)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +48,12 @@ class Environment:
         """The folder of its packages."""
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         return Path(self.run("-c", code).stdout.strip())
+
+    def versions(self, *names: str) -> str:
+        """Return the installed versions of packages, in one line."""
+        found = metadata.distributions(path=[str(self.site_packages())])
+        installed = {one.metadata["Name"].lower(): one.version for one in found}
+        return ", ".join(f"{name} {installed.get(name, 'missing')}" for name in names)
 
     def pip(self, *arguments: str) -> None:
         """Run pip, and say on failure what it said."""
@@ -155,3 +163,12 @@ def _link_torch(site_packages: Path) -> None:
     for name in sorted(names):
         if (own / name).exists():
             (site_packages / name).symlink_to(own / name)
+
+
+def report(what: str, count: int, failed: Sequence[str]) -> int:
+    """Print how many of the things tried passed and which failed; return how many failed."""
+    passed = f"{count - len(failed)} of {count} {what} passed"
+    print(f"\n{passed} on Python {platform.python_version()}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return len(failed)

@@ -12,17 +12,15 @@ What stands behind `--` is given to pytest instead of `TESTS`.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import distributions
 from pathlib import Path
 
 import tomllib
 from packaging.requirements import Requirement
 
-from tests.release.environments import ROOT, Environment, install_models, make
+from tests.release.environments import ROOT, Environment, install_models, make, report
 
 FRAMEWORKS = {
     "transformers": ("transformers",),
@@ -94,12 +92,8 @@ def environment_of(row: str, folder: Path) -> Environment:
 
 def versions(environment: Environment) -> str:
     """Return the frameworks' versions in an environment, in one line."""
-    names = ("torch", "tokenizers", *(name for group in FRAMEWORKS.values() for name in group))
-    installed = {
-        found.metadata["Name"].lower(): found.version
-        for found in distributions(path=[str(environment.site_packages())])
-    }
-    return ", ".join(f"{name} {installed.get(name, 'missing')}" for name in names)
+    names = (name for group in FRAMEWORKS.values() for name in group)
+    return environment.versions("torch", "tokenizers", *names)
 
 
 def main() -> int:
@@ -130,11 +124,7 @@ def main() -> int:
             print(f"{row}: installed in {installed - started:.0f} s, tested in {took:.0f} s")
             if code:
                 failed.append(row)
-    passed = f"{len(rows) - len(failed)} of {len(rows)} rows passed"
-    print(f"\n{passed} on Python {platform.python_version()}")
-    if failed:
-        print(f"failed: {', '.join(failed)}")
-    return len(failed)
+    return report("rows", len(rows), failed)
 
 
 if __name__ == "__main__":
