@@ -9,16 +9,11 @@ import asyncio
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, cast
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from amulet.backends.base import Backend
 from amulet.backends.llamacpp.backend import LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel
-from amulet.backends.transformers.general import backend_of
-from amulet.backends.transformers.support import check_decoder
-from amulet.backends.transformers.weights import decoder_of
 from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, ModelError, RequestError
 from amulet.output.async_stream import AsyncReplyStream, read_all
@@ -32,6 +27,9 @@ from amulet.prompting.chat_template import check_unicode
 from amulet.prompting.tokenizer import own_tokenizer
 from amulet.reply import Reply
 from amulet.request import Request
+
+if TYPE_CHECKING:  # a GGUF file does without their import, which takes a second
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Special tokens that occur in prompts; others are padding, or placeholders for images and audio.
 USED_TOKENS = ("bos_token", "eos_token", "unk_token")
@@ -86,8 +84,15 @@ class Amulet:
             raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
         if prefix_cache_bytes < 0:
             raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
+        if compile not in (True, False, "auto"):
+            raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
+        if compile is True and isinstance(model, GGUFModel):
+            raise RequestError("compile=True: llama.cpp computes this model; leave compile out.")
         decoder: Any = model
         if not isinstance(model, GGUFModel):
+            from amulet.backends.transformers.support import check_decoder
+            from amulet.backends.transformers.weights import decoder_of
+
             decoder = decoder_of(model)
             check_decoder(decoder)
         self._missing_ids = missing_ids(decoder, tokenizer)
@@ -96,14 +101,12 @@ class Amulet:
         self.max_rows = max_rows
         self.steering = steering if isinstance(steering, Steering) else Steering.read(steering)
         self.end_ids = end_ids(model, tokenizer)
-        if compile not in (True, False, "auto"):
-            raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
-        if compile is True and isinstance(model, GGUFModel):
-            raise RequestError("compile=True: llama.cpp computes this model; leave compile out.")
 
         def backend() -> Backend:
             if isinstance(decoder, GGUFModel):
                 return LlamaBackend(decoder)
+            from amulet.backends.transformers.general import backend_of
+
             return backend_of(decoder, compile)
 
         self._driver = Driver.of(decoder, backend, max_rows, prefix_cache_bytes, drafts, compile)

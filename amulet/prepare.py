@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from amulet.decoding.generation import Generation
 from amulet.decoding.sampling import Sampling
@@ -34,6 +32,9 @@ from amulet.tool_calls import (
 from amulet.tool_calls.base import Dialect, Function, Piece, Schema, arguments_schema
 from amulet.tool_calls.fallback import with_instructions
 from amulet.tool_calls.response import ResponseTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 8
 """The prompt's last ids, which decide whether an answer that continues it starts with a space."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor
 
 from amulet.decoding.loop_guard import Repeats
 from amulet.decoding.mixture import TokenScores
 from amulet.decoding.prompt_lookup import Draft
 from amulet.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor
 
 
 @dataclass(eq=False)

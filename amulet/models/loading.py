@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from amulet.errors import MissingPackageError, ModelError, OutOfMemoryError, is_out_of_memory
+from amulet.models.collector import paused_collector
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +90,10 @@ def load_pretrained(
         "attn_implementation": attn_implementation,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
+    with paused_collector():
+        import_module("amulet.backends.transformers.general")  # most of Transformers
+        from safetensors import SafetensorError
+        from transformers import AutoTokenizer
 
     try:
         # The tokenizer first, because it is small, and an error here saves loading the weights.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from amulet.decoding.generation import Generation
 from amulet.decoding.worker import Driver
@@ -15,6 +13,9 @@ from amulet.output.answer import Answer
 from amulet.output.telemetry import Call
 from amulet.preference import Steering
 from amulet.reply import Event, FinishReason, Reply, TokenTrace, Usage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ReplyStream(Iterator[str]):

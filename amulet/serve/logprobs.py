@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from amulet.reply import Event, TokenTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LOST = "\N{REPLACEMENT CHARACTER}"  # for invalid bytes; their number varies
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -9,16 +9,18 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
-from transformers import PreTrainedTokenizerBase
 
 from amulet.reply import Event, InvalidToolCall, Reply, Usage
 from amulet.serve.errors import ApiError, from_validation
 from amulet.serve.logprobs import Content, TokenBytes
 from amulet.serve.replies import details, likely_tokens, traced
 from amulet.serve.schema import ChatBody, MaxTokens, Options, Unused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGPROBS = "message.output_text.logprobs"
 # Fields of `ChatBody`, and their names in the Responses API.
