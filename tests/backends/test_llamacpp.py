@@ -27,7 +27,7 @@ from amulet.models import gguf
 from amulet.models.embedded import embedded_folder, load_embedded_gguf
 from amulet_integrations.langchain import ChatAmulet
 from amulet_integrations.llama_index import AmuletLLM
-from tests.gguf_files import write_llama
+from tests.gguf_files import write_gguf
 from tests.marks import needs_llamacpp
 from tests.models import IM_END, byte_tokenizer, random_model
 from tests.oracles import llamacpp as oracle
@@ -69,7 +69,7 @@ def f16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Amulet]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with a tokenizer of bytes, and the weights of `random_model("llama")`."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return write_llama(path, random_model("llama", vocab_size=TOKENS), byte_tokenizer())
+    return write_gguf(path, random_model("llama", vocab_size=TOKENS), byte_tokenizer())
 
 
 # ---- tokens ----
@@ -486,7 +486,7 @@ def test_doctor_tells_what_llama_cpp_was_built_for(ollama: Path) -> None:
 
 
 def test_two_files_of_one_name_have_two_fingerprints(tiny: Path, tmp_path: Path) -> None:
-    other = write_llama(
+    other = write_gguf(
         tmp_path / "tiny.gguf", random_model("llama", seed=1, vocab_size=TOKENS), byte_tokenizer()
     )
     one, two = (Amulet.from_gguf(path, threads=1) for path in (tiny, other))

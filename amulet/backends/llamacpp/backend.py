@@ -237,7 +237,9 @@ class LlamaBackend:
         self._lengths[row] = start
 
     def _share(self, source: int, target: int, length: int) -> None:
-        end = length if self.any_length else -1  # a recurrent row can only be copied whole
+        whole = self._lengths[source]
+        assert self.any_length or length == whole, f"no such length: {length} of {whole} ids"
+        end = length if self.any_length else -1  # a recurrent row is copied whole
         self._lib.llama_memory_seq_cp(self._open().memory, source, target, -1, end)
 
     def _measure(self, row: int) -> None:
