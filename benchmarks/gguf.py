@@ -5,7 +5,11 @@ so does the first token after 4,000 others; eight steered users together take at
 of eight plain calls in turn; two rows that share 2,000 tokens take at most 1.1 of one row's memory.
 Both run in one process, over the same weights and threads.
 
-    python -m benchmarks.gguf [--rounds 5] [--tokens 32]
+    python -m benchmarks.gguf [--rounds 5] [--tokens 32] [--file name.gguf] [--dtype bfloat16]
+
+With `--dtype` also Transformers' plain `generate` and Amulet over it. A processor without
+AVX-512 is simulated by a llama.cpp that was built without it, in LLAMA_CPP_LIB_PATH, and by
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 CC=none (Amulet's C code isn't compiled then).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +25,7 @@ import torch
 from amulet import Amulet
 from amulet.backends.llamacpp.backend import LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel
-from benchmarks import measure
+from benchmarks import contenders, measure
 from benchmarks.measure import Claim, Spread, at_least, at_most
 from benchmarks.passages import rag_chat
 from benchmarks.users import USERS
@@ -71,8 +76,9 @@ class LlamaCpp:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print a table and, on the last line, JSON; return the JSON."""
     parser = measure.options_parser(__doc__, rounds=5, tokens=32)
-    options = measure.read_options(parser, arguments, dtypes=["float32"])
-    amulet = Amulet.embedded(backend="gguf", prefix_cache_bytes=0, drafts=False)
+    parser.add_argument("--file", help="another GGUF file of the model (default: the package's)")
+    options = measure.read_options(parser, arguments, dtypes=[])
+    amulet = _loaded(options.file)
     amulet.end_ids = frozenset()  # every answer has the same length
     long = 400 if options.quick else LONG
     plain = LlamaCpp(amulet.model, long + 512)
@@ -87,6 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return measure.report("gguf", options, claims, figures)
 
 
+def _loaded(file: str | None) -> Amulet:
+    settings: dict[str, Any] = {"prefix_cache_bytes": 0, "drafts": False}
+    if file is not None:
+        return Amulet.from_gguf(file, **settings)
+    return Amulet.embedded(backend="gguf", **settings)
+
+
 def _asked(amulet: Amulet, chat: Any, **steering: Any) -> Callable[[int], object]:
     return lambda n: amulet.chat(chat, max_new_tokens=n, **steering)
 
@@ -99,14 +112,29 @@ def _tokens(amulet: Amulet, plain: LlamaCpp, options: Any) -> list[Claim]:
         TWO_ROWS: _asked(amulet, QUESTION, preference=PREFERENCE, **GAME),
         DEFAULT: _asked(amulet, QUESTION, preference=PREFERENCE),
     }
+    for dtype in options.dtypes:
+        model = contenders.load("smollm2", dtype)
+        own = contenders.amulet_over(contenders.load("smollm2", dtype, pack=True))
+        runs[_generate(dtype)] = partial(contenders.generate, model, ids)
+        runs[_packed(dtype)] = _asked(own, QUESTION, preference=PREFERENCE, **GAME)
     measure.warm_up(runs)
     times = measure.per_token(runs, options.rounds, options.tokens)
     measure.print_times(times, LLAMACPP)
-    targets = {PLAIN: None, TWO_ROWS: 1.1, DEFAULT: None}
+    compared = [(PLAIN, LLAMACPP, None), (TWO_ROWS, LLAMACPP, 1.1), (DEFAULT, LLAMACPP, None)]
+    for dtype in options.dtypes:
+        compared += [(TWO_ROWS, _generate(dtype), 0.6), (_packed(dtype), _generate(dtype), None)]
     return [
-        at_most(f"per token: {name} / {LLAMACPP}", target, times[name].token, times[LLAMACPP].token)
-        for name, target in targets.items()
+        at_most(f"per token: {name} / {other}", target, times[name].token, times[other].token)
+        for name, other, target in compared
     ]
+
+
+def _generate(dtype: torch.dtype) -> str:
+    return f"`generate`, plain, {measure.name_of(dtype)}"
+
+
+def _packed(dtype: torch.dtype) -> str:
+    return f"amulet over Transformers, steered (focus 0), {measure.name_of(dtype)}"
 
 
 def _first(amulet: Amulet, plain: LlamaCpp, options: Any, length: int) -> Claim:
