@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -379,6 +381,16 @@ def test_from_pretrained_takes_a_file_by_its_name(tiny: Path) -> None:
     amulet = Amulet.from_pretrained(str(tiny), device=None, dtype="auto", threads=1)
     assert isinstance(amulet.model, GGUFModel)
     assert (amulet.name, amulet.window, amulet.end_ids) == ("tiny", 512, frozenset({IM_END, 258}))
+
+
+def test_a_file_is_answered_from_without_the_rest_of_transformers(tiny: Path) -> None:
+    code = (
+        "import sys; from amulet import Amulet;"
+        f"Amulet.from_gguf({str(tiny)!r}, threads=1).chat("
+        "[{'role': 'user', 'content': 'Hi'}], preference='Be brief.', max_new_tokens=2);"
+        "sys.exit('transformers.modeling_utils' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_the_progress_of_loading_is_told(tiny: Path) -> None:
