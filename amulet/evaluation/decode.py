@@ -324,6 +324,7 @@ def _meta(
     if settings.as_published:
         recorded["published_sampling"] = _published_sampling(amulet)
     loaded = amulet.model
+    revision: str | None
     if isinstance(loaded, GGUFModel):
         revision, dtype, device = loaded.digest, loaded.description, "llama.cpp"
     else:
