@@ -68,6 +68,7 @@ def test_a_tensor_counts_the_writes_to_it() -> None:
         ("mkldnn", "_nbytes"),
         ("mkldnn", "_reorder_linear_weight"),
         ("mkldnn", "_linear_pointwise"),
+        ("mkldnn", "_is_mkldnn_bf16_supported"),
         ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
         ("aten", "_weight_int8pack_mm"),
         ("aten", "_weight_int4pack_mm_for_cpu"),

@@ -33,8 +33,9 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
     """Replace every plain `nn.Linear` of the model by a packed one; return their number.
 
     Does nothing and returns 0 for a model that is not wholly on the CPU in float32 or bfloat16 or
-    that has adapters, if this build of PyTorch lacks the kernels, or in float32 if a short trial
-    shows that packing is slower on this processor (it is faster on AMD's). The dense
+    that has adapters, if this build of PyTorch lacks the kernels, in bfloat16 if the processor
+    lacks AVX-512, or in float32 if a short trial shows that packing is slower on this processor (it
+    is faster on AMD's). The dense
     weights are released, unless the embedding shares them with the head. The model decodes
     as before, up to rounding, but can no longer be trained or copied or load other weights. With
     `pack=True` it can be saved, with the dense weights.
@@ -72,7 +73,7 @@ def pack_linears(model: nn.Module, pack: bool | Literal["int8", "int4"] = True) 
 
 
 def _pack(model: nn.Module, pack: bool | Literal["int8", "int4"]) -> int:
-    if not _can_pack(model) or _slows(model):
+    if not _can_pack(model) or (pack is True and _slows(model)):
         return 0
     head = getattr(model, "get_output_embeddings", lambda: None)()
     count = 0
@@ -96,11 +97,14 @@ def _pack(model: nn.Module, pack: bool | Literal["int8", "int4"]) -> int:
 
 
 def _slows(model: nn.Module) -> bool:
-    """Tell whether two rows take longer with packed float32 layers than with dense ones.
+    """Tell whether two rows take longer with packed layers than with dense ones.
 
-    With oneDNN's products that depends on the processor, so a trial of some tenths of a
-    second decides; with `products` they never do.
+    In float32, with oneDNN's products, that depends on the processor, so a trial of some tenths of
+    a second decides; with `products` they never do. In bfloat16 oneDNN refuses processors that
+    have no instructions for it, such as those with AVX2 alone.
     """
+    if torch.bfloat16 in _dtypes(model) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     if not linears or PackedLinear(linears[0]).native_rows:
         return False

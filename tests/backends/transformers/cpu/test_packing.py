@@ -7,6 +7,7 @@ import gc
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,20 @@ def test_int4_leaves_the_head_and_odd_shapes_in_8_bits() -> None:
     assert type(model.lm_head) is Int8Linear
     assert type(model.model.layers[0].mlp.up_proj) is Int8Linear
     assert type(model.model.layers[0].mlp.down_proj) is Int4Linear
+
+
+@pytest.mark.parametrize(("pack", "count"), [(True, 0), ("int8", 29)])
+def test_a_processor_without_bfloat16_keeps_its_dense_layers(
+    monkeypatch: pytest.MonkeyPatch, pack: Any, count: int
+) -> None:
+    model = random_model("llama", dtype=torch.bfloat16)
+
+    def refuses(weight: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuses)
+    assert pack_linears(model, pack) == count
 
 
 @pytest.mark.parametrize(("packed", "dense", "count"), [(0.1, 0.2, 29), (0.2, 0.1, 0)])
