@@ -43,7 +43,7 @@ test-random: install ## Search long and at random for what the fixed examples of
 # The C code is compiled anew, in a folder of its own, with a check of every address and operation. What
 # Python and PyTorch allocate themselves is seen as well, but neither is checked for leaks.
 SANITIZE := cc -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZED := core/test_memory.py decoding/test_engine_machine.py backends/transformers/test_attention.py \
+SANITIZED := core/test_memory.py decoding/test_engine_machine.py backends/transformers/test_attention.py backends/transformers/test_pages.py \
 	$(foreach name,layers native packing products rowwise,backends/transformers/cpu/test_$(name).py)
 test-sanitize: install ## Run the C code's tests under AddressSanitizer and UBSan; needs gcc and its libraries.
 	@mkdir -p .sanitize

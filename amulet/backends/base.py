@@ -20,6 +20,10 @@ class Snapshot(Protocol):
     def nbytes(self) -> int:
         """Bytes held."""
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        """What it consists of, each with its `nbytes`; other snapshots may have some of it, too."""
+
 
 class Backend(Protocol):
     """Computes logits for rows of token ids. Only the decode thread calls it, except `queued`.
@@ -109,6 +113,9 @@ class Backend(Protocol):
 
     def row_bytes(self, length: int) -> int:
         """Bytes of a saved row of `length` ids."""
+
+    def drop(self, first: int) -> None:
+        """Called when the rows from `first` on are no longer in use."""
 
     def rest(self) -> None:
         """Called when no row is in use: free memory, and erase the rows' contents."""

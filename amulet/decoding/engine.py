@@ -75,6 +75,7 @@ class Engine:
                     joined = True
         finally:
             self._filling = False
+            self.backend.drop(len(self._owners))
             if not joined:  # it failed, or was cancelled meanwhile
                 self._clear_if_idle(failed=True)
         self.sweep()
@@ -185,6 +186,8 @@ class Engine:
         running = [generation for generation in self.running if generation not in ended]
         # Last and in one statement: an interrupted caller that cancels leaves the state unchanged.
         self._owners, self.running = owners, running
+        if not self._filling:
+            self.backend.drop(len(owners))
         self._clear_if_idle()
 
     def _notice_weights(self) -> None:

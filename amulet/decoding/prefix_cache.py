@@ -38,8 +38,9 @@ class Prefixes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(row.saved.nbytes for row in self._rows)
+        """Bytes held; what rows share counts once."""
+        parts = {id(part): part.nbytes for row in self._rows for part in row.saved.parts}
+        return sum(parts.values())
 
     def takes(self, length: int, nbytes: int) -> bool:
         """Tell whether a row of `length` ids and `nbytes` bytes would be kept."""

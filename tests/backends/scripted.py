@@ -32,6 +32,10 @@ class Ids:
     def nbytes(self) -> int:
         return 8 * len(self.ids)
 
+    @property
+    def parts(self) -> tuple[Ids]:
+        return (self,)
+
 
 class ScriptedBackend:
     """See `amulet.backends.base.Backend`; it checks what it is asked, too.
@@ -119,6 +123,9 @@ class ScriptedBackend:
 
     def row_bytes(self, length: int) -> int:
         return 8 * length
+
+    def drop(self, first: int) -> None:
+        self.rows = {row: ids for row, ids in self.rows.items() if row < first}
 
     def rest(self) -> None:
         self.rows, self.room = {}, (0, 0)

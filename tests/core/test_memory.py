@@ -14,12 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet
+from amulet.backends.transformers.backend import page_kind
 from amulet.backends.transformers.cache import COLUMN_STEP, RowCache
 from amulet.backends.transformers.compiled import CompiledStep
 from amulet.backends.transformers.cpu import native, rowwise
 from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cpu.packed_layers import Int8Linear, PackedLinear
 from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.backends.transformers.pages import PAGE, PageCache, PageKind
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from amulet.errors import ModelError, OutOfMemoryError, RequestError, is_out_of_memory
@@ -362,30 +364,33 @@ def native_engine() -> Engine:
 
 
 @needs_code
-def test_c_code_writes_and_reads_within_the_buffers_alone(native_engine: Engine) -> None:
-    """Whatever a cache says of itself: the buffers' own shapes count."""
+def test_c_code_writes_and_reads_within_the_rows_pages_alone(native_engine: Engine) -> None:
+    """Whatever a cache says of itself: the addresses of its pages count."""
     layer = native_engine.backend.model.model.layers[0].native
     hidden, turned = torch.zeros(2, 1, 64), torch.zeros(2, 1, 64)
 
-    def whole(rows: int, columns: int, places: list[int], first: int = 0) -> torch.Tensor:
-        cache = RowCache()
-        cache.reserve(rows, columns)
-        shape = (2, 64)
-        keys, values = cache.buffers_of(0, shape, shape, hidden)
-        cache._keys[0], cache._values[0] = keys[:, :, :columns], values[:, :, :columns]
-        cache._capacity = (100, 1000)  # as a failed growth once left it
-        cache.begin(first, places, 1)
-        return layer._whole(hidden, None, turned, turned, cache)
+    def whole(places: list[int], kind: PageKind, rows: int = 2) -> torch.Tensor:
+        cache = PageCache(kind)
+        cache.begin(0, [0] * rows, 2 * PAGE)
+        cache.begin(0, [2 * PAGE - 1] * (rows - 1) + [PAGE - 1], 1)
+        cache._positions = torch.tensor(places)[:, None]
+        cache.in_c.places = cache._positions.data_ptr()
+        return layer._whole(hidden, turned, turned, cache)
 
-    assert whole(2, 5, [4, 4]).shape == hidden.shape
-    for rows, columns, places, first in (
-        (1, 5, [4, 4], 0),
-        (2, 5, [4, 5], 0),
-        (2, 5, [4, 4], 1),
-        (2, 5, [-1, 4], 0),
+    kind = page_kind(native_engine.backend.model)
+    assert whole([2 * PAGE - 1, PAGE - 1], kind).shape == hidden.shape
+    for places, other in (
+        ([2 * PAGE, 0], kind),
+        ([0, PAGE], kind),
+        ([-1, 0], kind),
+        ([0, 0], kind._replace(layers=0)),
+        ([0, 0], kind._replace(heads=1)),
+        ([0, 0], kind._replace(dim=32)),
+        ([0, 0], kind._replace(dtype=torch.bfloat16)),
+        ([0], kind),
     ):
         with pytest.raises(IndexError, match=r"no room|outside"):
-            whole(rows, columns, places, first)
+            whole(places, other, len(places))
 
 
 @needs_code

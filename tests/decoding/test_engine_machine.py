@@ -23,8 +23,10 @@ from hypothesis.stateful import (
 )
 from transformers import PreTrainedModel
 
+from amulet.backends.transformers.backend import page_kind
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.backends.transformers.pages import PageCache
 from amulet.decoding.generation import Generation
 from amulet.errors import OutOfMemoryError
 from tests.engines import engine_over
@@ -57,16 +59,21 @@ class Machine(RuleBasedStateMachine):
 
     Attributes:
         dtype: of the model.
+        pages: whether the cache is in pages, though no layer is C code.
     """
 
     dtype: torch.dtype
+    pages = False
 
     def __init__(self) -> None:
         super().__init__()
         model, self.reference = models(self.dtype)
         self.engine = engine_over(model, prefix_bytes=2**18, drafts=True)
         self.engine.backend.chunk = 24  # prompts give way to steps, and rows grow, ever so often
-        self.engine.backend._cache = RowCache(column_step=16)
+        if self.pages:
+            self.engine.backend._cache = PageCache(page_kind(model))
+        elif not isinstance(self.engine.backend._cache, PageCache):
+            self.engine.backend._cache = RowCache(column_step=16)
         self.allocations = Allocations()
         self.asked: list[Generation] = []
         self.checked: dict[Generation, int] = {}
@@ -193,12 +200,17 @@ class InFloat64(Machine):
     dtype = torch.float64
 
 
+class OverPages(Machine):
+    dtype = torch.float64
+    pages = True
+
+
 class Packed(Machine):
     dtype = torch.float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [InFloat64, Packed])
+@pytest.mark.parametrize("machine", [InFloat64, OverPages, Packed])
 def test_any_order_of_requests_steps_cancels_and_failures(machine: type[Machine]) -> None:
     whole = settings(
         settings.default,
@@ -209,18 +221,28 @@ def test_any_order_of_requests_steps_cancels_and_failures(machine: type[Machine]
     run_state_machine_as_test(machine, settings=whole)
 
 
-def test_the_machine_sees_a_cache_that_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that can't fail is none: a row that is copied short must be found."""
-    own = RowCache.copy_row
+@pytest.mark.parametrize("kind", [InFloat64, OverPages])
+def test_the_machine_sees_a_cache_that_is_not_right(
+    kind: type[Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test that can't fail is none: columns of a row that are lost must be found."""
+    own, begin = RowCache.copy_row, PageCache.begin
 
     def copy_short(cache: RowCache, source: int, target: int, length: int) -> None:
         own(cache, source, target, max(length - 2, 0))
 
+    def write_to_shared(cache: PageCache, first: int, starts: list[int], width: int) -> None:
+        for page in (page for row in cache._rows for page in row):
+            page.shared = False
+        begin(cache, first, starts, width)
+
     monkeypatch.setattr(RowCache, "copy_row", copy_short)
-    machine = InFloat64()
+    monkeypatch.setattr(PageCache, "begin", write_to_shared)
+    machine = kind()
     try:
         machine.ask_first()
         machine.ask(BEGINNINGS[0], 40, [[200, 201]], 6)
+        machine.decode(2)
         with pytest.raises(AssertionError):
             machine.every_token_is_the_reference_s()
     finally:

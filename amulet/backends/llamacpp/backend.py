@@ -41,6 +41,11 @@ class SavedRow:
         """Bytes held."""
         return len(self.data)
 
+    @property
+    def parts(self) -> tuple[SavedRow]:
+        """The row itself, which shares nothing."""
+        return (self,)
+
 
 class LlamaBackend:
     """See `Backend`.
@@ -190,6 +195,11 @@ class LlamaBackend:
         if written != size:
             raise RuntimeError(f"llama.cpp saved {written} of {size} bytes of a row")
         return SavedRow(data, length)
+
+    def drop(self, first: int) -> None:
+        """Free the cells of the rows from `first` on."""
+        for row in [row for row, length in self._lengths.items() if row >= first and length]:
+            self._cut(row, 0)
 
     def load_row(self, row: int, snapshot: SavedRow, length: int) -> None:
         """Restore the first `length` ids of a saved row."""

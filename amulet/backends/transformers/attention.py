@@ -36,7 +36,7 @@ WIDEST = 32  # tokens; for more, repeating the mask costs more than the copies
 FEW = 16  # tokens; for more, `native/prefill.c` pays off although it rearranges keys and values
 TRITON_DTYPES = torch.float32, torch.bfloat16, torch.float16
 MOST_TOKENS = 128  # tokens of a group of heads that the Triton code takes at once
-SIDE = 64  # numbers that it computes at once; a head's dimension must be a multiple
+SIDE = 64  # columns that it is tried with
 
 
 class _Pass(threading.local):
@@ -175,16 +175,17 @@ def _attends_by_triton(
 
 def _prefills(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     width, dim = query.shape[2:]
-    return query.stride(2) % 2 == 0 and prefills(width, dim, query.dtype, mask)
-
-
-def prefills(width: int, dim: int, dtype: torch.dtype, mask: torch.Tensor | None) -> bool:
-    """Tell whether `native/prefill.c` computes this many new tokens, if there is C code."""
-    return width > FEW and mask is None and dim % SIDE == 0 and _prefills_well(dtype)
+    return (
+        width > FEW
+        and mask is None
+        and dim % 32 == 0
+        and query.stride(2) % 2 == 0
+        and prefills_well(query.dtype)
+    )
 
 
 @cache
-def _prefills_well(dtype: torch.dtype) -> bool:
+def prefills_well(dtype: torch.dtype) -> bool:
     """Tell whether `native/prefill.c` is faster than PyTorch on this processor."""
     known = native.processor()
     # With AMX's tiles, PyTorch may be as fast; that has not been measured.
@@ -299,7 +300,7 @@ def try_triton(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = _head_dim(config)
+    dim = head_dim(config)
     if model.dtype not in TRITON_DTYPES or not 0 < dim <= 256:
         return
     columns = torch.ones(1, 1, 1, SIDE, dtype=torch.bool, device=model.device)
@@ -327,7 +328,7 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((rows, width, heads, dim))
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def head_dim(config: PretrainedConfig) -> int:
     """Return a head's dimension, or 0 if the layers' heads differ or the config has none."""
     try:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -339,7 +340,7 @@ def _head_dim(config: PretrainedConfig) -> int:
 def steps_are_native(model: PreTrainedModel) -> bool:
     """Tell whether this model's decode steps attend by `native/attention.c`."""
     config = model.config.get_text_config()
-    dim = _head_dim(config)
+    dim = head_dim(config)
     return (
         causal_behind_cached(model)
         and model.dtype in (torch.float32, torch.bfloat16)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from amulet.backends.transformers.attention import (
     causal_behind_cached,
     grouped,
+    head_dim,
     steps_are_native,
 )
 from amulet.backends.transformers.cache import COLUMN_STEP, GPU_COLUMN_STEP, RowCache
@@ -29,6 +30,7 @@ from amulet.backends.transformers.cpu.packed_layers import native_rows
 from amulet.backends.transformers.cuda.graphs import StepGraphs
 from amulet.backends.transformers.masks import has_states
 from amulet.backends.transformers.model_backend import ModelBackend
+from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
 from amulet.backends.transformers.support import check_supported, forward_parameters
 
@@ -42,16 +44,20 @@ TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no 
 
 @dataclass(frozen=True)
 class SavedRow:
-    """One row's keys and values, as `RowCache.row` returns them, and its states."""
+    """One row's keys and values, as its cache's `row` returns them, and its states."""
 
-    buffers: tuple[torch.Tensor | None, ...]
+    buffers: tuple[Any, ...]
     states: dict[Place, torch.Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
-        held = (*self.buffers, *self.states.values())
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> list[Any]:
+        """Tensors, or pages, which other rows may share."""
+        return [part for part in (*self.buffers, *self.states.values()) if part is not None]
 
 
 class TransformersBackend(ModelBackend):
@@ -78,7 +84,7 @@ class TransformersBackend(ModelBackend):
         self._graphs = StepGraphs(model, self._compiled)
         self._seconds = 0.0  # spent on steps
         on_gpu = model.device.type == "cuda"
-        self._cache = RowCache(GPU_COLUMN_STEP if on_gpu else COLUMN_STEP)
+        self._cache = self._new_cache()
         self._kind = model.dtype, model.device  # of what the cache holds
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
@@ -103,10 +109,17 @@ class TransformersBackend(ModelBackend):
             return
         if kind != self._kind:  # cast, or moved
             self._kind = kind
-            self._cache.clear()
+            self._cache = self._new_cache()
         # What an idle GPU kept may be on another one, or as long as somebody's long answer.
         if changed or self._cache.capacity[1] > TOO_LONG * tokens:
             self._cache.clear()
+
+    def _new_cache(self) -> RowCache | PageCache:
+        """Return pages where whole layers are C code, which reads them; else buffers."""
+        model = self.model
+        if are_native(model) and not self._compile:
+            return PageCache(page_kind(model))
+        return RowCache(GPU_COLUMN_STEP if model.device.type == "cuda" else COLUMN_STEP)
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for `rows` rows of `tokens` ids; see `Backend.reserve`."""
@@ -146,27 +159,27 @@ class TransformersBackend(ModelBackend):
         drafts is not, as it would have to be compiled for itself.
         """
         begun = time.perf_counter()
-        compiles, logits = self._compiles(), None
-        if self._graphs.serves:
-            logits = self._graphs(ids, starts, self._cache, compiles)
-        elif compiles and len(ids[0]) == 1:
-            logits = self._step_compiled(ids, starts)
+        compiles, logits, cache = self._compiles(), None, self._cache
+        if self._graphs.serves and isinstance(cache, RowCache):
+            logits = self._graphs(ids, starts, cache, compiles)
+        elif compiles and isinstance(cache, RowCache) and len(ids[0]) == 1:
+            logits = self._step_compiled(cache, ids, starts)
         if logits is None:
             logits = self.forward(ids, starts, 0, range(len(ids[0])))
         self._seconds += time.perf_counter() - begun
         return logits
 
     def _step_compiled(
-        self, ids: Sequence[Sequence[int]], starts: Sequence[int]
+        self, cache: RowCache, ids: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> torch.Tensor | None:
         spare = max(LEAST_ROWS - len(ids), 0)  # rows that are filled meanwhile, or nobody's
         columns = max(starts) + 1
-        self._cache.reserve(len(ids) + spare, columns + 1)
-        unused = self._cache.capacity[1] - 1  # a column that none of the rows has come to
+        cache.reserve(len(ids) + spare, columns + 1)
+        unused = cache.capacity[1] - 1  # a column that none of the rows has come to
         device = self.device
         positions = torch.tensor([*starts, *[0] * spare], device=device)[:, None]
         targets = torch.tensor([*starts, *[unused] * spare], device=device)[:, None]
-        keys, values = self._cache.buffers(0, len(positions))
+        keys, values = cache.buffers(0, len(positions))
         tokens = torch.tensor([*ids, *[[0]] * spare], device=device)
         logits = self._compiled(tokens, positions, targets, keys, values, columns)
         return None if logits is None else logits[: len(ids)]
@@ -192,6 +205,11 @@ class TransformersBackend(ModelBackend):
         """Bytes of a saved row of `length` ids."""
         return self._cache.row_bytes(length)
 
+    def drop(self, first: int) -> None:
+        """Let go of the rows' pages; buffers of rows stay for the next."""
+        if isinstance(self._cache, PageCache):
+            self._cache.drop(first)
+
     def rest(self) -> None:
         """Free all memory; but on a GPU keep some, emptied, for its CUDA graphs."""
         if self._graphs.serves and self._cache.nbytes < self._kept_bytes:
@@ -203,3 +221,10 @@ class TransformersBackend(ModelBackend):
     def clear(self) -> None:
         """Free all memory."""
         self._cache.clear()
+
+
+def page_kind(model: PreTrainedModel) -> PageKind:
+    """Return the kind of pages that a model needs whose layers are C code."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return PageKind(text.num_hidden_layers, heads, head_dim(text), model.dtype)

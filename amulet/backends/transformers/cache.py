@@ -54,7 +54,7 @@ class ColumnCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         """False: sliding layers keep all columns too; their mask hides those outside the window."""
-        return [False] * max(len(self._keys), 1)
+        return [False] * max(len(self), 1)
 
 
 class BufferKind(NamedTuple):
@@ -81,7 +81,66 @@ def _kind(buffer: torch.Tensor) -> BufferKind:
 _NO_POSITIONS = torch.zeros(1, 1, dtype=torch.long)  # made here: `clear` must need no memory
 
 
-class RowCache(ColumnCache):
+class RowsInPass(ColumnCache):
+    """Rows that start a pass at positions of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._first, self._starts, self._width = 0, [0], 0
+        self._positions = _NO_POSITIONS
+
+    def begin(self, first: int, starts: Sequence[int], width: int) -> None:
+        """Set where the next forward pass writes.
+
+        Args:
+            first: the first row of the pass; it covers `len(starts)` consecutive rows.
+            starts: for each row the column of its first new token.
+            width: how many tokens each row gets.
+        """
+        self._first, self._starts, self._width = first, list(starts), width
+        self._positions = torch.tensor(self._starts)[:, None] + torch.arange(width)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions of the tokens of the pass, `[rows, width]`, on the CPU."""
+        return self._positions
+
+    @property
+    def columns(self) -> int:
+        """The number of columns that the pass attends over."""
+        return max(self._starts) + self._width
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass; only asked where all rows start alike."""
+        return self._starts[0]
+
+    def masks(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        causal_behind_cached: bool = False,
+    ) -> Masks:
+        """Return the attention mask of the pass in the form that the model's forward expects.
+
+        A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
+        full and sliding attention; None where plain causal attention is already right.
+        """
+        text = config.get_text_config()
+        additive = additive_dtype(config, dtype)
+        level = len(set(self._starts)) == 1  # all rows at the same position
+        causal = level and (self._width == 1 or self._starts[0] == 0 or causal_behind_cached)
+
+        def mask(kind: str) -> torch.Tensor | None:
+            within = self.columns <= (reach(kind, text) or self.columns)
+            if causal and within and additive is None:
+                return None
+            return column_mask(kind, text, self._positions.to(device), self.columns, additive)
+
+        return by_kind(text, mask)
+
+
+class RowCache(RowsInPass):
     """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer.
 
     Args:
@@ -93,14 +152,12 @@ class RowCache(ColumnCache):
     """
 
     def __init__(self, column_step: int = COLUMN_STEP) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.layout = object()
         self._column_step = column_step
         self._keys: list[torch.Tensor | None] = []
         self._values: list[torch.Tensor | None] = []
         self._capacity = (0, 0)
-        self._first, self._starts, self._width = 0, [0], 0
-        self._positions = _NO_POSITIONS
         self._known: tuple[list[BufferKind | None], ...] = [], []  # keys and values as they were
         self.states = RowStates()
 
@@ -139,15 +196,8 @@ class RowCache(ColumnCache):
         self._capacity = rows, columns
 
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:
-        """Set where the next forward pass writes.
-
-        Args:
-            first: the first row of the pass; it covers `len(starts)` consecutive rows.
-            starts: for each row the column of its first new token.
-            width: how many tokens each row gets.
-        """
-        self._first, self._starts, self._width = first, list(starts), width
-        self._positions = torch.tensor(self._starts)[:, None] + torch.arange(width)
+        """See `RowsInPass.begin`."""
+        super().begin(first, starts, width)
         self.states.begin(first, starts, width)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -202,16 +252,6 @@ class RowCache(ColumnCache):
         self.__init__(self._column_step)  # type: ignore[misc]
 
     @property
-    def positions(self) -> torch.Tensor:
-        """Positions of the tokens of the pass, `[rows, width]`, on the CPU."""
-        return self._positions
-
-    @property
-    def columns(self) -> int:
-        """The number of columns that the pass attends over."""
-        return max(self._starts) + self._width
-
-    @property
     def nbytes(self) -> int:
         """Bytes held."""
         buffers = (b.nbytes for b in (*self._keys, *self._values) if b is not None)
@@ -232,31 +272,6 @@ class RowCache(ColumnCache):
             [keys[part] for keys in self._keys if keys is not None],
             [values[part] for values in self._values if values is not None],
         )
-
-    def masks(
-        self,
-        config: PretrainedConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        causal_behind_cached: bool = False,
-    ) -> Masks:
-        """Return the attention mask of the pass in the form that the model's forward expects.
-
-        A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
-        full and sliding attention; None where plain causal attention is already right.
-        """
-        text = config.get_text_config()
-        additive = additive_dtype(config, dtype)
-        level = len(set(self._starts)) == 1  # all rows at the same position
-        causal = level and (self._width == 1 or self._starts[0] == 0 or causal_behind_cached)
-
-        def mask(kind: str) -> torch.Tensor | None:
-            within = self.columns <= (reach(kind, text) or self.columns)
-            if causal and within and additive is None:
-                return None
-            return column_mask(kind, text, self._positions.to(device), self.columns, additive)
-
-        return by_kind(text, mask)
 
     def _replace(self, other: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for buffers in (self._keys, self._values):
@@ -344,10 +359,6 @@ class RowCache(ColumnCache):
             self._positions = self._positions.to(states.device)
         index = torch.arange(len(self._starts), device=states.device)[:, None]
         room[index, :, self._positions] = states.transpose(1, 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before the pass; only asked where all rows start alike."""
-        return self._starts[0]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """A convolution's last inputs, `[rows, channels, kernel]`; None in a row's first pass."""

@@ -70,6 +70,11 @@ class Row:
         """Bytes of the cache and the ids."""
         return 8 * len(self.ids) + sum(tensor.nbytes for tensor in tensors(self.cache))
 
+    @property
+    def parts(self) -> tuple[Row]:
+        """The row itself, which shares nothing."""
+        return (self,)
+
     def copy(self) -> Row:
         """Return a row that shares no tensor with this one."""
         # A tensor's own deep copy takes along all of the memory that it is a part of.
@@ -200,6 +205,10 @@ class GeneralBackend(ModelBackend):
             return 0
         row = min(rows, key=lambda row: len(row.ids))
         return row.nbytes * length // len(row.ids)
+
+    def drop(self, first: int) -> None:
+        """Free the rows from `first` on."""
+        self._rows = {number: row for number, row in self._rows.items() if number < first}
 
     def rest(self) -> None:
         """Free all memory."""

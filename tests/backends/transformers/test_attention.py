@@ -233,12 +233,12 @@ def test_what_the_processor_knows_decides_who_prefills(
     monkeypatch: pytest.MonkeyPatch, flags: str, halves: bool, whole: bool
 ) -> None:
     monkeypatch.setattr(native, "processor", lambda: f"flags : {flags}")
-    attention._prefills_well.cache_clear()
+    attention.prefills_well.cache_clear()
     try:
-        assert attention._prefills_well(torch.bfloat16) == halves
-        assert attention._prefills_well(torch.float32) == whole
+        assert attention.prefills_well(torch.bfloat16) == halves
+        assert attention.prefills_well(torch.float32) == whole
     finally:
-        attention._prefills_well.cache_clear()
+        attention.prefills_well.cache_clear()
 
 
 @needs_code
@@ -250,8 +250,8 @@ def test_what_it_can_not_do_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) 
 
     assert can()
     assert can(width=WIDEST)
-    assert can(width=WIDEST + 1) == attention._prefills_well(torch.float32)
-    assert not can(width=WIDEST + 1, dim=96)
+    assert can(width=WIDEST + 1) == attention.prefills_well(torch.float32)
+    assert can(width=WIDEST + 1, dim=96) == attention.prefills_well(torch.float32)
     assert not can(dim=40)
     assert not can(dim=48, dtype=torch.bfloat16)
     assert not can(dtype=torch.float64)

@@ -32,8 +32,8 @@ from amulet.cache_folder import cache_folder
 logger = logging.getLogger("amulet")
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "threads.h", "attention.h", "products.h", "rowwise.h"
-SOURCES = "threads.c", "attention.c", "prefill.c", "products.c", "rowwise.c", "layer.c"
+HEADERS = "common.h", "threads.h", "pages.h", "attention.h", "tiles.h", "products.h", "rowwise.h"
+SOURCES = "threads.c", "attention.c", "prefill.c", "pages.c", "products.c", "rowwise.c", "layer.c"
 FLAGS = "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-fPIC"
 FORGOTTEN_AFTER = 24 * 3600  # seconds until a failed compilation is retried
 MOST_THREADS = 16  # of the team; not measured with more

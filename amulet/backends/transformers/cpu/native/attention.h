@@ -1,9 +1,12 @@
 /* Arguments of both kinds of attention. */
 
+#pragma once
+
 #include <math.h>
 #include <stdlib.h>
 
 #include "common.h"
+#include "pages.h"
 #include "threads.h"
 
 /* Sizes are in elements; the last dimension of each tensor is contiguous. */
@@ -19,3 +22,7 @@ int amulet_attend(const struct attention *at, int half, const char *query, const
                   const char *value, const uint8_t *mask, float scale, char *out);
 int amulet_prefill(const struct attention *at, int half, const char *query, const char *key,
                    const char *value, float scale, char *out);
+int amulet_prefill_pages(const struct attention *at, int half, const char *query,
+                         const struct pages *in, long layer, long window, float scale, char *out);
+int amulet_attend_pages(const struct attention *at, int half, const char *query,
+                        const struct pages *in, long layer, long window, float scale, char *out);

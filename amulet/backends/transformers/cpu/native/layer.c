@@ -21,16 +21,12 @@ struct layer {
 };
 
 struct pass {
-    long rows, width, columns;
-    long part; /* tokens computed at once; 0: all, with `amulet_attend` */
-    long room_rows, room_columns; /* of the cache from `keys` and `values` on */
+    long rows, width;
+    long part; /* tokens computed at once; 0: all, with `amulet_attend_pages` */
     const void *cosine, *sine; /* [angles][dim] */
     long angles;               /* one per token, or those of one row */
-    const uint8_t *mask;
-    long mask_row, mask_token;
-    const int64_t *places; /* the columns of the new tokens, [rows][width] */
-    char *keys, *values;   /* of the cache */
-    long key_row, key_head, key_column, value_row, value_head, value_column;
+    const struct pages *pages;
+    long layer, window; /* window: columns that a token sees at most, or 0 */
 };
 
 static int multiply(const struct linear *by, const void *x, void *out, long tokens)
@@ -55,13 +51,18 @@ static void rotate(const struct layer *of, const struct pass *in, void *states, 
 
 enum { OUTSIDE = -1 };
 
-/* Tells whether the cache has all rows and columns that the pass reads and writes. */
+/* Tells whether the rows have all pages that the pass reads and writes. */
 static int is_inside(const struct pass *in)
 {
-    int inside = in->rows > 0 && in->width > 0 && in->angles > 0 && in->width <= in->columns
-                 && in->rows <= in->room_rows && in->columns <= in->room_columns;
-    for (long i = 0; inside && i < in->rows * in->width; i++)
-        inside = in->places[i] >= 0 && in->places[i] < in->columns;
+    const struct pages *pages = in->pages;
+    int inside = in->rows > 0 && in->width > 0 && in->angles > 0 && in->layer >= 0
+                 && in->layer < pages->layers;
+    for (long i = 0; inside && i < in->rows * in->width; i++) {
+        long place = pages->places[i], row = i / in->width;
+        inside = place >= 0 && place / PAGE < pages->most && place / (4 * PAGE) < pages->blocks;
+        for (long p = place / PAGE; inside && p >= 0 && i % in->width == in->width - 1; p--)
+            inside = pages->table[row * pages->most + p] != NULL;
+    }
     return inside;
 }
 
@@ -97,25 +98,18 @@ int amulet_layer(const struct layer *of, const struct pass *in, const char *hidd
         norm(of, third, of->key_norm, third, now * of->key_heads, of->dim);
         rotate(of, in, query, of->heads, begin, now);
         rotate(of, in, third, of->key_heads, begin, now);
-        struct written keys = {third, in->keys, in->places, begin, of->key_heads, in->width,
-                               of->dim * size, in->key_row * size, in->key_head * size,
-                               in->key_column * size};
-        struct written values = {value, in->values, in->places, begin, of->key_heads, in->width,
-                                 of->dim * size, in->value_row * size, in->value_head * size,
-                                 in->value_column * size};
+        struct written keys = {third, in->pages, begin, of->key_heads, in->width, of->dim, half, 0,
+                               in->layer};
+        struct written values = {value, in->pages, begin, of->key_heads, in->width, of->dim, half, 1,
+                                 in->pages->layers + in->layer};
         amulet_write(&keys, now);
         amulet_write(&values, now);
     }
-    struct attention at = {
-        in->rows, of->key_heads, of->heads / of->key_heads, in->width, in->columns, of->dim,
-        in->width * q->out, of->dim, q->out,
-        in->key_row, in->key_head, in->key_column, in->value_row, in->value_head, in->value_column,
-        in->mask_row, in->mask_token};
+    struct attention at = {in->rows, of->key_heads, of->heads / of->key_heads, in->width, 0, of->dim,
+                           in->width * q->out, of->dim, q->out, 0, 0, 0, 0, 0, 0, 0, 0};
     char *attended = in->part ? queries : first;
-    short_of |= in->part ? amulet_prefill(&at, half, queries, in->keys, in->values, of->scaling,
-                                          attended)
-                         : amulet_attend(&at, half, queries, in->keys, in->values, in->mask,
-                                         of->scaling, attended);
+    short_of |= (in->part ? amulet_prefill_pages : amulet_attend_pages)(
+        &at, half, queries, in->pages, in->layer, in->window, of->scaling, attended);
     for (long begin = 0, now; begin < tokens; begin += now) {
         now = tokens - begin < most ? tokens - begin : most;
         char *whole = out + begin * wide * size;

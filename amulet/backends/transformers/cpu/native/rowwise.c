@@ -198,23 +198,44 @@ void amulet_gate(int half, int gelu, void *states, const void *up, long count)
     compute_rows(gate, &of, count / LANES, LANES);
 }
 
-/* --- write new keys or values, [tokens][heads][dim], to their columns */
+/* --- write new keys or values, [tokens][heads][dim], to their pages, in the layout of `tiles.h` */
+
+static void write_keys(const uint32_t *from, uint32_t *to, long column, long words)
+{
+    for (long w = 0; w < words; w++)
+        to[w * PAGE + column] = from[w];
+}
+
+static void write_values(int half, const char *from, char *to, long column, long dim)
+{
+    uint16_t *pairs = (uint16_t *)to + column / 2 * 2 * dim + column % 2;
+    if (!half)
+        memcpy(to + column * dim * sizeof(float), from, dim * sizeof(float));
+    else
+        for (long d = 0; d < dim; d++)
+            pairs[2 * d] = ((const uint16_t *)from)[d];
+}
 
 static void write_columns(const void *argument, long begin, long end)
 {
     const struct written *of = argument;
+    long bytes = of->dim * (of->half ? 2 : 4);
     for (long token = begin; token < end; token++) {
-        const char *from = of->from + token * of->heads * of->bytes;
-        long place = of->begin + token;
-        char *to = of->to + place / of->width * of->to_row + of->columns[place] * of->to_column;
-        for (long head = 0; head < of->heads; head++)
-            memcpy(to + head * of->to_head, from + head * of->bytes, of->bytes);
+        long place = of->begin + token, row = place / of->width, column = of->to->places[place];
+        const char *from = of->from + token * of->heads * bytes;
+        char *to = (char *)of->to->table[row * of->to->most + column / PAGE]
+                   + of->layer * of->heads * PAGE * bytes;
+        for (long head = 0; head < of->heads; head++, from += bytes, to += PAGE * bytes)
+            if (of->are_values)
+                write_values(of->half, from, to, column % PAGE, of->dim);
+            else
+                write_keys((const uint32_t *)from, (uint32_t *)to, column % PAGE, bytes / 4);
     }
 }
 
 void amulet_write(const struct written *of, long tokens)
 {
-    compute_rows(write_columns, of, tokens, of->heads * of->bytes);
+    compute_rows(write_columns, of, tokens, of->heads * of->dim * (of->half ? 2 : 4));
 }
 
 /* --- states become states + more, rounded; a row is LANES numbers */

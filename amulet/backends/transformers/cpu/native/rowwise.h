@@ -1,14 +1,14 @@
 /* The operations of `rowwise.c`, which documents the arguments. */
 
-#include <stdint.h>
+#include "pages.h"
 
 struct written {
     const char *from;
-    char *to;
-    const int64_t *columns; /* [rows][width] */
-    long begin;             /* index of the first token of `from` */
-    long heads, width, bytes;        /* bytes: of one head of one token */
-    long to_row, to_head, to_column; /* strides in bytes */
+    const struct pages *to;
+    long begin; /* index of the first token of `from` */
+    long heads, width, dim;
+    int half, are_values;
+    long layer; /* of values: after the keys of all layers */
 };
 
 void amulet_norm(int half, int plus_one, const void *x, const void *weight, void *out, long rows,
