@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any, get_type_hints
 
 import anyio
@@ -96,25 +97,30 @@ def create_app(
     store = None if preferences is None else Store(preferences)
     thumb_store = None if thumbs is None else Store(thumbs)
 
-    def load(given: Amulet | Callable[[], Amulet]) -> None:
-        loaded = given if isinstance(given, Amulet) else given()
+    def serve(loaded: Amulet) -> None:
         service.ready(loaded, names or [served_name(loaded)])
+
+    def load(loader: Callable[[], Amulet]) -> None:
+        try:
+            serve(loader())
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(error)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = None
         if not isinstance(amulet, Amulet):
-            loading = asyncio.create_task(_reported(load, amulet, on_failure))
+            # A daemon, because the end of an executor's thread is waited for at exit.
+            Thread(target=load, args=(amulet,), name="amulet-load", daemon=True).start()
         yield
-        if loading is not None:
-            loading.cancel()
         service.preparing.shutdown(wait=False)
         for kept in (store, thumb_store):
             if kept is not None:
                 kept.close()
 
     if isinstance(amulet, Amulet):
-        load(amulet)
+        serve(amulet)
     app = FastAPI(
         title="Amulet",
         version=__version__,
@@ -146,19 +152,6 @@ def served_name(amulet: Amulet) -> str:
     """Return a model's name for clients: the last part of its hub id or folder."""
     folder = Path(amulet.name)
     return folder.name if folder.is_dir() or folder.is_absolute() else amulet.name
-
-
-async def _reported(
-    load: Callable[[Callable[[], Amulet]], None],
-    loader: Callable[[], Amulet],
-    on_failure: Callable[[Exception], None] | None,
-) -> None:
-    try:
-        await asyncio.to_thread(load, loader)
-    except Exception as error:
-        if on_failure is None:
-            raise
-        on_failure(error)
 
 
 def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumbs: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -249,6 +250,10 @@ def start(
     servers[0].run()
     if servers[0].failure is not None:
         raise servers[0].failure
+    if not app.state.service.names:  # stopped while the model was loading
+        # Python's own exit would break into the loading thread's native code, which may abort.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _is_loopback(host: str) -> bool:

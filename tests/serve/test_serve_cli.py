@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import subprocess
 import sys
@@ -200,6 +201,34 @@ def test_what_fails_is_one_line(
     result = run()
     assert result.exit_code == 1
     assert result.output.startswith("error: no model there\nMore: ")
+
+
+def test_a_signal_ends_a_server_that_is_loading() -> None:
+    code = """if True:
+        import sys, time
+        from amulet.serve import cli
+
+        def load(**_):
+            print("loading", file=sys.stderr, flush=True)
+            time.sleep(60)
+
+        cli.load = load
+        cli.serve(port=0)
+    """
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        told: list[str] = []
+        for line in server.stderr:  # in either order
+            told.append(line)
+            if "loading\n" in told and "Uvicorn running on" in "".join(told):
+                break
+        try:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+            assert "Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
 
 
 def test_the_command_line_loads_no_framework() -> None:
