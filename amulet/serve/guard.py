@@ -78,6 +78,7 @@ class Guard:
         began, status, method = time.perf_counter(), 0, scope["method"]
         id_ = Headers(scope=scope).get(REQUEST_ID, "")
         id_ = id_ if _ID.fullmatch(id_) else f"req_{secrets.token_hex(12)}"
+        scope = {**scope, "state": {**scope.get("state", {}), "request_id": id_}}
         if method == "HEAD":  # GET without the body
             scope = {**scope, "method": "GET"}
 
@@ -115,7 +116,8 @@ class Guard:
         except Exception as error:
             # Without the error's message, which may contain a prompt.
             frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("%s in a request:\n%s", type(error).__name__, frames)
+            id_ = scope["state"]["request_id"]
+            logger.error("%s in request %s:\n%s", type(error).__name__, id_, frames)
             if begun:  # too late for another status: drop the connection
                 raise ConnectionAbortedError("the answer broke off") from None
             wrong = ApiError(

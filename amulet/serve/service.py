@@ -103,7 +103,7 @@ class Service:
             AmuletError: a request can't be decoded.
             ClientGone: the client has disconnected.
         """
-        job = ServedRequest(self, requests)
+        job = ServedRequest(self, requests, http.state.request_id)
         try:
             await job.start(http, seconds)
         except BaseException:
@@ -115,9 +115,10 @@ class Service:
 class ServedRequest:
     """The answers to one HTTP request while they are decoded; must be closed in any case."""
 
-    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
+    def __init__(self, service: Service, requests: Sequence[Request], id: str) -> None:
         self._service = service
         self._requests = requests
+        self._id = id  # for the log
         self._began = time.perf_counter()
         rows = sum(rows_of(request, service.amulet.steering) for request in requests)
         self._ticket = service.traffic.enter(rows)
@@ -263,18 +264,21 @@ class ServedRequest:
             metrics.tokens.labels("base_prompt").inc(usage.base_prompt_tokens)
             metrics.tokens.labels("completion").inc(usage.completion_tokens)
             logger.info(
-                "answer: %s, %d + %d tokens, %.2f s, %s",
+                "answer: %s, %d + %d tokens, %.2f s, %s, %s",
                 reason,
                 usage.prompt_tokens,
                 usage.completion_tokens,
                 seconds,
                 "steered" if request.preference else "plain",
+                self._id,
             )
             if self._service.log_content:
                 asked = request.messages if request.prompt is None else request.prompt
                 wishes = [wish.model_dump() for wish in request.preference]
                 said = stream.text
-                logger.info("content: asked %r, preference %r, said %r", asked, wishes, said)
+                logger.info(
+                    "content: asked %r, preference %r, said %r, %s", asked, wishes, said, self._id
+                )
 
 
 async def while_there(http: HttpRequest, work: Awaitable[T]) -> T:

@@ -91,6 +91,16 @@ async def test_prompt_tokens_that_were_reused_are_counted(
     assert reply.usage.cached_tokens == whole - 1
 
 
+async def test_completions_count_them_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet, path = saying(tokenizer, "hello"), "/v1/completions"
+    asked = {"prompt": "a text of some length\n", "stream_options": {"include_usage": True}}
+    for cached in (0, 21):  # all but the last token, from which the next one follows
+        found = (await chunks(amulet, path, **asked))[-1]
+        assert found["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
+    found = await post(amulet, path, prompt=asked["prompt"])
+    assert found["usage"]["prompt_tokens_details"] == {"cached_tokens": 21}
+
+
 async def test_a_stream_says_the_same_in_pieces(tokenizer: PreTrainedTokenizerFast) -> None:
     options = {"include_usage": True}
     found = await chunks(

@@ -243,6 +243,42 @@ def test_a_stream_begins_before_the_prompt_is_read(
     assert "amulet_first_token_seconds_count 2.0" in metrics
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "early"),
+    [
+        ("/v1/completions", {"prompt": "hi\n"}, []),
+        ("/v1/responses", {"input": "hi"}, ["response.created", "response.in_progress"]),
+    ],
+)
+def test_the_other_streams_begin_as_early(
+    path: str,
+    asked: dict[str, Any],
+    early: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("amulet.serve.app.PING", 0.05)
+    model = HeldModel(tokenizer, "hello")
+    model.go.clear()
+    body = {**asked, "stream": True}
+    with (
+        listening(create_app(Amulet(model, tokenizer), name="m")) as (url, _),
+        httpx.stream("POST", url + path, json=body, timeout=5) as response,
+    ):
+        found = []
+        for line in response.iter_lines():
+            found.append(line)
+            if found.count(": the answer is not finished") == 2:
+                model.go.set()
+    events = [json.loads(line[6:]) for line in found if line.startswith("data: {")]
+    names = [event["type"] for event in events if "type" in event]
+    assert names[: len(early)] == early
+    first = found.index(": the answer is not finished")
+    assert sum(line.startswith("data: ") for line in found[:first]) == len(early)
+    said = [event.get("delta") or event.get("choices", [{}])[0].get("text", "") for event in events]
+    assert "".join(said) == "hello"
+
+
 def test_what_fails_late_in_a_prompt_is_an_event(tokenizer: PreTrainedTokenizerFast) -> None:
     model = HeldModel(tokenizer, "hello")
     with listening(create_app(Amulet(model, tokenizer), name="m")) as (url, _):

@@ -410,10 +410,12 @@ async def test_a_mistake_of_the_server_says_nothing_of_the_prompt(
     monkeypatch.setattr(app.state.service, "start", wrong)
     with caplog.at_level(logging.INFO):
         async with asking(app) as client:
-            response = await client.post(CHAT, json={"messages": user(words)})
+            headers = {"x-request-id": "mine-1"}
+            response = await client.post(CHAT, json={"messages": user(words)}, headers=headers)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
-    assert "KeyError in a request" in caplog.text
+    assert response.headers["x-request-id"] == "mine-1"
+    assert "KeyError in request mine-1:" in caplog.text
     assert "secret" not in caplog.text
 
 
@@ -432,6 +434,35 @@ async def test_logs_hold_content_only_when_asked(
         assert said == [log_content] * 3
         assert "POST /v1/chat/completions 200" in caplog.text
         assert "POST /v1/chat/completions 400" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (CHAT, {"messages": user("secret")}),
+        ("/v1/completions", {"prompt": "secret\n"}),
+        ("/v1/responses", {"input": "secret"}),
+    ],
+)
+async def test_the_log_names_the_request(
+    path: str,
+    asked: dict[str, Any],
+    stream: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = create_app(saying(tokenizer, "hello"), name="m")
+    headers = {"x-request-id": "mine-1"}
+    with caplog.at_level(logging.INFO, "amulet.serve"):
+        async with asking(app) as client:
+            sent = {**asked, "preference": "secret", "stream": stream}
+            response = await client.post(path, json=sent, headers=headers)
+    assert response.headers["x-request-id"] == "mine-1"
+    lines = [one.getMessage() for one in caplog.records if one.name == "amulet.serve"]
+    assert [line.split()[0] for line in lines] == ["answer:", "POST"]
+    assert [line.split()[-1] for line in lines] == ["mine-1", "mine-1"]
+    assert "secret" not in caplog.text
 
 
 async def test_metrics_count(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -100,6 +100,19 @@ async def test_a_plain_answer(tokenizer: PreTrainedTokenizerFast) -> None:
         assert found[name] == value
 
 
+async def test_prompt_tokens_that_were_reused_are_counted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    amulet = saying(tokenizer, "hello")
+    first = await post(amulet, input="a question of some length")
+    items: list[Any] = [*user("a question of some length"), *first["output"], *user("and?")]
+    shared = first["usage"]["input_tokens"] + len("hello")
+    for found in (await post(amulet, input=items), (await events(amulet, input=items))[-1]):
+        usage = found.get("response", found)["usage"]
+        assert usage["input_tokens_details"]["cached_tokens"] == shared
+        shared = usage["input_tokens"] - 1  # the same once more
+
+
 async def test_a_stream_is_openais_events_in_their_order(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
