@@ -7,10 +7,13 @@ means off, so a nested call can turn off an inherited preference.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
+
+from pydantic import BaseModel, field_serializer
 
 from amulet.aliases import close, meant
 from amulet.errors import RequestError
@@ -31,9 +34,11 @@ class Push(TypedDict, total=False):
     loop_guard: int | None
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(BaseModel, frozen=True):
     """What is in force for one answer.
+
+    Frameworks write the arguments of a call to traces and use them as keys of caches, so its
+    `repr` and its JSON have the digest of the preference in the place of the text.
 
     Attributes:
         preference: as plain JSON (see `plain`); None if not set, "" if off.
@@ -41,13 +46,21 @@ class Chosen:
         source: the level that set the preference; None if no level did.
     """
 
-    preference: PreferenceLike = None
+    preference: Any = None
     strength: float | None = None
     floor: float | None = None
     placement: Placement | None = None
     focus: float | None = None
     loop_guard: int | None = None
     source: Source | None = None
+
+    @field_serializer("preference")
+    def _without_text(self, preference: Any) -> str | None:
+        return digest(preference)
+
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        """Return what `repr` shows."""
+        return self.model_dump(warnings=False).items()
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that were given, by name, without their source."""
@@ -91,7 +104,29 @@ def choose(
             found[name] = plain(value) if name == "preference" else value
             if name == "preference":
                 found["source"] = source
-    return Chosen(**found)
+    return Chosen.model_construct(**found)  # `Request` checks the values
+
+
+def digest(preference: PreferenceLike) -> str | None:
+    """Return a name for a preference that doesn't show its text; None and "" (off) stay themselves.
+
+    Equal preferences have equal digests, so traces can be grouped by them. It is a plain SHA-256:
+    whoever guesses a text can check the guess.
+    """
+    settled = plain(preference)
+    if settled is None:
+        return None
+    wishes = [wish.model_dump() for wish in normal_preferences(settled)]
+    hashed = sha256(json.dumps(wishes, sort_keys=True).encode()).hexdigest()
+    return f"sha256:{hashed[:32]}" if wishes else ""
+
+
+def without_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the preference's digest in the place of its text."""
+    found = dict(settings)
+    if "preference" in found:
+        found["preference"] = digest(found["preference"])
+    return found
 
 
 def setting_meant(key: object) -> str | None:

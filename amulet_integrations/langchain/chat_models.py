@@ -246,10 +246,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
-        own = [self.stop] if isinstance(self.stop, str) else self.stop
-        if stop is None and own:
-            params["ls_stop"] = own
-        return params
+        return cast("LangSmithParams", {**params, **self._traced(stop, kwargs)})
 
     @property
     def _llm_type(self) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM, get_prompts
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import PromptValue
@@ -156,6 +157,11 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         settled = self.settled(config, call)
         refuse_unknown(settled, LLM_OPTIONS, "The call")
         return self.model_copy(update={"call": settled}), tracing
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        traced = self._traced(stop, {**self.call, **kwargs})
+        return cast("LangSmithParams", {**params, **traced})
 
     @property
     def _llm_type(self) -> str:

@@ -33,6 +33,7 @@ from amulet_integrations._preference import (
     choose,
     plain,
     warn_of_typos,
+    without_text,
 )
 from amulet_integrations.langchain.messages import stated_settings
 from amulet_integrations.langchain.tools import named_format, tool_schemas
@@ -111,7 +112,7 @@ class AmuletOptions(BaseModel):
     # The name of the loaded `amulet`, which copies by `configurable_fields` also get.
     loaded: str | None = Field(default=None, exclude=True, repr=False)
 
-    preference: Any = None
+    preference: Any = Field(default=None, repr=False)  # traces have the repr
     strength: float | None = None
     floor: float | None = None
     placement: Placement | None = None
@@ -309,18 +310,32 @@ class AmuletOptions(BaseModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that affects an answer, by which LangChain's caches are keyed."""
+        """Everything that affects an answer, by which LangChain's caches are keyed.
+
+        Traces have it, too: the preference is there as its digest.
+        """
         steering = self.engine.steering
         return {
             "model": self.model,
             "weights": fingerprint(self.engine),
             "steering": steering.model_dump(),
-            **self._settings(),
-            "pinned": self.pinned,
+            **without_text(self._settings()),
+            "pinned": without_text(self.pinned),
             # Not as "stop": LangChain writes the call's over it, None included.
             "default_stop": self.stop,
             **{name: getattr(self, name) for name in (*SAMPLING, *OUTPUT)},
         }
+
+    def _traced(self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what traces have as metadata: the settings in force, if the answer is steered."""
+        own = [self.stop] if isinstance(self.stop, str) else self.stop
+        found: dict[str, Any] = {"ls_stop": own} if stop is None and own else {}
+        chosen = kwargs.get("chosen")
+        if isinstance(chosen, Chosen) and chosen.preference:
+            settings = {**self.engine.steering.model_dump(), **without_text(chosen.as_dict())}
+            settings["preference_source"] = chosen.source
+            found |= {f"amulet_{name}": value for name, value in settings.items()}
+        return found
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of a text by the model's tokenizer, without special tokens."""

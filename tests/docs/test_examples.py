@@ -123,3 +123,15 @@ def test_reasoning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     thought, rest = "\n".join(lines[:-2]), lines[-2:]
     assert re.sub(r"\(thinks\) |\s", "", thought) == "2*4=8"
     assert rest == ["Eight weeks.", "Eight."]
+
+
+def test_langsmith(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LANGSMITH_API_KEY", raising=False)
+    lines = run("langchain_langsmith.py")
+    assert after(lines, "anna:").startswith(SHORT_ANSWER)
+    assert after(lines, "ben:").startswith(LIST_ANSWER)
+    assert lines.count("  amulet_strength: 0.35") == 2
+    assert lines.count("  amulet_preference_source: conversation") == 2
+    digests = {line for line in lines if line.startswith("  amulet_preference: sha256:")}
+    assert len(digests) == 2
+    assert not any("Answer in" in line or "Answer as" in line for line in lines)
