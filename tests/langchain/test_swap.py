@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 from langchain.agents import create_agent
+from langchain.chat_models import init_chat_model
 from langchain_core.messages import AnyMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -149,3 +150,11 @@ def test_without_a_preference_the_answers_are_those_of_the_peer(smollm: Any) -> 
     assert graph(ours).invoke(question, config)["messages"][-1].content == theirs
     completion = AmuletLLM.from_pipeline(pipe, max_new_tokens=24)
     assert completion.invoke("The capital of France is") == llm.invoke("The capital of France is")
+
+
+def test_langchain_has_no_names_for_other_packages_models() -> None:
+    """If this fails, `init_chat_model("amulet:...")` may work, and docs/langchain.md is wrong."""
+    with pytest.raises(ValueError, match="Supported providers"):
+        init_chat_model("amulet:embedded")
+    with pytest.raises(ValueError, match="Unsupported provider"):
+        init_chat_model("embedded", model_provider="amulet_integrations.langchain")

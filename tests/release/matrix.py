@@ -1,12 +1,13 @@
 """Tests with the oldest and newest supported LangChain, LlamaIndex and Transformers.
 
-    python -m tests.release.matrix [ROW ...] [--keep FOLDER] [-- TESTS ...]
+    python -m tests.release.matrix [ROW ...] [--keep FOLDER] [--python PYTHON] [-- TESTS ...]
 
 Rows: `oldest` and `newest` take all frameworks at once, and are what runs when none is named;
 `transformers-oldest`, `langchain-oldest` and `llama-index-oldest` take one at its oldest and the
 others at their newest. The oldest releases are the lower bounds of pyproject.toml, so a bound that
 isn't true fails here. Each row gets an environment of its own; torch is shared where it can be.
-What stands behind `--` is given to pytest instead of `TESTS`.
+`--python python3.10` makes it with another interpreter. What stands behind `--` is given to pytest
+instead of `TESTS`.
 """
 
 from __future__ import annotations
@@ -81,9 +82,9 @@ def pins(row: str) -> list[str]:
     return [bounds[package] for package in FRAMEWORKS[row.removesuffix("-oldest")]]
 
 
-def environment_of(row: str, folder: Path) -> Environment:
+def environment_of(row: str, folder: Path, python: str = sys.executable) -> Environment:
     """Make a row's environment; this repository is installed in it as it stands."""
-    environment = make(folder / row)
+    environment = make(folder / row, python=python)
     extras = f"{ROOT}[grammar,langchain,llama-index]"
     environment.pip("install", "--quiet", *pins(row), *TOOLS, "-e", extras)
     install_models(environment)
@@ -103,6 +104,7 @@ def main() -> int:
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--keep", type=Path, help="a folder in which the environments stay")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the rows")
     words = sys.argv[1:]
     own = words.index("--") if "--" in words else len(words)
     arguments, tests = parser.parse_args(words[:own]), words[own + 1 :] or TESTS
@@ -113,7 +115,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
             started = time.perf_counter()
-            environment = environment_of(row, arguments.keep or Path(folder))
+            environment = environment_of(row, arguments.keep or Path(folder), arguments.python)
             print(f"\n{row}: {versions(environment)}", flush=True)
             installed = time.perf_counter()
             # Old releases warn of newer packages under them; that is theirs to fix.

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 import torch
+from langchain.chat_models import init_chat_model
 from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from llama_index.core.llms import ChatMessage
@@ -141,6 +142,14 @@ async def test_langchain_openai(tiny: Amulet, tiny_url: str, caller_url: str) ->
     assert "".join(str(piece.content) for piece in chat.stream("hi")) == ours.text
     assert (await chat.ainvoke("hi")).content == ours.text
     assert [found.content for found in chat.batch(["hi", "hi"])] == [ours.text] * 2
+    by_name: Any = init_chat_model(
+        "openai:tiny",
+        base_url=f"{tiny_url}/v1",
+        max_tokens=12,
+        extra_body={"preference": "Be brief."},
+        **options,
+    )
+    assert by_name.invoke("hi").content == ours.text
     longer = ChatOpenAI(model="tiny", base_url=f"{tiny_url}/v1", max_tokens=60, **options)
     mood = longer.with_structured_output(Mood).invoke("hi")
     assert mood in (Mood(mood="good"), Mood(mood="bad"))
