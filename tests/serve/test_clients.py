@@ -296,11 +296,12 @@ def test_what_fails_late_in_a_prompt_is_an_event(tokenizer: PreTrainedTokenizerF
             model.fail_with = OutOfMemoryError("no room")
             if held:
                 model.go.clear()
-                threading.Timer(0.5, model.go.set).start()
             with sync_client(url) as client:
                 chat: Any = client.chat.completions
                 with pytest.raises(openai.APIError, match="no room") as caught:
-                    list(chat.create(model="m", messages=user("ho"), stream=True))
+                    stream = chat.create(model="m", messages=user("ho"), stream=True)
+                    model.go.set()  # the headers are here
+                    list(stream)
             assert caught.value.code == "out_of_memory"
             # Once the headers are out there is no other status.
             assert getattr(caught.value, "status_code", 200) == (200 if held else 503)
