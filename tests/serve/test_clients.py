@@ -290,18 +290,21 @@ def test_the_other_streams_begin_as_early(
 
 def test_what_fails_late_in_a_prompt_is_an_event(tokenizer: PreTrainedTokenizerFast) -> None:
     model = HeldModel(tokenizer, "hello")
+
+    def read(chat: Any) -> None:
+        stream = chat.create(model="m", messages=user("ho"), stream=True)
+        model.go.set()  # the headers are here
+        list(stream)
+
     with listening(create_app(Amulet(model, tokenizer), name="m")) as (url, _):
         for held in (False, True):
             model.go.set()
             model.fail_with = OutOfMemoryError("no room")
             if held:
                 model.go.clear()
-            with sync_client(url) as client:
-                chat: Any = client.chat.completions
-                with pytest.raises(openai.APIError, match="no room") as caught:
-                    stream = chat.create(model="m", messages=user("ho"), stream=True)
-                    model.go.set()  # the headers are here
-                    list(stream)
+            raised = pytest.raises(openai.APIError, match="no room")
+            with sync_client(url) as client, raised as caught:
+                read(client.chat.completions)
             assert caught.value.code == "out_of_memory"
             # Once the headers are out there is no other status.
             assert getattr(caught.value, "status_code", 200) == (200 if held else 503)
