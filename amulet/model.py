@@ -6,6 +6,7 @@ Request -> Preparer -> Generation -> Driver -> Answer -> ReplyStream -> Reply
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from amulet.backends.llamacpp.backend import LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel
 from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, ModelError, RequestError
+from amulet.images import ImageReader, without_images
 from amulet.output.async_stream import AsyncReplyStream, read_all
 from amulet.output.comparison import Comparison, comparison_requests
 from amulet.output.curve import STRENGTHS, Point, StrengthCurve, curve_requests
@@ -29,7 +31,7 @@ from amulet.reply import Reply
 from amulet.request import Request
 
 if TYPE_CHECKING:  # a GGUF file does without their import, which takes a second
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # Special tokens that occur in prompts; others are padding, or placeholders for images and audio.
 USED_TOKENS = ("bos_token", "eos_token", "unk_token")
@@ -45,7 +47,8 @@ class Amulet:
         model: a Transformers causal language model, or a PEFT model around one; it is used
             unchanged, on its device. Its weights and adapters may be changed between answers.
             Or the model of a GGUF file, which `from_gguf` loads.
-        tokenizer: its tokenizer. Amulet reads its own copy, so other code may call the tokenizer
+        tokenizer: its tokenizer; or, so that messages may have images, the model's processor,
+            which has the tokenizer. Amulet reads its own copy, so other code may call the tokenizer
             at the same time; a new chat template and added tokens apply from the next request.
         steering: settings for requests that don't give their own; or the path of a file that
             `amulet tune` wrote.
@@ -72,7 +75,7 @@ class Amulet:
     def __init__(
         self,
         model: PreTrainedModel | GGUFModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         *,
         steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
@@ -95,6 +98,12 @@ class Amulet:
 
             decoder = decoder_of(model)
             check_decoder(decoder)
+        processor, tokenizer = parts_of(tokenizer)
+        self._no_images = no_images(decoder, processor)
+        self._reader: ImageReader | None = None
+        if not self._no_images:
+            image_id = decoder.config.image_token_id
+            self._reader = ImageReader(processor, own_tokenizer(tokenizer), image_id)
         self._missing_ids = missing_ids(decoder, tokenizer)
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -273,6 +282,11 @@ class Amulet:
         if isinstance(self.model, GGUFModel):
             return self.model.window
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether messages may have images."""
+        return self._reader is not None
 
     @property
     def rows(self) -> int:
@@ -479,19 +493,25 @@ class Amulet:
 
         Any part of a chat can be counted. If the template refuses it, as with a call without its
         result or without a user turn, its texts are counted, plus a few tokens for each turn.
+        Images count for nothing where the model reads none.
         """
+        if not self.reads_images:
+            messages = without_images(messages)
         called = messages[-1].get("tool_calls") or () if messages else ()
         results = [{"role": "tool", "content": ""} for _ in called]
         try:
             return len(self.encode_chat([*messages, *results], **options)) if messages else 0
         except RequestError:
-            parts = [*messages, *(options.get("tools") or ())]
+            parts = [*without_images(messages), *(options.get("tools") or ())]
             return self.count_tokens(json.dumps(parts, ensure_ascii=False, default=str))
 
     @property
     def _preparer(self) -> Preparer:
         tokenizer = own_tokenizer(self.tokenizer)
-        return Preparer(tokenizer, self.steering, self.window, self.end_ids)
+        reason = f"{self.name} takes none: {self._no_images}"
+        return Preparer(
+            *(tokenizer, self.steering, self.window, self.end_ids, self._reader, reason)
+        )
 
     def _prepare_all(
         self, requests: Iterable[Request | dict[str, Any]], return_exceptions: bool
@@ -517,6 +537,33 @@ def _outcome(stream: ReplyStream | AmuletError, return_exceptions: bool) -> Repl
         if not return_exceptions:
             raise
         return error
+
+
+def parts_of(
+    given: PreTrainedTokenizerBase | ProcessorMixin,
+) -> tuple[ProcessorMixin | None, PreTrainedTokenizerBase]:
+    """Return a processor and its tokenizer; or None and the tokenizer that was given.
+
+    A tokenizer without a chat template gets its processor's.
+    """
+    if not hasattr(given, "image_processor"):
+        return None, cast("PreTrainedTokenizerBase", given)
+    processor: Any = given
+    tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+    template = getattr(processor, "chat_template", None)
+    if template and not tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)  # the caller's stays as it is
+        tokenizer.chat_template = template
+    return processor, tokenizer
+
+
+def no_images(decoder: Any, processor: ProcessorMixin | None) -> str:
+    """Return why a model can't be asked about images; "" if it can."""
+    if isinstance(decoder, GGUFModel):
+        return "llama.cpp decodes text alone here"
+    from amulet.backends.transformers.vision import why_no_images
+
+    return why_no_images(decoder, processor) or ""
 
 
 def missing_ids(

@@ -11,6 +11,7 @@ from amulet.decoding.generation import Generation
 from amulet.decoding.sampling import Sampling
 from amulet.errors import PromptTooLongError, RequestError, TemplateError
 from amulet.grammar import LENIENT, Grammar, Matcher, fault_in
+from amulet.images import ImageReader, PromptImage, take_images, with_columns
 from amulet.output.answer import Answer
 from amulet.output.channels import Channels
 from amulet.output.sections import Calls, Scanner, Spans, find_thinking
@@ -61,12 +62,16 @@ class Preparer:
         steering: for requests that don't give their own.
         window: the context window in tokens; None if unknown.
         end_ids: ids that end an answer.
+        reader: of images; None where the model takes none.
+        no_images: which model takes none, and why.
     """
 
     tokenizer: PreTrainedTokenizerBase
     steering: Steering
     window: int | None
     end_ids: frozenset[int]
+    reader: ImageReader | None = None
+    no_images: str = ""
 
     def prepare(self, request: Request) -> tuple[Generation, Answer, Steering | None]:
         """Return the generation, the answer that collects its tokens, and the steering in force.
@@ -74,25 +79,27 @@ class Preparer:
         Raises:
             RequestError: the request is not valid.
         """
-        tools = self._tools(request)
+        messages, images = self._read(request)
+        tools = self._tools(request, messages)
         grammar = self._grammar(request, tools)
         preferences = request.preference if is_answer_steered(request, grammar) else ()
         steering = request.steering(self.steering) if preferences else None
-        prompts = self._encode(request, tools, preferences, steering)
+        prompts = self._encode(request, tools, images, preferences, steering)
         forced = grammar is not None and grammar is not request.grammar
         scanner = self._scanner(request, tools, prompts, forced)
-        rows: list[list[int]] = [prompts.base]
+        seen = self._seen(prompts, images)
+        rows: list[list[int]] = [seen.base]
         weights: list[float] = []
         if steering is not None:
             rows, weights = steered_rows(
-                prompts,
+                seen,
                 preferences,
                 steering,
                 None if request.prompt is not None else partial(self._alone, request, tools),
             )
             # Strength 0 needs no base row unless a part may be decoded plainly.
             if weights == [1.0] and not request.trace and not scanner.markers and not grammar:
-                rows, weights = [prompts.preferred[0]], []
+                rows, weights = [seen.preferred[0]], []
         matcher = self._matcher(grammar, tools) if grammar is not None else None
         answer = Answer(
             self.tokenizer,
@@ -105,6 +112,7 @@ class Preparer:
         generation = Generation(
             prompts=rows,
             plain=prompts.base,
+            images=images,
             weights=weights,
             floor=steering.floor if steering is not None else 0.0,
             loop_guard=guard_of(steering) if steering is not None else 0,
@@ -127,7 +135,8 @@ class Preparer:
 
     def encode(self, request: Request) -> list[int]:
         """Return the base prompt of a request, as token ids."""
-        return self._encode(request, self._tools(request), (), None).base
+        messages, images = self._read(request)
+        return self._encode(request, self._tools(request, messages), images, (), None).base
 
     def calls_tools(self, tools_prompt: Literal["template", "fallback"]) -> bool:
         """Tell whether the model sees the tools and the calls in its answers can be parsed."""
@@ -137,15 +146,39 @@ class Preparer:
             tools_prompt=tools_prompt,
         )
         try:
-            return self._tools(probe).dialect is not None or self._has_response_template
+            tools = self._tools(probe, normal_messages(probe.messages or ()))
+            return tools.dialect is not None or self._has_response_template
         except TemplateError:
             return False
 
-    def _tools(self, request: Request) -> _Tools:
-        """Find how the template shows tools; if it can't, write tools and past calls as text."""
+    def _read(self, request: Request) -> tuple[list[Message], tuple[PromptImage, ...]]:
+        """Return a chat's messages in normal form, with a mark for each image, and the images."""
+        messages, parts = take_images(request.messages or ())
+        if not parts:
+            return normal_messages(messages), ()
+        if self.reader is None:
+            raise RequestError(
+                f"The messages have an image, and {self.no_images}. Leave the image out, describe "
+                "it in words, or load a model that reads images."
+            )
+        return normal_messages(messages), tuple(map(self.reader.read, parts))
+
+    def _seen(self, prompts: Prompts, images: Sequence[PromptImage]) -> Prompts:
+        """Return the prompts of rows: with the images' own ids where the placeholders are."""
+        if self.reader is None or not images:
+            return prompts
+        own = partial(with_columns, token_id=self.reader.token_id, images=images)
+        return Prompts(tuple(map(own, prompts.preferred)), own(prompts.base))
+
+    def _tools(self, request: Request, messages: list[Message]) -> _Tools:
+        """Find how the template shows tools; if it can't, write tools and past calls as text.
+
+        Args:
+            request: the request.
+            messages: its messages in normal form.
+        """
         if request.messages is None:
             return _Tools([], [], [])
-        messages = normal_messages(request.messages)
         schemas = tool_schemas(request.tools or ())
         functions = functions_of(schemas, request.tool_choice)
         if not schemas or request.tool_choice == "none":
@@ -254,6 +287,7 @@ class Preparer:
         self,
         request: Request,
         tools: _Tools,
+        images: Sequence[PromptImage],
         preferences: Sequence[Preference],
         steering: Steering | None,
     ) -> Prompts:
@@ -266,6 +300,8 @@ class Preparer:
             (steering or self.steering).placement,
             tools=tools.schemas or None,
             template_options=request.template_options,
+            reader=self.reader,
+            images=images,
         )
 
     def _alone(self, request: Request, tools: _Tools) -> list[int]:
@@ -275,6 +311,7 @@ class Preparer:
             request.preference,
             tools=tools.schemas or None,
             template_options=request.template_options,
+            reader=self.reader,
         )
 
     def _limit(self, request: Request, prompt_tokens: int) -> int:

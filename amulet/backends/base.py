@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from amulet.images import PromptImage
+
 
 class Snapshot(Protocol):
     """A saved row, for `Backend.load_row`."""
@@ -79,6 +81,7 @@ class Backend(Protocol):
         starts: Sequence[int],
         first: int,
         keep: Sequence[int],
+        images: Sequence[PromptImage] = (),
     ) -> torch.Tensor:
         """Append ids to rows: one pass of a prefill.
 
@@ -87,6 +90,7 @@ class Backend(Protocol):
             starts: each row's current length; with `any_length` a smaller value truncates the row.
             first: the first of the rows, which are consecutive.
             keep: indices of the ids after which logits are needed.
+            images: whose columns the negative ones among the ids are.
 
         Returns:
             Logits `[rows, kept ids, vocab]`.

@@ -136,7 +136,7 @@ class Engine:
         if limit >= NARROW:
             for generation in self.running:
                 if generation.draft is None:
-                    generation.draft = Draft(generation.prompts[-1])
+                    generation.draft = Draft([max(i, 0) for i in generation.prompts[-1]])
                 drafts[generation] = generation.draft.propose(generation.token_ids, limit)
         return drafts
 
@@ -290,7 +290,9 @@ class Engine:
                 if not self._give_way(generation, width):
                     return None
                 chunk = prompts[-1][filled[-1] : filled[-1] + width]
-                self.backend.forward([chunk], [filled[-1]], first + base, [width - 1])
+                self.backend.forward(
+                    [chunk], [filled[-1]], first + base, [width - 1], generation.images
+                )
                 filled[-1] += width
             if computes and not self.backend.any_length:
                 with self._or_keep_nothing():
@@ -317,11 +319,14 @@ class Engine:
             if not self._give_way(generation, width * len(rows)):
                 return None
             self.backend.reserve(first + len(prompts), max(filled) + width)
-            out = self.backend.forward(ids, [filled[i] for i in rows], first + rows[0], keep)
+            out = self.backend.forward(
+                ids, [filled[i] for i in rows], first + rows[0], keep, generation.images
+            )
             for i in rows:
                 if 0 < left[i] <= width:
                     logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
                 filled[i] += taken[i]
+        generation.images = ()  # their columns are computed
         return torch.stack([logits[i] for i in range(len(prompts))])
 
     def _branch(self, prompt: list[int], filled: int) -> int:

@@ -13,6 +13,7 @@ from amulet.decoding.loop_guard import Repeats
 from amulet.decoding.mixture import TokenScores
 from amulet.decoding.prompt_lookup import Draft
 from amulet.decoding.sampling import Sampling
+from amulet.images import PromptImage
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -27,7 +28,7 @@ class Generation:
 
     Args:
         prompts: ids of each of its rows: the preferred prompts, focus, then the base prompt. A
-            single prompt is decoded without steering.
+            single prompt is decoded without steering. Negative ids are columns of `images`.
         plain: ids of the prompt without preferences, for the repetition penalty and processors.
             If None, processors get the first of `prompts` and the penalty the last.
         weights: w_i of `r + Σ w_i·(p_i − r)`, one per row except the base row. They may be changed
@@ -43,6 +44,7 @@ class Generation:
         allowed: called before each choice; returns a bool mask `[vocab]` of permitted ids, or None.
         processors: Transformers logits processors, applied to the combined scores.
         trace: collect `TokenScores`, with `top_logprobs` alternatives each.
+        images: those in the prompts; dropped after the prefill.
     """
 
     prompts: Sequence[list[int]]
@@ -59,6 +61,7 @@ class Generation:
     trace: bool = False
     top_logprobs: int = 0
     plain: list[int] | None = None
+    images: Sequence[PromptImage] = ()
 
     token_ids: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScores] = field(default_factory=list, init=False)

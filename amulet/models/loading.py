@@ -7,6 +7,7 @@ Transformers are imported inside the functions, so that importing this module st
 from __future__ import annotations
 
 import json
+import logging
 import os
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,9 +19,11 @@ from amulet.models.collector import paused_collector
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-    Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]
+
+logger = logging.getLogger("amulet")
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -47,9 +50,11 @@ def load_pretrained(
 ) -> Loaded:
     """Return `(model, tokenizer)`, the model in eval mode.
 
+    In the tokenizer's place is the processor, where Amulet reads images with such a model.
+
     Args:
         name_or_path: a hub name such as "Qwen/Qwen3-0.6B", or the folder of a saved model or
-            PEFT adapter. Models that also read images are loaded as text models.
+            PEFT adapter.
         device: the device of the whole model. None, without `device_map` and
             `quantization_config`, means cuda, else mps, else cpu.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16" or a floating `torch.dtype`.
@@ -123,10 +128,14 @@ def load_pretrained(
     model, report = loaded
     _check_complete(source, report)
     model.eval()
+    from amulet.backends.transformers.vision import knows_images
+
     if pack and quantization_config is None:
         from amulet.backends.transformers.cpu.packing import pack_linears
 
         pack_linears(model, pack)
+    if knows_images(model):
+        return model, _processor(source, shared, options) or tokenizer
     return model, tokenizer
 
 
@@ -140,6 +149,26 @@ def _load_model(source: str, **options: Any) -> Any:
         if _OTHER_CLASS not in str(error):
             raise
     return AutoModelForImageTextToText.from_pretrained(source, **options)
+
+
+def _processor(
+    source: str, shared: dict[str, Any], options: dict[str, Any]
+) -> ProcessorMixin | None:
+    """Load a model's processor; None, and a line in the log, where that isn't possible."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    auto: Any = AutoProcessor  # it has no types
+    places = {name: options[name] for name in TOKENIZER_OPTIONS if name in options}
+    try:
+        processor = auto.from_pretrained(source, **shared, **places)
+    except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = _first_lines(error)
+    else:
+        if isinstance(processor, ProcessorMixin):
+            return processor
+        reason = "it has none"
+    logger.warning("%s reads no images: its processor can't be loaded: %s", source, reason)
+    return None
 
 
 def _take_processor_template(

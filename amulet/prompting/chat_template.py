@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from amulet.errors import RequestError, TemplateError
+from amulet.images import MARK, parts_of
 from amulet.prompting.messages import Message
 
 if TYPE_CHECKING:
@@ -74,12 +75,18 @@ class TemplateTraits:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """One tokenizer's chat template with a request's tools and template options."""
+    """One tokenizer's chat template with a request's tools and template options.
+
+    Attributes:
+        lists: the roles whose contents are rendered as lists of parts.
+        image_tokens: placeholders of images, which no content may have.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tools: list[Any] | None
     options: dict[str, Any]
-    lists: frozenset[str] = frozenset()  # roles whose contents are rendered as lists of parts
+    lists: frozenset[str] = frozenset()
+    image_tokens: frozenset[str] = frozenset()
     source: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,14 +139,19 @@ class ChatTemplate:
         named = ".thinking" in self.source and "thinking" not in message
         if thought and named and not (content and message.get("tool_calls")):
             message = {**message, "thinking": thought}
-        if message["role"] not in self.lists or not isinstance(content, str):
+        if not isinstance(content, str) or (
+            message["role"] not in self.lists and MARK not in content
+        ):
             return message
-        return {**message, "content": [{"type": "text", "text": content}]}
+        return {**message, "content": parts_of(content) or [{"type": "text", "text": ""}]}
 
     def traits(self) -> TemplateTraits:
         """Return the template's traits; probed once per template, options and day."""
         # The day: a default system text may state today's date.
-        key = (self.source, repr(self.options), bool(self.tools), len(self.tokenizer), date.today())
+        key = (
+            *(self.source, repr(self.options), bool(self.tools), self.image_tokens),
+            *(len(self.tokenizer), date.today()),
+        )
         known = _known_traits.setdefault(self.tokenizer, {})
         if key not in known:
             if len(known) >= 64:
@@ -188,7 +200,7 @@ def _probe(template: ChatTemplate) -> TemplateTraits:
     # Up to the last user turn: a generation prompt may open a thinking span.
     turns = attempt(*lead, user, answer, user).rpartition(USER)[0]
     thinking = {marker for pair in THINKING for marker in pair}
-    special, control = set(), set()
+    special, control = set(template.image_tokens), set()
     for token in template.tokenizer.added_tokens_decoder.values():
         if token.special or (token.content in turns and token.content not in thinking):
             if not token.content.isspace():

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amulet.errors import RequestError, TemplateError
+from amulet.images import MARK, ImageReader, PromptImage
 from amulet.preference import Placement, Preference
 from amulet.prompting.chat_template import (
     BREAK,
@@ -65,6 +66,8 @@ def encode_chat(
     *,
     tools: Sequence[Any] | None = None,
     template_options: Mapping[str, Any] | None = None,
+    reader: ImageReader | None = None,
+    images: Sequence[PromptImage] = (),
 ) -> Prompts:
     """Return the prompts of a chat; if the last message is the assistant's, it is continued.
 
@@ -87,16 +90,23 @@ def encode_chat(
             system message if the chat has no user turn; "both" does both.
         tools: schemas or functions for the template.
         template_options: additional variables of the template, such as `enable_thinking`.
+        reader: of the model's images; its tokens in contents are text, too.
+        images: one for each `MARK` in the user's messages, in their order.
 
     Raises:
         TemplateError: there is no template, or even with these changes it refuses the messages, or
-            drops a message or the preference.
+            drops a message, an image or the preference.
         RequestError: a message or option is not valid.
     """
     given = normal_messages(messages)
     if not given:
         raise RequestError("messages is empty: expected at least one, such as a user message.")
-    template = ChatTemplate(tokenizer, list(tools or ()) or None, dict(template_options or {}))
+    template = ChatTemplate(
+        tokenizer,
+        list(tools or ()) or None,
+        dict(template_options or {}),
+        image_tokens=reader.tokens if reader else frozenset(),
+    )
     traits = template.traits()
     template = replace(
         template,
@@ -106,7 +116,11 @@ def encode_chat(
     )
     chat = [break_message(message, traits) for message in given]
     fitted = _fitted(template, traits, chat, placement if preferences else None)
-    base = encode(tokenizer, fitted.text)
+
+    def encoded(text: str) -> list[int]:
+        return encode(tokenizer, _with_images(text, reader.token, images) if reader else text)
+
+    base = encoded(fitted.text)
     if not base:
         raise TemplateError("The chat template renders these messages to an empty prompt.")
     preferred = []
@@ -114,7 +128,7 @@ def encode_chat(
         text = traits.defuse(preference.text)
         arranged = _arrange(fitted.chat, traits, fitted.changes, text, placement)
         # The preference is private: a template error that quotes it must not reach a log.
-        preferred.append(encode(tokenizer, template.render(arranged, quiet=True)))
+        preferred.append(encoded(template.render(arranged, quiet=True)))
     return _told_apart(Prompts(tuple(preferred), base))
 
 
@@ -125,14 +139,16 @@ def encode_alone(
     *,
     tools: Sequence[Any] | None = None,
     template_options: Mapping[str, Any] | None = None,
+    reader: ImageReader | None = None,
 ) -> list[int]:
     """Return the prompt for focus: the preferences without what was asked.
 
     It has the chat's system messages, then the preferences as the user's message, then what
-    followed the user's last message: calls and their results, or an answer that is continued.
+    followed the user's last message: calls and their results, or an answer that is continued. It
+    has no image, as images are part of what was asked.
 
     Args:
-        tokenizer, messages, tools, template_options: as for `encode_chat`.
+        tokenizer, messages, tools, template_options, reader: as for `encode_chat`.
         preferences: normal form, at least one of positive weight; negative ones are left out.
 
     Raises:
@@ -144,7 +160,13 @@ def encode_alone(
     wanted = Preference("\n".join(one.text for one in preferences if one.weight > 0))
     chat = [*system, {"role": "user", "content": ""}, *since]
     prompts = encode_chat(
-        tokenizer, chat, [wanted], "user", tools=tools, template_options=template_options
+        tokenizer,
+        chat,
+        [wanted],
+        "user",
+        tools=tools,
+        template_options=template_options,
+        reader=reader,
     )
     return prompts.preferred[0]
 
@@ -192,6 +214,18 @@ def encode_text(
         for preference in preferences
     ]
     return _told_apart(Prompts(tuple(preferred), base))
+
+
+def _with_images(text: str, token: str, images: Sequence[PromptImage]) -> str:
+    """Return a rendered chat with each placeholder as the model expects it for its image."""
+    first, *rest = text.split(token)
+    if len(rest) != len(images):
+        raise TemplateError(
+            f"The chat template shows {len(rest)} of {len(images)} images. Use the template that "
+            "the model's processor has."
+        )
+    shown = [image.text + piece for image, piece in zip(images, rest, strict=True)]
+    return "".join([first, *shown])
 
 
 def _told_apart(prompts: Prompts) -> Prompts:
@@ -293,7 +327,7 @@ def _marked(chat: list[Message]) -> tuple[list[Message], dict[str, str]]:
         if calls:
             message["tool_calls"] = [_named(call, mark(f"a tool call of {what}")) for call in calls]
         elif message["content"].strip():  # text in a message with calls may be dropped
-            message["content"] = mark(what)
+            message["content"] = MARK * message["content"].count(MARK) + mark(what)
         marked.append(message)
     return marked, marks
 

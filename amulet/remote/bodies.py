@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from amulet.errors import DecodeError, RequestError
+from amulet.images import with_data_urls
 from amulet.preference import Steering
 from amulet.prompting.chat_template import check_unicode
 from amulet.reply import Event, InvalidToolCall, Reply, TokenTrace, ToolCall, Usage
@@ -48,7 +49,7 @@ def to_body(request: Request, model: str) -> dict[str, Any]:
     if request.prompt is not None:
         body["prompt"] = request.prompt
     else:
-        body["messages"] = list(request.messages or ())
+        body["messages"] = with_data_urls(request.messages or ())
         body.update(chat_options(request))
         if request.tools:
             choice = request.tool_choice

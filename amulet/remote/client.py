@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 from amulet.errors import AmuletError, MissingPackageError, ModelError, RequestError
+from amulet.images import with_data_urls
 from amulet.model import Amulet
 from amulet.output.async_stream import AsyncReplyStream
 from amulet.output.stream import ReplyStream
@@ -99,6 +100,7 @@ class RemoteAmulet(Amulet):
         )
         self._name = str(facts["id"])
         self._window: int | None = facts.get("max_model_len")
+        self._reads_images = bool(facts.get("reads_images"))
         self.max_rows = int(facts.get("max_rows") or 0)
         self.steering = Steering(**facts["steering"])
         self.end_ids = frozenset(facts["end_ids"])
@@ -115,6 +117,11 @@ class RemoteAmulet(Amulet):
     def window(self) -> int | None:
         """The context window in tokens, for prompt and answer together; None if unknown."""
         return self._window
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether messages may have images, as the server says."""
+        return self._reads_images
 
     @property
     def rows(self) -> int:
@@ -212,7 +219,7 @@ class RemoteAmulet(Amulet):
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the token ids of a chat's prompt without preference; options as for `chat`."""
         request = Request(messages=messages, **options)
-        body = {"messages": list(request.messages or ()), **chat_options(request)}
+        body = {"messages": with_data_urls(request.messages or ()), **chat_options(request)}
         return self._tokenize(body)
 
     def calls_tools(self, tools_prompt: Literal["template", "fallback"] = "template") -> bool:

@@ -214,6 +214,7 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
             "chat_template": template,
             "end_ids": sorted(amulet.end_ids),
             "max_rows": amulet.max_rows,
+            "reads_images": amulet.reads_images,
             "limits": vars(service.limits),
             "thumbs": keeps_thumbs,
         }

@@ -18,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 
 from amulet.errors import PromptTooLongError, RequestError
 from amulet.fingerprint import fingerprint
+from amulet.images import without_images
 from amulet.model import Amulet
 from amulet.output.async_stream import AsyncReplyStream
 from amulet.output.stream import ReplyStream
@@ -273,7 +274,7 @@ class ServedRequest:
                 self._id,
             )
             if self._service.log_content:
-                asked = request.messages if request.prompt is None else request.prompt
+                asked = without_images(request.messages or ()) or request.prompt
                 wishes = [wish.model_dump() for wish in request.preference]
                 said = stream.text
                 logger.info(

@@ -262,7 +262,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
     ) -> int:
         """Return how many tokens the chat has as the model's template writes it.
 
-        Any part of a chat can be counted; images and the like count for nothing.
+        Any part of a chat can be counted; videos and the like count for nothing.
         """
         fields = self._tool_fields({"tools": tool_schemas(tools or ())})
         options = self._template_options({})
@@ -273,7 +273,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         profile: ModelProfile = {
             "text_inputs": True,
             "text_outputs": True,
-            "image_inputs": False,
+            "image_inputs": self.engine.reads_images,
             "tool_calling": self.tools_prompt == "fallback" or "tools" in template,
             "structured_output": True,
             "reasoning_output": "<think>" in template,

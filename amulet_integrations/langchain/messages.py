@@ -18,6 +18,7 @@ from langchain_core.messages import (
 )
 
 from amulet.errors import RequestError
+from amulet.images import is_image
 from amulet_integrations._preference import SETTINGS, warn_of_typos
 
 # Blocks that repeat what a message has elsewhere (its tool calls), or that are for another
@@ -30,11 +31,13 @@ REASONING = {"reasoning": "reasoning", "thinking": "thinking"}
 def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Return the chat dicts of LangChain messages.
 
-    Content blocks become one text. An assistant's reasoning goes to `reasoning_content`, its tool
-    calls to `tool_calls` with arguments as dicts; a tool's result carries the name of its tool.
+    Content blocks become one text, but where a user's message has images: there they are parts. An
+    assistant's reasoning goes to `reasoning_content`, its tool calls to `tool_calls` with arguments
+    as dicts; a tool's result carries the name of its tool.
 
     Raises:
-        RequestError: a message that can't be shown to a text model, such as an image.
+        RequestError: a message that can't be shown to the model, such as a video, or an image of
+            a tool.
     """
     names: dict[str | None, str] = {}
     chat = []
@@ -49,7 +52,9 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         elif isinstance(message, FunctionMessage):
             chat.append({"role": "tool", "content": _text(message), "name": message.name})
         else:
-            chat.append({"role": _role(message), "content": _text(message)})
+            role = _role(message)
+            content = _content(message) if role == "user" else _text(message)
+            chat.append({"role": role, "content": content})
     return chat
 
 
@@ -120,6 +125,13 @@ def _assistant(message: AIMessage) -> dict[str, Any]:
     return entry
 
 
+def _content(message: BaseMessage) -> str | list[Any]:
+    blocks = message.content
+    if isinstance(blocks, str) or not any(map(is_image, blocks)):
+        return _text(message)
+    return [block if is_image(block) else _block_text(block, message.type) for block in blocks]
+
+
 def _text(message: BaseMessage) -> str:
     if isinstance(message.content, str):
         return message.content
@@ -146,8 +158,8 @@ def _block_text(block: Any, role: str) -> str:
     if kind in SKIPPED or kind in REASONING:
         return ""
     raise RequestError(
-        f"a {role} message has a content block of type {kind!r}: this model reads text only. Leave "
-        "the block out, or describe it in words."
+        f"a {role} message has a content block of type {kind!r}: models here read text, and images "
+        "in human messages. Leave the block out, or describe it in words."
     )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -17,6 +18,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     ContentBlock,
     DocumentBlock,
+    ImageBlock,
     LogProb,
     MessageRole,
     TextBlock,
@@ -122,7 +124,7 @@ def without_marks(text: str) -> str:
 
 def _to_dict(index: int, message: ChatMessage) -> dict[str, Any]:
     role = ROLES[message.role]
-    parts: list[str] = []
+    parts: list[str | dict[str, Any]] = []
     thinking: list[str] = []
     calls: list[dict[str, Any]] = []
     for block in message.blocks:
@@ -130,11 +132,18 @@ def _to_dict(index: int, message: ChatMessage) -> dict[str, Any]:
             thinking.append(block.content or "")
         elif isinstance(block, ToolCallBlock):
             calls.append(_call(block.tool_call_id, block.tool_name, block.tool_kwargs))
+        elif isinstance(block, ImageBlock):
+            parts.append(_image(block))
         elif not isinstance(block, CachePoint):
             parts.append(_text(index, block))
     if not calls:
         calls = list(message.additional_kwargs.get("tool_calls") or [])
-    normal: dict[str, Any] = {"role": role, "content": without_marks("\n".join(parts))}
+    content: list[Any] = []
+    for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
+        together = list(group)
+        content += [without_marks("\n".join(map(str, together)))] if is_text else together
+    has_image = any(isinstance(part, dict) for part in parts)
+    normal: dict[str, Any] = {"role": role, "content": content if has_image else "".join(content)}
     if role == "assistant" and calls:
         normal["tool_calls"] = calls
     if role == "assistant" and thinking:
@@ -144,6 +153,15 @@ def _to_dict(index: int, message: ChatMessage) -> dict[str, Any]:
             if message.additional_kwargs.get(key):
                 normal[key] = message.additional_kwargs[key]
     return normal
+
+
+def _image(block: ImageBlock) -> dict[str, Any]:
+    """Return a block's image as a content part; an address is left to be refused."""
+    if isinstance(block.image, bytes):
+        return {"type": "image", "base64": block.image.decode()}
+    if block.image is not None:
+        return {"type": "image", "image": block.resolve_image().read()}
+    return {"type": "image", "path": block.path or None, "url": block.url and str(block.url)}
 
 
 def _text(index: int, block: ContentBlock) -> str:
@@ -161,8 +179,8 @@ def _text(index: int, block: ContentBlock) -> str:
                 f"messages[{index}] has a document that is not UTF-8: {error}."
             ) from None
     raise RequestError(
-        f"messages[{index}] has a {block.block_type} block: this model reads only text; leave it "
-        "out or describe it in words."
+        f"messages[{index}] has a {block.block_type} block: models here read only text and images; "
+        "leave it out or describe it in words."
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from amulet.images import PromptImage
+
 VOCAB = 64
 
 
@@ -92,6 +94,7 @@ class ScriptedBackend:
         starts: Sequence[int],
         first: int,
         keep: Sequence[int],
+        images: Sequence[PromptImage] = (),
     ) -> torch.Tensor:
         self.passes.append((len(ids), len(ids[0])))
         assert len({len(new) for new in ids}) == 1, "rows of a pass have as many ids as each other"

@@ -111,7 +111,7 @@ def test_n_gives_choices_of_which_the_first_is_the_one_alone() -> None:
 
 def test_an_image_is_refused() -> None:
     block = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-    with pytest.raises(RequestError, match="block of type 'image_url': this model reads text"):
+    with pytest.raises(RequestError, match="an image, and llama takes none: llama reads text alon"):
         scripted_chat("Hi").invoke([HumanMessage([block])])
 
 

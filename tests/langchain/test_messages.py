@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,10 +102,19 @@ def test_a_tools_result_gets_the_name_of_its_call() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["image", "image_url", "audio", "file", "video"])
-def test_what_a_text_model_can_not_read_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["audio", "file", "video"])
+def test_what_no_model_reads_is_refused(kind: str) -> None:
     with pytest.raises(RequestError, match=f"a human message has a content block of type '{kind}'"):
         to_chat([HumanMessage([{"type": kind}])])
+
+
+@pytest.mark.parametrize("kind", [SystemMessage, AIMessage, partial(ToolMessage, tool_call_id="1")])
+def test_images_are_read_in_human_messages(kind: Any) -> None:
+    image = {"type": "image", "base64": "AA=="}
+    chat = to_chat([HumanMessage(["This ", image, {"type": "text", "text": "?"}])])
+    assert chat == [{"role": "user", "content": ["This ", image, "?"]}]
+    with pytest.raises(RequestError, match="type 'image': models here read text, and images in hu"):
+        to_chat([kind(content=[image])])
 
 
 @pytest.mark.parametrize(

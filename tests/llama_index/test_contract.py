@@ -12,6 +12,7 @@ import llama_index.core
 import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.base.llms.types import (
+    AudioBlock,
     CacheControl,
     CachePoint,
     ChatMessage,
@@ -383,8 +384,11 @@ def test_ranges_are_checked_by_the_constructor() -> None:
 
 def test_a_block_that_a_text_model_cannot_read_is_an_error() -> None:
     image = ChatMessage(role="user", blocks=[ImageBlock(url="http://localhost/x.png")])
-    with pytest.raises(RequestError, match=r"messages\[0\] has a image block"):
+    with pytest.raises(RequestError, match="an image, and llama takes none: llama reads text alon"):
         scripted().chat([image])
+    sound = ChatMessage(role="user", blocks=[AudioBlock(url="http://localhost/x.mp3")])
+    with pytest.raises(RequestError, match=r"messages\[0\] has a audio block: models here read on"):
+        scripted().chat([sound])
 
 
 def test_typed_blocks_reach_the_template() -> None:

@@ -342,7 +342,7 @@ async def test_logprobs_and_trace(tiny: Amulet) -> None:
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input",
-            "content part of type 'input_image'",
+            "an image, and qwen2 takes none: qwen2 reads text alone",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools", "this server runs no tools"),
         ({"tools": [WEATHER]}, "tools", '"name": ..., "parameters"'),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from amulet.backends.llamacpp.model import KV_TYPES, GGUFModel, reasons
+from amulet.images import PromptImage
 
 logger = logging.getLogger("amulet")
 
@@ -112,6 +113,7 @@ class LlamaBackend:
         starts: Sequence[int],
         first: int,
         keep: Sequence[int],
+        images: Sequence[PromptImage] = (),
     ) -> torch.Tensor:
         """Append ids to rows from `first` on; return logits `[rows, kept ids, vocab]`."""
         return self._pass(ids, starts, first, keep).clone()

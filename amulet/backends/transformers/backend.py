@@ -33,6 +33,8 @@ from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
 from amulet.backends.transformers.support import check_supported, forward_parameters
+from amulet.backends.transformers.vision import embeddings
+from amulet.images import PromptImage
 
 logger = logging.getLogger("amulet")
 
@@ -137,6 +139,7 @@ class TransformersBackend(ModelBackend):
         starts: Sequence[int],
         first: int,
         keep: Sequence[int],
+        images: Sequence[PromptImage] = (),
     ) -> torch.Tensor:
         """One pass over rows `first ...`; return logits `[rows, kept places, vocab]`."""
         device, model = self.device, self.model
@@ -148,6 +151,8 @@ class TransformersBackend(ModelBackend):
             model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
         )
         tokens, positions = torch.tensor(ids, device=device), self._cache.positions.to(device)
+        if images:
+            options["inputs_embeds"] = embeddings(model, tokens, images)
         with grouped():
             logits = forward_pass(model, tokens, positions, masks, self._cache, **options)
         return logits if self._keeps_logits else logits[:, list(keep)]

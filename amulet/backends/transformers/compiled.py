@@ -55,10 +55,11 @@ def forward_pass(
         ids, positions: of the tokens, `[rows, width]`.
         masks: the result of `RowCache.masks`.
         cache: receives their keys and values.
-        options: of the model's forward.
+        options: of the model's forward; with `inputs_embeds` it gets these for the ids.
     """
+    if "inputs_embeds" not in options:
+        options["input_ids"] = ids
     logits: torch.Tensor = model(
-        input_ids=ids,
         position_ids=positions,
         attention_mask=masks,
         use_cache=True,

@@ -29,6 +29,7 @@ from amulet.backends.transformers.support import (
     switches_rope,
     why_not_in_rows,
 )
+from amulet.images import PromptImage
 
 logger = logging.getLogger("amulet")
 
@@ -127,6 +128,7 @@ class GeneralBackend(ModelBackend):
         starts: Sequence[int],
         first: int,
         keep: Sequence[int],
+        images: Sequence[PromptImage] = (),
     ) -> torch.Tensor:
         """One pass for each of the rows `first ...`; return logits `[rows, kept places, vocab]`."""
         found = []
