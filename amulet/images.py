@@ -18,7 +18,7 @@ from io import BytesIO
 from itertools import chain
 from pathlib import Path, PurePath
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -38,6 +38,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 IMAGE_PARTS = ("image_url", "input_image", "image")
 # Where such parts, and Anthropic's and Transformers', have the image itself.
 PLACES = ("image_url", "source", "image", "base64", "data", "url", "path")
+Place: TypeAlias = tuple[int, ...]  # a position by axis
 # Drawn anew in every process, so that no text can contain it.
 MARK = f"\U0010f6d6{token_hex(16)}\U0010f6d6"
 
@@ -53,12 +54,15 @@ class PromptImage:
             digest of what the model sees, so rows of unlike images never have a prefix in common.
         inputs: arguments of the model's `get_image_features`.
         features: the columns' vectors, `[columns, hidden size]`, once the model has computed them.
+        places: the columns' positions from the image's first on, each by axis, once the model has
+            told them.
     """
 
     text: str
     ids: tuple[int, ...]
     inputs: dict[str, torch.Tensor] = field(repr=False)
     features: torch.Tensor | None = field(default=None, repr=False)
+    places: list[Place] | None = field(default=None, repr=False)
 
 
 def take_images(messages: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -231,7 +235,7 @@ def open_image(part: object) -> Image:
         image = Image.open(BytesIO(found), formats=FORMATS) if isinstance(found, bytes) else found
         pixels = image.width * image.height
         if pixels <= MOST_PIXELS:
-            return (ImageOps.exif_transpose(image) or image).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise RequestError(f"An image is in no format of {', '.join(FORMATS)}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from functools import cache
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -18,9 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
 )
 
 from tests.coverage.models import Entry, build
+from tests.coverage.tables import TEXT
 from tests.models import IM_END, VOCAB_SIZE, byte_tokenizer
 
 # ChatML whose contents are texts or parts, as the templates of such models have it.
@@ -37,25 +40,40 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-Kind = Literal["llava", "idefics3"]
-KINDS: tuple[Kind, ...] = ("llava", "idefics3")
+Kind = Literal["llava", "idefics3", "qwen2_vl", "qwen2_5_vl"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SIDE = 28  # pixels of a tile
 TOKENS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 TOKENS += tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
+TOKENS += ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+# What a template writes for an image, and the token of an image's columns.
+SHOWN = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+SHOWN["qwen2_5_vl"] = SHOWN["qwen2_vl"]
+COLUMN = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
 
 
-def image_tokenizer() -> PreTrainedTokenizerFast:
+class _Qwen2VLProcessor(Qwen2VLProcessor):
+    """Transformers' own without its part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def image_tokenizer(kind: Kind = "llava") -> PreTrainedTokenizerFast:
     """Return the byte tokenizer with the tokens of images, from 259 on."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(text, special=True) for text in TOKENS], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATE.replace("<image>", SHOWN.get(kind, "<image>"))
     return tokenizer
 
 
 def processor(kind: Kind) -> ProcessorMixin:
-    """Return a model's processor; an image is 4 columns, of Idefics 3's each tile."""
-    tokenizer = image_tokenizer()
-    square = {"height": SIDE, "width": SIDE}
+    """Return a model's processor; a tile of an image is 4 columns."""
+    tokenizer = image_tokenizer(kind)
+    template, square = tokenizer.chat_template, {"height": SIDE, "width": SIDE}
     if kind == "llava":
         images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square)
         return LlavaProcessor(
@@ -64,12 +82,19 @@ def processor(kind: Kind) -> ProcessorMixin:
             patch_size=14,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
-            chat_template=TEMPLATE,
+            chat_template=template,
         )
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
-    )
-    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=TEMPLATE)
+    if kind == "idefics3":
+        images = Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
+        )
+        return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    # Their images keep their shapes: 40x30 pixels are 3x2 columns.
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84})
+    return _Qwen2VLProcessor(images, tokenizer, template)
+
+
+PATCH = {"idefics3": 7}
 
 
 def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
@@ -79,9 +104,11 @@ def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -
         "text_config.vocab_size": VOCAB_SIZE,
         "text_config.eos_token_id": IM_END,
         "vision_config.image_size": SIDE,
-        "vision_config.patch_size": 14 if kind == "llava" else 7,
-        "image_token_id": tokens.convert_tokens_to_ids("<image>"),
+        "vision_config.patch_size": PATCH.get(kind, 14),
+        "image_token_id": tokens.convert_tokens_to_ids(COLUMN.get(kind, "<image>")),
     }
+    if kind == "qwen2_vl":  # its name for the size of what the tower returns
+        extra["vision_config.hidden_size"] = TEXT["hidden_size"]
     model = build(Entry(kind, kind, True, extra), seed, 2.5)
     model.generation_config.eos_token_id = IM_END
     return model.to(dtype)

@@ -21,7 +21,7 @@ from tests.models.images import (
     processor,
 )
 
-TOKENS = 12
+TOKENS = 8
 WISH = "Be brief."
 PLAIN: dict[str, Any] = {"focus": 0.0, "floor": 0.0, "loop_guard": 0}
 
@@ -73,8 +73,11 @@ class Pair:
         return answer
 
     def _scores(self, row: Any, answer: list[int]) -> torch.Tensor:
-        ids = torch.cat([row["input_ids"], torch.tensor([answer], dtype=torch.long)], dim=1)
+        said = torch.tensor([answer], dtype=torch.long)
+        ids = torch.cat([row["input_ids"], said], dim=1)
         row = {**row, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name in {"token_type_ids", "mm_token_type_ids"} & set(row):  # 0 is text
+            row[name] = torch.cat([row[name], torch.zeros_like(said)], dim=1)
         logits: torch.Tensor = self.model(**row).logits[0, -1]
         return logits.log_softmax(-1)
 
@@ -173,8 +176,7 @@ def test_the_row_of_focus_has_no_image(pair: Pair) -> None:
 def test_answers_are_the_same_in_a_batch(pair: Pair) -> None:
     requests = [
         {"messages": chat_of(name, given=True), "preference": wish, "max_new_tokens": TOKENS}
-        for name in CHATS
-        for wish in (None, WISH)
+        for name, wish in (("image first", WISH), ("image last", None), ("none", WISH))
     ]
     together = pair.amulet().batch(requests)
     alone = [pair.amulet(prefix_cache_bytes=0).batch([request])[0] for request in requests]
@@ -191,6 +193,9 @@ def test_a_row_is_reused_for_the_same_image_alone(pair: Pair) -> None:
         part = {"type": "image", "image": image}
         return amulet.chat(asks(part, *question), max_new_tokens=TOKENS)
 
+    # At a model's first image Transformers puts hooks on the vision tower, which look like changed
+    # weights: rows are kept from then on.
+    asked(picture(3))
     first, again, other = asked(picture(1)), asked(png(1)), asked(picture(2))
     assert again == first
     assert again.usage.cached_tokens == again.usage.prompt_tokens - 1

@@ -33,7 +33,8 @@ from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
 from amulet.backends.transformers.support import check_supported, forward_parameters
-from amulet.backends.transformers.vision import embeddings
+from amulet.backends.transformers.vision import Places, embeddings
+from amulet.images import Place as ImagePlace
 from amulet.images import PromptImage
 
 logger = logging.getLogger("amulet")
@@ -46,10 +47,11 @@ TEAM_ROWS = 32  # rows of a step up to which PyTorch's small operations need no 
 
 @dataclass(frozen=True)
 class SavedRow:
-    """One row's keys and values, as its cache's `row` returns them, and its states."""
+    """One row's keys and values, as its cache's `row` returns them, its states and its places."""
 
     buffers: tuple[Any, ...]
     states: dict[Place, torch.Tensor]
+    places: list[ImagePlace]
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +89,7 @@ class TransformersBackend(ModelBackend):
         self._seconds = 0.0  # spent on steps
         on_gpu = model.device.type == "cuda"
         self._cache = self._new_cache()
+        self._places = Places(model)
         self._kind = model.dtype, model.device  # of what the cache holds
         self._causal_behind_cached = causal_behind_cached(model)
         # Up to how many rows a step is the C code's, but for small operations.
@@ -150,7 +153,9 @@ class TransformersBackend(ModelBackend):
         masks = self._cache.masks(
             model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
         )
-        tokens, positions = torch.tensor(ids, device=device), self._cache.positions.to(device)
+        tokens = torch.tensor(ids, device=device)
+        places = self._places.of_pass(ids, starts, first, images)
+        positions = (self._cache.positions if places is None else places).to(device)
         if images:
             options["inputs_embeds"] = embeddings(model, tokens, images)
         with grouped():
@@ -165,7 +170,9 @@ class TransformersBackend(ModelBackend):
         """
         begun = time.perf_counter()
         compiles, logits, cache = self._compiles(), None, self._cache
-        if self._graphs.serves and isinstance(cache, RowCache):
+        if self._places.serve(len(ids)):
+            logits = None  # their positions are not their columns
+        elif self._graphs.serves and isinstance(cache, RowCache):
             logits = self._graphs(ids, starts, cache, compiles)
         elif compiles and isinstance(cache, RowCache) and len(ids[0]) == 1:
             logits = self._step_compiled(cache, ids, starts)
@@ -196,15 +203,21 @@ class TransformersBackend(ModelBackend):
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` ids of one row to another."""
         self._cache.copy_row(source, target, length)
+        self._places.put(target, self._places.row(source, length))
 
     def save_row(self, row: int, length: int) -> SavedRow:
         """Return a copy of a row's first `length` ids."""
-        return SavedRow(self._cache.row(row, length), self._cache.states.row(row, length))
+        return SavedRow(
+            self._cache.row(row, length),
+            self._cache.states.row(row, length),
+            self._places.row(row, length),
+        )
 
     def load_row(self, row: int, snapshot: SavedRow, length: int) -> None:
         """Put the first `length` ids of what `save_row` returned into a row."""
         self._cache.write_row(row, snapshot.buffers, length)
         self._cache.states.write_row(row, snapshot.states, length)
+        self._places.put(row, snapshot.places[:length])
 
     def row_bytes(self, length: int) -> int:
         """Bytes of a saved row of `length` ids."""
@@ -212,11 +225,13 @@ class TransformersBackend(ModelBackend):
 
     def drop(self, first: int) -> None:
         """Let go of the rows' pages; buffers of rows stay for the next."""
+        self._places.drop(first)
         if isinstance(self._cache, PageCache):
             self._cache.drop(first)
 
     def rest(self) -> None:
         """Free all memory; but on a GPU keep some, emptied, for its CUDA graphs."""
+        self._places.drop(0)
         if self._graphs.serves and self._cache.nbytes < self._kept_bytes:
             self._cache.blank()
             self._graphs.blank()
@@ -225,6 +240,7 @@ class TransformersBackend(ModelBackend):
 
     def clear(self) -> None:
         """Free all memory."""
+        self._places.drop(0)
         self._cache.clear()
 
 

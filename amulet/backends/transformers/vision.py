@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from amulet.backends.transformers.support import why_not_in_rows
 from amulet.backends.transformers.weights import execution_device
 from amulet.errors import DecodeError
-from amulet.images import PromptImage
+from amulet.images import Place, PromptImage
 
 # Model types whose answers about images are the tokens of `generate`; a test decodes each of them.
-# Their images' columns are attended to as any other and have its place as their position.
-READ = {"idefics3", "llava"}
+# Their images' columns are attended to as any other. The Qwens' have positions on several axes.
+READ = {"idefics3", "llava", "qwen2_5_vl", "qwen2_vl"}
+AXES = 3  # of a position there: time, height and width
 
 
 def knows_images(model: Any) -> bool:
@@ -83,3 +84,98 @@ def _features(model: Any, image: PromptImage) -> torch.Tensor:
                 f"{len(image.ids)} columns: load both from the same checkpoint."
             )
     return image.features
+
+
+class Places:
+    """The positions of rows with images whose columns have positions on several axes (M-RoPE).
+
+    An image takes fewer positions than columns, so what follows it is at an earlier position than
+    its column. Rows without such images have no entry: their columns are their positions.
+
+    Args:
+        model: any; only some have such positions.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        tell = (getattr(module, "get_rope_index", None) for module in model.modules())
+        self._tell: Any = next(filter(None, tell), None)
+        self._image_id: int = getattr(model.config, "image_token_id", 0)
+        self._known: dict[int, list[Place]] = {}  # of each row's columns up to its last image
+
+    def serve(self, rows: int) -> bool:
+        """Tell whether one of the first rows has an entry."""
+        return any(row < rows for row in self._known)
+
+    def of_pass(
+        self,
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        first: int,
+        images: Sequence[PromptImage],
+    ) -> torch.Tensor | None:
+        """Return the positions of a pass, `[axes, rows, width]`; None where all are columns.
+
+        Args:
+            ids, starts, first, images: as for `Backend.forward`.
+        """
+        rows = range(first, first + len(ids))
+        for row, new, start in zip(rows, ids, starts, strict=True):
+            self.put(row, self.row(row, start))
+            if self._tell is not None and images and min(new) < 0:
+                self._learn(row, new, start, images)
+        if not any(row in self._known for row in rows):
+            return None
+        places = [
+            [_place(self._known.get(row, []), column) for column in range(start, start + len(new))]
+            for row, new, start in zip(rows, ids, starts, strict=True)
+        ]
+        return torch.tensor(places).permute(2, 0, 1)
+
+    def row(self, row: int, length: int) -> list[Place]:
+        """Return what is known of a row's first columns."""
+        return self._known.get(row, [])[:length]
+
+    def put(self, row: int, known: list[Place]) -> None:
+        """Replace what is known of a row."""
+        if known:
+            self._known[row] = known
+        else:
+            self._known.pop(row, None)
+
+    def drop(self, first: int) -> None:
+        """Forget the rows from `first` on."""
+        self._known = {row: known for row, known in self._known.items() if row < first}
+
+    def _learn(
+        self, row: int, new: Sequence[int], start: int, images: Sequence[PromptImage]
+    ) -> None:
+        """Enter a row's columns up to the last one of an image among its new ids."""
+        columns = {id_: (image, i) for image in images for i, id_ in enumerate(image.ids)}
+        known = self._known.get(row, [])
+        known = [*known, *(_place(known, column) for column in range(len(known), start))]
+        last = max(i for i, id_ in enumerate(new) if id_ < 0)
+        for id_ in new[: last + 1]:
+            if id_ < 0:
+                image, i = columns[id_]
+                begun = known[len(known) - i] if i else _place(known, len(known))
+                own = self._of_image(image)[i]
+                known.append(tuple(a + b for a, b in zip(begun, own, strict=True)))
+            else:
+                known.append(_place(known, len(known)))
+        self._known[row] = known
+
+    def _of_image(self, image: PromptImage) -> list[Place]:
+        if image.places is None:
+            ids = torch.full((1, len(image.ids)), self._image_id)
+            grid = {"image_grid_thw": image.inputs["image_grid_thw"]}
+            places, _ = self._tell(ids, mm_token_type_ids=torch.ones_like(ids), **grid)
+            image.places = [tuple(place) for place in places[:, 0].T.tolist()]
+        return image.places
+
+
+def _place(known: list[Place], column: int) -> Place:
+    """Return a column's position, of text where it is behind those that are known."""
+    if column < len(known):
+        return known[column]
+    after = max(known[-1]) + 1 if known else 0  # an image's last column is at its largest position
+    return (after + column - len(known),) * AXES
