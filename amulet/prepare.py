@@ -184,9 +184,7 @@ class Preparer:
         if not schemas or request.tool_choice == "none":
             return _Tools(messages, [], [])
         template = ChatTemplate(self.tokenizer, schemas, dict(request.template_options))
-        if ".description" in template.source:  # gpt-oss's fails where there is none
-            for schema in schemas:
-                schema["function"] = {"description": "", **schema["function"]}
+        schemas = described(schemas, template.source)
         knows = _knows_tools(template)
         dialect = find_dialect(template.source) if knows else None
         if dialect is FALLBACK and not _is_read(template, dialect):
@@ -258,19 +256,10 @@ class Preparer:
         options = dict(request.template_options)
         source = ChatTemplate(self.tokenizer, tools.schemas or None, options).source
         if harmony.detect(source) and not tools.is_fallback:
-            return Channels(self._last_message(prompts.base), forced)
+            return Channels(last_message(self.tokenizer, prompts.base), forced)
         thinking = find_thinking(source)
         opened = thinking is not None and self._is_open(thinking, tools.messages, prompts.base)
         return Spans(thinking, opened, calls)
-
-    def _last_message(self, prompt: list[int]) -> str:
-        """Return the prompt's last message, which the model continues, in Harmony's form."""
-        # By its id: a content may spell the marker, but never has its token.
-        start = self.tokenizer.convert_tokens_to_ids(harmony.START)
-        if start not in prompt:
-            return ""
-        begun = prompt[len(prompt) - prompt[::-1].index(start) :]
-        return str(self.tokenizer.decode(begun, skip_special_tokens=False))
 
     def _is_open(
         self, thinking: tuple[str, str], messages: list[Message], prompt: list[int]
@@ -363,6 +352,23 @@ def ends_with(tokenizer: PreTrainedTokenizerBase, prompt: list[int], text: str) 
     """Tell whether a prompt ends with a text, such as a thinking marker, ignoring white space."""
     tail = str(tokenizer.decode(prompt[-32:], skip_special_tokens=False))
     return tail.rstrip().endswith(text)
+
+
+def last_message(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """Return a prompt's last message, which the model continues, in Harmony's form."""
+    # By its id: a content may spell the marker, but never has its token.
+    start = tokenizer.convert_tokens_to_ids(harmony.START)
+    if start not in prompt:
+        return ""
+    begun = prompt[len(prompt) - prompt[::-1].index(start) :]
+    return str(tokenizer.decode(begun, skip_special_tokens=False))
+
+
+def described(schemas: Sequence[Schema], template: str) -> list[Schema]:
+    """Return tools as a template's source needs them: gpt-oss's fails without a description."""
+    if ".description" not in template:
+        return list(schemas)
+    return [{**schema, "function": {"description": "", **schema["function"]}} for schema in schemas]
 
 
 def _is_read(template: ChatTemplate, dialect: Dialect) -> bool:

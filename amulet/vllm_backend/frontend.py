@@ -13,18 +13,20 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from amulet.errors import ModelError, RequestError
+from amulet.output.channels import TEXTS, Channels
 from amulet.output.sections import find_thinking
 from amulet.preference import DEFAULT_STEERING, Steering, guard_of, row_weights
-from amulet.prepare import ends_with, room_for_answer, steered_rows
+from amulet.prepare import described, ends_with, last_message, room_for_answer, steered_rows
 from amulet.prompting.chat_template import ChatTemplate
 from amulet.prompting.prompts import Prompts, encode_alone, encode_chat, encode_text
 from amulet.request import Request
-from amulet.tool_calls import find_dialect
+from amulet.tool_calls import find_dialect, harmony
 from amulet.vllm_backend.wire import PAIR, Pair
 
 if TYPE_CHECKING:
@@ -90,6 +92,15 @@ class Steered:
     pair: Pair | None
 
 
+class Marks(NamedTuple):
+    """What is decoded plainly; see `Pair`."""
+
+    spans: list[list[int]]
+    inside: bool = False
+    heads: list[list[int]] | None = None
+    ends: list[int] | None = None
+
+
 class Encoder:
     """Converts settings and a chat or text to prompts and weights; not thread-safe.
 
@@ -139,6 +150,8 @@ class Encoder:
             RequestError: a setting or message is invalid, or the prompts are too long.
         """
         merged = {**self._options, **(options or {})}
+        source = ChatTemplate(self._tokenizer, list(tools or ()) or None, merged).source
+        tools = described(tools or (), source) or None
         request = Request(messages=list(messages), template_options=merged, **settings)
 
         def encode(placement: Any) -> Prompts:
@@ -164,7 +177,7 @@ class Encoder:
             request,
             encode,
             alone,
-            lambda: self._spans(tools, merged),
+            partial(self._marks, source, bool(tools)),
             repetition_penalty,
         )
 
@@ -180,7 +193,7 @@ class Encoder:
             request,
             lambda placement: encode_text(self._tokenizer, prompt, request.preference),
             None,
-            lambda: ([], ""),
+            lambda prompt: Marks([]),
             repetition_penalty,
         )
 
@@ -189,7 +202,7 @@ class Encoder:
         request: Request,
         encode: Any,
         alone: Callable[[], list[int]] | None,
-        spans: Any,
+        marks: Callable[[list[int]], Marks],
         repetition_penalty: float | None,
     ) -> Steered | None:
         preferences = request.preference
@@ -210,35 +223,34 @@ class Encoder:
                 f"exceeds what this server reads in one step ({self._step}); shorten it."
             )
         room_for_answer(longest, self._window)
-        marked, opening = spans()
+        marked = marks(prompts.base)
         if repetition_penalty is None:
             repetition_penalty = self._repetition_penalty
         # Only the preference in the prompt.
-        if weights == [1.0] and not marked and repetition_penalty == 1.0:
+        is_marked = marked.spans or marked.heads
+        if weights == [1.0] and not is_marked and repetition_penalty == 1.0:
             return Steered(prompts.preferred[0], None)
         pair = Pair(
             rows[1:],
             weights,
             steering.floor,
             guard_of(steering),
-            marked,
-            inside=bool(opening) and ends_with(self._tokenizer, prompts.base, opening),
+            *marked,
         )
         return Steered(prompts.preferred[0], pair)
 
-    def _spans(
-        self, tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
-    ) -> tuple[list[list[int]], str]:
-        """Return the spans to decode plainly, and the marker that opens a thinking span."""
-        source = ChatTemplate(self._tokenizer, list(tools or ()) or None, options).source
+    def _marks(self, source: str, has_tools: bool, prompt: list[int]) -> Marks:
+        """Return what is decoded plainly after a prompt, by the source of its template."""
+        if harmony.detect(source):
+            return self._headers(prompt)
         texts = []
         thinking = find_thinking(source)
         if thinking is not None:
             texts.append(thinking)
-        dialect = find_dialect(source) if tools else None
+        dialect = find_dialect(source) if has_tools else None
         if dialect is not None and dialect.SPANS:
             texts += dialect.SPANS
-        elif tools:
+        elif has_tools:
             raise RequestError(
                 "tools: the chat template does not show by which tokens a call begins and ends, so "
                 "a preference would change the calls; leave out one of the two."
@@ -254,7 +266,23 @@ class Encoder:
                     "the tools, or use amulet serve without --backend vllm."
                 )
             spans.append([first, last])
-        return spans, thinking[0] if thinking else ""
+        inside = thinking is not None and ends_with(self._tokenizer, prompt, thinking[0])
+        return Marks(spans, inside)
+
+    def _headers(self, prompt: list[int]) -> Marks:
+        """Return how messages for the reader begin in Harmony; all others are decoded plainly."""
+        begun = last_message(self._tokenizer, prompt)
+        heads = [
+            f"{role}{harmony.CHANNEL}{channel}{harmony.MESSAGE}"
+            for role in ("", "assistant")  # the prompt may have the first message's role
+            for channel in TEXTS
+        ]
+        return Marks(
+            [],
+            Channels(begun).section != "text",
+            [self._tokenizer.encode(head, add_special_tokens=False) for head in heads],
+            [self._tokenizer.encode(end, add_special_tokens=False)[0] for end in harmony.ENDS],
+        )
 
     def _token(self, text: str) -> int | None:
         """Return a marker's token: its only one, or an added one that begins it (Gemma 4)."""
@@ -300,7 +328,7 @@ class SteeringRenderer:
                 asked["messages"],
                 settings,
                 tools,
-                asked.get("chat_template_kwargs"),
+                _template_options(request),
                 request.repetition_penalty,
             )
 
@@ -387,6 +415,15 @@ def _settings(request: Any) -> dict[str, Any]:
     extra = request.model_extra or {}
     settings = {name: extra[name] for name in SETTINGS if extra.get(name) is not None}
     return settings if settings.get("preference") else {}
+
+
+def _template_options(request: Any) -> dict[str, Any]:
+    """Return a chat's variables of the template; its effort of reasoning is one, as in vLLM."""
+    options = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        options = {"enable_thinking": request.reasoning_effort != "none", **options}
+        options["reasoning_effort"] = request.reasoning_effort
+    return options
 
 
 def _is_machine_read(request: Any) -> bool:

@@ -54,6 +54,7 @@ class _Steered:
         generator: the generator of its draws, which has drawn for `drawn` tokens.
         read: the number of output tokens searched for spans; `inside` tells whether a span is open
             after them, and `behind` is the end of the last closed one.
+        header: where the header after the last message began; -1 inside a message.
     """
 
     row: Row
@@ -63,23 +64,43 @@ class _Steered:
     generator: torch.Generator | None = None
     drawn: int = 0
     read: int = 0
-    inside: bool = False
+    inside: bool = field(init=False)
     behind: int = 0
+    header: int = field(init=False)
     sampling: Sampling = field(default_factory=Sampling)
     repeats: Repeats | None = None
+
+    def __post_init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.read, self.behind, self.inside = 0, 0, self.row.pair.inside
+        self.header = 0 if self.inside else -1
 
     def weights(self) -> Sequence[float]:
         """Return the weights w_i of this step; none inside a machine-read span."""
         pair = self.row.pair
-        if pair.spans:
+        if pair.spans or pair.heads:
             if len(self.output) < self.read:
-                self.read, self.inside, self.behind = 0, pair.inside, 0
+                self._begin()
             for place, token in enumerate(self.output[self.read :], self.read + 1):
-                for opening, closing in pair.spans:
+                for opening, closing in pair.spans or ():
                     if token in (opening, closing):
                         self.inside, self.behind = token == opening, place
+                if pair.heads:
+                    self._read_header(token, place, pair.heads, pair.ends or ())
             self.read = len(self.output)
         return [0.0] * len(pair.weights) if self.inside else pair.weights
+
+    def _read_header(
+        self, token: int, place: int, heads: Sequence[list[int]], ends: Sequence[int]
+    ) -> None:
+        """Take a token of an answer whose messages have headers; `place` is where it ends."""
+        if token in ends:
+            self.inside, self.header = True, place
+        elif self.header >= 0 and token == heads[0][-1]:
+            self.inside = self.output[self.header : place] not in heads
+            self.header, self.behind = -1, place
 
     def costs(self, weights: Sequence[float]) -> dict[int, float]:
         """Return the loop guard's penalties in this step, for the tokens after the last span."""
@@ -157,7 +178,6 @@ class PairProcessor(LogitsProcessor):
                     indices,
                     base.prompt,
                     first.output,
-                    inside=row.pair.inside,
                     sampling=Sampling(row.temperature, row.top_k, row.top_p, row.min_p),
                 )
             )

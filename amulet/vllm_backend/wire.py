@@ -29,7 +29,10 @@ class Pair:
         loop_guard: see `Steering`; 0 is off.
         spans: pairs of token ids between which only the base row decides, as in thinking and tool
             calls, which machines read.
-        inside: the prompts end inside such a span.
+        inside: the prompts end inside such a span, or before a header.
+        heads: token ids of the headers of messages for the reader, where an answer is messages with
+            headers (gpt-oss); only inside such messages all rows decide.
+        ends: token ids behind which a header follows.
     """
 
     prompts: list[list[int]]
@@ -38,6 +41,8 @@ class Pair:
     loop_guard: int = 0
     spans: list[list[int]] | None = None
     inside: bool = False
+    heads: list[list[int]] | None = None
+    ends: list[int] | None = None
 
     def args(self) -> dict[str, Any]:
         """Return the entry for `extra_args`."""
@@ -64,6 +69,7 @@ class Pair:
                 and type(pair.loop_guard) is int
                 and pair.loop_guard >= 0
                 and all(len(span) == 2 for span in pair.spans or ())
+                and all(map(_is_prompt, pair.heads or ()))
             )
         except TypeError:
             is_right = False
