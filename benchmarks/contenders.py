@@ -16,8 +16,10 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -91,8 +93,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         + ["conv", "full_attention", "conv", "full_attention"],
         "tie_word_embeddings": True,
     },
+    # Its rows are passed one by one, because of ALiBi.
+    "bloom-560m": {"vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16},
+    "mamba-370m": {
+        "vocab_size": 50280,
+        "hidden_size": 1024,
+        "num_hidden_layers": 48,
+        "state_size": 16,
+        "tie_word_embeddings": True,
+    },
 }
-FAMILIES = {"qwen2": Qwen2Config, "qwen3.5": Qwen3_5TextConfig, "lfm2": Lfm2Config}
+FAMILIES = {
+    "bloom": BloomConfig,
+    "lfm2": Lfm2Config,
+    "mamba": MambaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3.5": Qwen3_5TextConfig,
+}
 
 
 @functools.cache

@@ -35,6 +35,7 @@ STEERED, COMPILED = "amulet steered", "amulet steered, compiled"
 INT8, INT8_COMPILED = "amulet steered, int8", "amulet steered, int8, compiled"
 INT4, INT4_COMPILED = "amulet steered, int4", "amulet steered, int4, compiled"
 UNPACKED = "amulet steered, not packed"
+TWO_ROWS = "amulet steered, not packed, two rows"
 
 Runs = dict[str, Callable[[int], object]]
 
@@ -54,15 +55,18 @@ def peers(model: Any, chat: Any = CHAT, placement: Placement = "system") -> Runs
 def amulets(name: str, dtype: torch.dtype, unpacked: Any, compiles: bool) -> Runs:
     """Return Amulet's contenders; in bfloat16 also int8 and int4, and compiled if requested."""
 
-    def run(model: Any, preference: Preference | None, **options: Any) -> Callable[[int], object]:
+    def run(
+        model: Any, preference: Preference | None, focus: float | None = None, **options: Any
+    ) -> Callable[[int], object]:
         amulet = contenders.amulet_over(model, **options)
-        return functools.partial(_answer, amulet, preference)
+        return functools.partial(_answer, amulet, preference, focus)
 
     packed = contenders.load(name, dtype, pack=True)
     runs: Runs = {
         "amulet plain": run(packed, None),
         STEERED: run(packed, PREFERENCE),
         UNPACKED: run(unpacked, PREFERENCE),
+        TWO_ROWS: run(unpacked, PREFERENCE, focus=0.0),
     }
     if dtype == torch.bfloat16:
         int8 = contenders.load(name, dtype, pack="int8")
@@ -76,8 +80,9 @@ def amulets(name: str, dtype: torch.dtype, unpacked: Any, compiles: bool) -> Run
     return runs
 
 
-def _answer(amulet: Any, preference: Preference | None, n: int) -> list[int]:
-    return contenders.chat(amulet, CHAT, n, preference=preference)
+def _answer(amulet: Any, preference: Preference | None, focus: float | None, n: int) -> list[int]:
+    options = {} if focus is None else {"focus": focus}
+    return contenders.chat(amulet, CHAT, n, preference=preference, **options)
 
 
 def read_per_weight(name: str) -> float | None:
@@ -101,6 +106,9 @@ def claims_of(dtype: torch.dtype, model: str, times: dict[str, Times]) -> list[C
     claims = [
         at_most(f"{what}: steered / plain `generate`", eager_target, token(STEERED), plain),
         at_least(f"{what}: guidance / steered", 1.9, guidance, token(STEERED)),
+        at_most(
+            f"{what}: steered, not packed, two rows / guidance", 1.05, token(TWO_ROWS), guidance
+        ),
     ]
     if INT8 in times:
         claims.append(at_most(f"{what}: steered, int8 / plain", None, token(INT8), plain))

@@ -11,7 +11,7 @@ import torch
 
 from amulet.backends.llamacpp.backend import LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel
-from amulet.backends.transformers.support import cache_argument
+from amulet.backends.transformers.support import cache_argument, restarts, why_not_in_rows
 from amulet.decoding.loop_guard import Repeats
 from amulet.decoding.mixture import Mixture
 from amulet.errors import EvaluationError
@@ -169,7 +169,8 @@ def score_continuations(
 ) -> list[torch.Tensor]:
     """Return the log-probabilities `[T, vocab]` for each of several answers to one prompt.
 
-    The prompt goes through the model once, which pays off for short answers.
+    The prompt goes through the model once, which pays off for short answers; but with each answer
+    where several tokens can't follow it (Mamba).
 
     Args:
         amulet: the model.
@@ -179,6 +180,10 @@ def score_continuations(
     model = amulet.model
     if isinstance(model, GGUFModel):
         return _continued(model, prompt, answers)
+    if why_not_in_rows(model) or restarts(model):
+        whole = [torch.tensor([[*prompt, *answer[:-1]]], device=model.device) for answer in answers]
+        logits = (model(ids, **_without_cache(model)).logits for ids in whole)
+        return [one[0, len(prompt) - 1 :].float().log_softmax(dim=-1) for one in logits]
     name = cache_argument(model)
     out = model(torch.tensor([list(prompt)], device=model.device), use_cache=True)
     first = out.logits[0, -1:].to(torch.float32)  # [1, vocab]
@@ -215,6 +220,10 @@ def _continued(
         return found
     finally:
         backend.clear()
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, Any]:
+    return {} if cache_argument(model) == "cache" else {"use_cache": False}
 
 
 def _rows_of(amulet: Amulet, request: Request, answer: list[int]) -> _Rows:
@@ -256,7 +265,7 @@ def _score(model: PreTrainedModel | GGUFModel, items: Sequence[_Rows]) -> Iterat
     width = max(map(len, ids))
     padded = [row + [0] * (width - len(row)) for row in ids]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
-    options: dict[str, Any] = {} if cache_argument(model) == "cache" else {"use_cache": False}
+    options = _without_cache(model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = width - min(starts)
     logits: torch.Tensor = model(

@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Lfm2Config,
+    MambaConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3_5TextConfig,
@@ -31,6 +33,7 @@ from amulet.backends.transformers import states
 from amulet.backends.transformers.backend import TransformersBackend
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.general import GeneralBackend
+from amulet.backends.transformers.restarting import RestartingBackend
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from tests.backends.scripted import ScriptedBackend, scores
@@ -134,6 +137,26 @@ def gated_delta_net(backend: type[Backend]) -> Subject:
     return general(config, exact=1e-4, backend=backend)
 
 
+def mamba() -> Subject:
+    config = MambaConfig(**SIZES, state_size=4, time_step_rank=4)
+    # Its state is float32 whatever the model is.
+    return general(config, exact=1e-4, backend=RestartingBackend)
+
+
+def longrope(changes_at: int) -> Subject:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}
+    config = Phi3Config(
+        **SIZES,
+        intermediate_size=48,
+        pad_token_id=None,
+        max_position_embeddings=256,
+        original_max_position_embeddings=changes_at,
+        rope_parameters=rope,
+    )
+    return general(config, backend=RestartingBackend)
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": transformers,
     "llama.cpp": partial(llamacpp, "llama"),
@@ -143,6 +166,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "general, delta net": partial(gated_delta_net, GeneralBackend),
     "rows, convolutions": partial(short_convolutions, TransformersBackend),
     "rows, delta net": partial(gated_delta_net, TransformersBackend),
+    "rows, Mamba": mamba,
+    # In the middle of an answer, of a row by itself, and in that of the prompts.
+    **{f"rows, longrope from {n} on": partial(longrope, n) for n in (44, 6, 41)},
     "scripted": lambda: Subject(ScriptedBackend(), scores),
     "scripted, recurrent": lambda: Subject(ScriptedBackend(any_length=False), scores),
 }

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from amulet.backends.transformers.backend import TransformersBackend
 from amulet.backends.transformers.general import CACHES, backend_of
+from amulet.backends.transformers.support import why_not_in_rows
 from amulet.decoding.engine import Engine
 from amulet.decoding.generation import Generation
 from amulet.errors import ModelError
@@ -51,7 +52,7 @@ class Result(NamedTuple):
         verdict: "exact", "wrong", "fails", "refused" or "no reference".
         way: "in rows" or "row after row"; "" where it is not decoded.
         kinds: of its layers.
-        note: why, or which of the checks.
+        note: why, or which of the checks; why an exact one is decoded row after row.
     """
 
     label: str
@@ -92,7 +93,9 @@ def examine(entry: Entry) -> Result:
                 failed.append(name)
         except Exception as error:
             return Result(entry.label, "fails", way, kinds, f"{name}: {_said(error)}")
-    return Result(entry.label, "wrong" if failed else "exact", way, kinds, ", ".join(failed))
+    if failed:
+        return Result(entry.label, "wrong", way, kinds, ", ".join(failed))
+    return Result(entry.label, "exact", way, kinds, why_not_in_rows(wide) or "")
 
 
 def _varied(entry: Entry) -> Any:

@@ -43,6 +43,10 @@ reads images, decoded without any; what follows a colon is a setting that checkp
 | model type | tokens | decoded | kinds of layers |
 |---|---|---|---|
 """
+WHY = """
+## Why row after row
+
+"""
 NOT_COMPARED = """
 ## Not compared
 
@@ -98,10 +102,18 @@ def page(results: list[Result]) -> str:
         for r in results
         if r.verdict != "no reference"
     ]
+    slow: dict[str, list[str]] = {}
+    for result in results:
+        if result.verdict == "exact" and result.note:
+            slow.setdefault(result.note, []).append(result.label)
+    why = [f"- {reason}: {', '.join(labels)}" for reason, labels in sorted(slow.items())]
     left = [f"- {r.label}: `{_quotable(r.note)}`" for r in results if r.verdict == "no reference"]
     version = transformers.__version__
     head = HEAD.format(version=version, count=len(results), summary=summary)
-    return head + "\n".join(lines) + ("\n" + NOT_COMPARED + "\n".join(left) if left else "") + "\n"
+    parts = [head + "\n".join(lines)]
+    for title, found in ((WHY, why), (NOT_COMPARED, left)):
+        parts += [title + "\n".join(found)] if found else []
+    return "\n".join(parts) + "\n"
 
 
 def _quotable(error: str) -> str:

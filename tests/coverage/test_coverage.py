@@ -22,17 +22,18 @@ FAMILIES = {
     "gpt_neo": "row after row",
     "gpt_oss": "in rows",
     "granitemoehybrid": "in rows",
+    "jamba": "in rows",
     "lfm2": "in rows",
     "llama": "in rows",
     "llama4_text": "in rows",
-    "mamba": "row after row",
-    "mamba2": "row after row",
+    "mamba": "in rows",
+    "mamba2": "in rows",
     "mistral": "in rows",
     "mixtral": "in rows",
     "nemotron_h": "in rows",
     "olmo2": "in rows",
     "phi3": "in rows",
-    "phi3:longrope": "row after row",
+    "phi3:longrope": "in rows",
     "qwen2": "in rows",
     "qwen2_5_vl (image-text)": "in rows",
     "qwen3": "in rows",
@@ -73,10 +74,12 @@ def test_the_page_says_what_was_not_compared_and_why() -> None:
     results = [
         Result("b", "exact", "in rows", "full attention"),
         Result("c", "no reference", note="OSError: no `/tmp/x/y` at 0x7f01"),
-        Result("a", "exact", "row after row", "recurrent"),
+        Result("a", "exact", "row after row", "recurrent", "it has states"),
+        Result("d", "exact", "row after row", "recurrent", "it has states"),
     ]
     written = page(results)
     assert written.index("| a | the same | row after row | recurrent |") < written.index("| b |")
+    assert "\n## Why row after row\n\n- it has states: a, d\n\n## Not compared\n" in written
     assert written.endswith("- c: `OSError: no '…y' at …`\n")
     assert "| c |" not in written
-    assert "The same tokens: 2 (1 in rows, 1 row after row)" in written
+    assert "The same tokens: 3 (1 in rows, 2 row after row)" in written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from amulet.evaluation.methods import parse_method, parse_methods
 from amulet.evaluation.pairs import divergence
 from amulet.evaluation.paper import preferences_of
 from amulet.evaluation.run import Meta, MethodMeta, Run
-from amulet.evaluation.scoring import Scores, answer_log_probabilities
+from amulet.evaluation.scoring import Scores, answer_log_probabilities, score_continuations
+from tests.backends.test_contract import mamba
 from tests.models import Kind, byte_tokenizer, random_model
 
 TEA = Fact(question="What is tea?", options=("a drink", "a stone", "a song", "a hat"))
@@ -63,6 +65,18 @@ def test_options_score_as_answers_do(kind: Kind) -> None:
             assert scores.token_ids.tolist() == expected.token_ids.tolist()
             assert scores.preferences == expected.preferences
             torch.testing.assert_close(scores.rows, expected.rows, atol=1e-4, rtol=0)
+
+
+def test_options_of_a_model_that_begins_its_state_anew() -> None:
+    subject = mamba()
+    prompt, answers = [3, 1, 4, 1, 5], [[9, 2, 6], [5], [3, 5, 8, 9]]
+    amulet: Any = SimpleNamespace(model=subject.backend.model)
+    for answer, found in zip(answers, score_continuations(amulet, prompt, answers), strict=True):
+        rows = [subject.logits([*prompt, *answer[:n]]) for n in range(len(answer))]
+        # Its state is float32 whatever the model is.
+        torch.testing.assert_close(
+            found, torch.stack(rows).float().log_softmax(-1), rtol=0, atol=1e-4
+        )
 
 
 def test_steering_moves_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from amulet.backends.transformers.masks import (
     by_kind,
     column_mask,
 )
-from amulet.backends.transformers.support import cache_argument
+from amulet.backends.transformers.support import cache_argument, forward_parameters
 from amulet.cache_folder import cache_folder
 from amulet.errors import is_out_of_memory, one_line
 
@@ -59,8 +59,9 @@ def forward_pass(
     """
     if "inputs_embeds" not in options:
         options["input_ids"] = ids
+    if "position_ids" in forward_parameters(model):  # Mamba has no positions
+        options["position_ids"] = positions
     logits: torch.Tensor = model(
-        position_ids=positions,
         attention_mask=masks,
         use_cache=True,
         **{cache_argument(model): cache},

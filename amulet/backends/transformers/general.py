@@ -20,12 +20,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from amulet.backends.base import Backend
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.backends.transformers.model_backend import ModelBackend
+from amulet.backends.transformers.model_backend import WHOLE, ModelBackend
+from amulet.backends.transformers.restarting import RestartingBackend
 from amulet.backends.transformers.support import (
     CARRYING,
     attends_to_all,
     check_decoder,
     forward_parameters,
+    restarts,
     switches_rope,
     why_not_in_rows,
 )
@@ -42,7 +44,6 @@ CACHES = {
     "mems": "past_key_values",  # XLNet
     "past_buckets_states": "past_key_values",  # Reformer
 }
-WHOLE = 2**40  # ids in one pass: all
 # Layers of caches behind which any pass is what it is in one pass of all ids.
 CONTINUED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
 # Model types whose prompt must be one pass: CPM-Ant's ids attend to later ones, Moshi's window
@@ -284,4 +285,6 @@ def backend_of(model: PreTrainedModel, compile: bool | Literal["auto"] = False) 
             reason,
         )
         return GeneralBackend(model)
+    if restarts(model):
+        return RestartingBackend(model)
     return TransformersBackend(model, compile)

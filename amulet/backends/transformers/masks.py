@@ -14,6 +14,8 @@ Masks: TypeAlias = torch.Tensor | dict[str, torch.Tensor | None] | None
 def by_kind(config: PretrainedConfig, mask: Callable[[str], torch.Tensor | None]) -> Masks:
     """Return the masks of a text model's kinds of layers, in the form that its forward expects."""
     kinds = set(layer_kinds(config))
+    if kinds == {"linear_attention"}:
+        return None
     made = {kind: mask(kind) if kind in ATTENTION_KINDS else None for kind in kinds}
     if has_states(config):  # its forward looks these up, whatever its layers are called
         made = {"full_attention": mask("full_attention"), "linear_attention": None} | made

@@ -19,7 +19,7 @@ from amulet.backends.transformers.masks import (
 )
 from amulet.errors import ModelError
 
-# Model types that carry a recurrent state through a pass of several ids; Mamba begins it anew.
+# Model types that carry a recurrent state through a pass of several ids.
 # Before Transformers' caches had `get_conv_state`, between 5.19 and 5.23, not all of these did.
 CARRYING = {
     "bailing_hybrid",
@@ -43,8 +43,9 @@ CARRYING = {
     "qwen4_exp_text",
     "zamba2",
 }
+RESTARTING = {"falcon_mamba", "jamba", "mamba", "zamba"}  # and those that begin it anew in each
 if not hasattr(Cache, "get_conv_state"):
-    CARRYING = set()
+    CARRYING = RESTARTING = set()
 WITH_IMAGES = {"idefics", "kosmos-2"}  # model types that fail without one
 # Model types whose forward does what its signature and config don't tell.
 OF_ITS_OWN = {
@@ -79,7 +80,7 @@ def why_not_in_rows(model: PreTrainedModel) -> str | None:
     unknown = set(layer_kinds(text)) - ATTENTION_KINDS - STATE_KINDS - OTHER_KINDS
     if unknown:
         return f"it has layers of the kind {', '.join(sorted(unknown))}"
-    if has_states(text) and text.model_type not in CARRYING:
+    if has_states(text) and text.model_type not in CARRYING | RESTARTING:
         return "it does not carry its recurrent state through a pass of several ids"
     attention = attention_kind(config)
     if attention not in ("sdpa", "eager"):
@@ -103,6 +104,8 @@ def check_supported(model: PreTrainedModel) -> None:
 def _not_by_row(model: PreTrainedModel) -> str | None:
     """Return why rows that are at different positions can't share a pass, if they can't."""
     text: Any = model.config.get_text_config()
+    if set(layer_kinds(text)) == {"linear_attention"}:  # it counts no positions
+        return None
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids"
     if getattr(text, "alibi", False):
@@ -115,12 +118,12 @@ def _not_by_row(model: PreTrainedModel) -> str | None:
         return "its prompt attends to all of itself"
     if text.model_type in OF_ITS_OWN:
         return OF_ITS_OWN[text.model_type]
-    if most := switches_rope(model):
-        return (
-            f"its rotary embedding (longrope) is another one beyond {most} positions, for the "
-            f"whole batch; where model.config.max_position_embeddings is {most}, it isn't"
-        )
     return None
+
+
+def restarts(model: PreTrainedModel) -> bool:
+    """Whether rows of a model must sometimes be computed from their first id."""
+    return model.config.get_text_config().model_type in RESTARTING or bool(switches_rope(model))
 
 
 def attends_to_all(text: Any) -> bool:
@@ -148,7 +151,8 @@ def _least_original_length(rope: dict[str, Any]) -> int | None:
 
 def cache_argument(model: nn.Module) -> str:
     """Return the name under which a model or layer takes its cache (renamed in 5.24)."""
-    return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache"
+    taken = forward_parameters(model)
+    return next((name for name in ("past_key_values", "cache_params") if name in taken), "cache")
 
 
 def forward_parameters(model: nn.Module) -> set[str]:

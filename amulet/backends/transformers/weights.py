@@ -40,7 +40,8 @@ def weights_state(model: nn.Module) -> Any:
             found += [*own["_forward_hooks"], *own["_forward_pre_hooks"], id(own.get("forward"))]
         if is_adapter(module):
             found.append(_adapters(module))
-        buffers = own["_buffers"].values()  # some are rewritten in every pass with equal values
+        # Some are rewritten in every pass with equal values.
+        buffers = () if _rewrites(module) else own["_buffers"].values()
         tensors = [*own["_parameters"].values(), *buffers]
         if isinstance(module, PackedLayer):
             tensors.append(module.bias)
@@ -98,12 +99,18 @@ def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}.bias", module.bias
         own = vars(module)
         elsewhere = _weights_elsewhere(module)
-        for kind in ("_parameters", "_buffers"):
+        for kind in ("_parameters",) if _rewrites(module) else ("_parameters", "_buffers"):
             for key, tensor in own[kind].items():
                 if tensor is not None and tensor.is_meta and elsewhere is not None:
                     tensor = elsewhere[key]
                 if tensor is not None:
                     yield f"{name}.{key}", tensor
+
+
+def _rewrites(module: nn.Module) -> bool:
+    """Tell whether it is a rotary embedding whose buffers differ in passes of longer rows."""
+    kinds = str(vars(module).get("rope_type", ""))
+    return "longrope" in kinds or "dynamic" in kinds
 
 
 def _weights_elsewhere(module: nn.Module) -> Any:

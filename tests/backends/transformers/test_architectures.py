@@ -28,7 +28,7 @@ from transformers import (
 
 from amulet import Amulet, ModelError, Request
 from amulet.backends.transformers.backend import TransformersBackend
-from amulet.backends.transformers.general import GeneralBackend
+from amulet.backends.transformers.restarting import RestartingBackend
 from tests.models import IM_END, VOCAB_SIZE, random_model
 
 SIZES: dict[str, Any] = {
@@ -104,7 +104,6 @@ def make(config: PretrainedConfig) -> Any:
     ("config", "said"),
     [
         (neo(["global", "local"]), "local layers"),
-        (longrope(64), "longrope"),
         (BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 4}), "position_ids"),
         (FalconConfig(**SIZES, alibi=True), "ALiBi"),
         (DogeConfig(**MODERN), "masks of its own"),
@@ -150,6 +149,7 @@ def test_only_what_writes_token_by_token_is_decoded(
         Qwen2VLConfig(**vision([2, 3, 3])),
         Qwen2_5_VLConfig(**vision([2, 3, 3])),
         Phi3Config(**MODERN, max_position_embeddings=512),
+        *map(longrope, (40, 128, 160)),  # below, between and above the lengths of the rows
     ],
     ids=lambda it: it.model_type,
 )
@@ -193,12 +193,11 @@ def check(amulet: Amulet, texts: list[str]) -> None:
         assert got
 
 
-def test_longrope_is_decoded_in_rows_up_to_where_it_changes(
-    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+def test_longrope_that_never_changes_is_like_any_other(
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     model = make(longrope(128))
-    assert type(Amulet(model, tokenizer)._engine.backend) is GeneralBackend
-    assert "max_position_embeddings is 128" in caplog.text
+    assert type(Amulet(model, tokenizer)._engine.backend) is RestartingBackend
     model.config.max_position_embeddings = 128
     amulet = Amulet(model, tokenizer)
     assert type(amulet._engine.backend) is TransformersBackend
