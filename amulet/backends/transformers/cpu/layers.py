@@ -270,11 +270,14 @@ class NativeLayer:
         part, most = 0, self._most
         if width > FEW:
             part = max(PART, 32 * torch.get_num_threads())  # several tasks of a product per thread
-            most = self._most_in_parts if prefills_well(self._dtype) else 0
+            most = self._most_in_parts
         cosine, sine = (angles.contiguous() for angles in position_embeddings)
+        given = hidden.contiguous(), cosine, sine, cache
+        if part and not prefills_well(self._dtype):
+            return self._by_operations(*given, None, mask)
         if rows * width > most:
-            return self._by_operations(hidden.contiguous(), mask, cosine, sine, cache)
-        return self._whole(hidden.contiguous(), cosine, sine, cache, part)
+            return self._by_operations(*given, part)
+        return self._whole(*given, part)
 
     def _turns(self, angles: torch.Tensor, hidden: torch.Tensor) -> bool:
         """Tell whether cosines or sines have the shape `[rows or 1, width, dim]` of the pass."""
@@ -290,35 +293,51 @@ class NativeLayer:
         cache: PageCache,
         part: int = 0,
     ) -> torch.Tensor:
+        out = torch.empty_like(hidden)
+        now = self._pass(hidden, cosine, sine, cache, part)
+        self._run(native.library().amulet_layer, now, hidden, out)
+        return out
+
+    def _pass(
+        self,
+        hidden: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        cache: PageCache,
+        part: int,
+    ) -> _Pass:
         expected = PageKind(cache.kind.layers, self._in_c.key_heads, self._dim, hidden.dtype)
         if cache.kind != expected or cache.positions.shape != hidden.shape[:2]:
             raise IndexError(
                 f"no room for {list(hidden.shape[:2])} tokens of {expected} in {cache}"
             )
-        now = _Pass(
+        return _Pass(
             *(*hidden.shape[:2], part),
             *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
             ctypes.addressof(cache.in_c),
             *(self._attention.layer_idx, self._window),
         )
-        out = torch.empty_like(hidden)
-        failed = native.library().amulet_layer(
-            ctypes.byref(self._in_c), ctypes.byref(now), hidden.data_ptr(), out.data_ptr()
-        )
+
+    def _run(self, function: Any, now: _Pass, *tensors: torch.Tensor) -> None:
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        failed = function(ctypes.byref(self._in_c), ctypes.byref(now), *addresses)
         if failed == OUTSIDE:
-            raise IndexError(f"a pass of {list(hidden.shape[:2])} tokens lies outside of {cache}")
+            raise IndexError(
+                f"a pass of {now.rows} rows of {now.width} tokens lies outside of them"
+            )
         if failed:
             raise native.out_of_memory()
-        return out
 
     def _by_operations(
         self,
         hidden: torch.Tensor,
-        mask: torch.Tensor | None,
         cosine: torch.Tensor,
         sine: torch.Tensor,
         cache: PageCache,
+        part: int | None = 0,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Compute as `_whole` does; if `part` is None, with PyTorch's attention, by the mask."""
         query, key, value, output, gate, up, down = (layer.product for layer in self._linears)
         heads = (*hidden.shape[:2], -1, self._dim)
         normed = self._norm("before", hidden)
@@ -327,18 +346,25 @@ class NativeLayer:
         del normed  # reduces the peak memory of a long pass
         rowwise.rotate_(queries, cosine, sine)
         rowwise.rotate_(keys, cosine, sine)
-        all_keys, all_values = cache.update(
-            keys.transpose(1, 2), values.transpose(1, 2), self._attention.layer_idx
-        )
+        if part is None:  # copies all pages of all rows, which only a long pass is worth
+            all_keys, all_values = cache.update(
+                keys.transpose(1, 2), values.transpose(1, 2), self._attention.layer_idx
+            )
+            attended, _ = grouped_attention(
+                self._attention,
+                queries.transpose(1, 2),
+                all_keys,
+                all_values,
+                mask,
+                scaling=self._attention.scaling,
+            )
+            del all_keys, all_values
+        else:
+            attended = torch.empty_like(queries)
+            now = self._pass(hidden, cosine, sine, cache, part)
+            attention = native.library().amulet_layer_attention
+            self._run(attention, now, queries, keys, values, attended)
         del keys, values
-        attended, _ = grouped_attention(
-            self._attention,
-            queries.transpose(1, 2),
-            all_keys,
-            all_values,
-            mask,
-            scaling=self._attention.scaling,
-        )
         hidden = self._norm("attended", output(attended.flatten(2))).add_(hidden)
         del queries, attended
         normed = self._norm("between", hidden)
@@ -354,7 +380,7 @@ class NativeLayer:
         return rowwise.norm(hidden, weight, self._epsilon, self._plus_one)
 
     def agrees(self, module: Any, config: PretrainedConfig) -> bool:
-        """Tell whether, in a trial, both ways here compute what the module computes."""
+        """Tell whether, in a trial, all ways here compute what the module computes."""
         generator = torch.Generator().manual_seed(0)
         sizes = self._linears[0].in_features, self._dim, self._dim
         hidden, cosine, sine = (
@@ -372,13 +398,16 @@ class NativeLayer:
                 use_cache=True,
                 **{self._cache: self._cache_for(places)},
             )
-            alike = self._by_operations(hidden, mask, cosine, sine, self._cache_for(places))
-            whole = self._whole(hidden, cosine, sine, self._cache_for(places))
+            alike = self._by_operations(hidden, cosine, sine, self._cache_for(places), None, mask)
+            others = [
+                way(hidden, cosine, sine, self._cache_for(places))
+                for way in (self._by_operations, self._whole)
+            ]
         if not isinstance(own, torch.Tensor) or own.shape != hidden.shape:
             return False
         bound, most = ALIKE[self._dtype], (own - hidden).abs().max()
-        # Its attention rounds elsewhere, and a layer may amplify that.
-        bounds = (alike, bound), (whole, 8 * bound)
+        # Attention over pages rounds elsewhere, and a layer may amplify that.
+        bounds = (alike, bound), *((other, 8 * bound) for other in others)
         return all(bool(((other - own).abs() <= off * most).all()) for other, off in bounds)
 
     def _cache_for(self, places: torch.Tensor) -> PageCache:

@@ -28,6 +28,7 @@ from amulet.backends.transformers.cpu.layers import (
     use_native_layers,
 )
 from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.backends.transformers.pages import PageCache
 from tests.bounds import of_logits
 from tests.engines import engine_over
 from tests.marks import needs_code
@@ -260,6 +261,29 @@ def test_what_is_faster_otherwise_goes_through_the_operations(
     )
     logits_of(dense, [20, 30], 1)
     assert calls == ["_by_operations"] * 8 + ["_whole"] * 4
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_attend_over_their_pages_in_place(
+    kind: Kind, weights: tuple[torch.dtype, Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of more rows than the C code multiplies by must not copy their pages."""
+    model = packed(kind, *weights)
+    for module in model.modules():
+        if hasattr(module, "native"):
+            monkeypatch.setattr(module.native, "_most", 2)
+    monkeypatch.setattr("amulet.backends.transformers.cpu.layers.prefills_well", lambda dtype: True)
+    for width in (1, 4, FEW + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(PageCache, "update", lambda *given: pytest.fail("pages are copied"))
+            calls = calls_of(patch)
+            torch.manual_seed(0)
+            made = logits_of(model, [0, 300, 40], width)
+        assert width > FEW or calls[-4:] == ["_by_operations"] * 4
+        torch.manual_seed(0)
+        with own_forward(model):
+            check(made, logits_of(model, [0, 300, 40], width))
 
 
 def test_passes_over_another_cache_are_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def _load() -> tuple[Any, str]:
     for name in ("norm", "rotate", "gate"):
         getattr(loaded, f"amulet_{name}").restype = None
     loaded.amulet_layer.argtypes = [pointer] * 4
+    loaded.amulet_layer_attention.argtypes = [pointer] * 6
     return loaded, ""
 
 

@@ -66,6 +66,38 @@ static int is_inside(const struct pass *in)
     return inside;
 }
 
+/* Write new keys and values, [tokens][key heads][dim], from the pass's token `begin` on. */
+static void keep(const struct layer *of, const struct pass *in, const char *key, const char *value,
+                 long begin, long tokens)
+{
+    struct written keys = {key, in->pages, begin, of->key_heads, in->width, of->dim, (int)of->half, 0,
+                           in->layer};
+    struct written values = keys;
+    values.from = value, values.are_values = 1, values.layer += in->pages->layers;
+    amulet_write(&keys, tokens);
+    amulet_write(&values, tokens);
+}
+
+static int attend(const struct layer *of, const struct pass *in, const char *queries, char *out)
+{
+    long size = of->heads * of->dim;
+    struct attention at = {in->rows, of->key_heads, of->heads / of->key_heads, in->width, 0, of->dim,
+                           in->width * size, of->dim, size, 0, 0, 0, 0, 0, 0, 0, 0};
+    return (in->part ? amulet_prefill_pages : amulet_attend_pages)(
+        &at, (int)of->half, queries, in->pages, in->layer, in->window, of->scaling, out);
+}
+
+/* The attention of a layer alone: write the pass's keys and values, and attend. All are
+   [rows][width][heads][dim]. Return 0, 1 if out of memory, or OUTSIDE, with nothing written. */
+int amulet_layer_attention(const struct layer *of, const struct pass *in, const char *queries,
+                           const char *keys, const char *values, char *out)
+{
+    if (!is_inside(in))
+        return OUTSIDE;
+    keep(of, in, keys, values, 0, in->rows * in->width);
+    return attend(of, in, queries, out);
+}
+
 /* Return 0, 1 if out of memory, or OUTSIDE, with nothing written. `hidden` and `out` are
    [rows][width][hidden size]. Everything but attention runs on one part of a long pass at a time, so
    that results between two products stay in the processor's cache and take little memory. */
@@ -98,18 +130,10 @@ int amulet_layer(const struct layer *of, const struct pass *in, const char *hidd
         norm(of, third, of->key_norm, third, now * of->key_heads, of->dim);
         rotate(of, in, query, of->heads, begin, now);
         rotate(of, in, third, of->key_heads, begin, now);
-        struct written keys = {third, in->pages, begin, of->key_heads, in->width, of->dim, half, 0,
-                               in->layer};
-        struct written values = {value, in->pages, begin, of->key_heads, in->width, of->dim, half, 1,
-                                 in->pages->layers + in->layer};
-        amulet_write(&keys, now);
-        amulet_write(&values, now);
+        keep(of, in, third, value, begin, now);
     }
-    struct attention at = {in->rows, of->key_heads, of->heads / of->key_heads, in->width, 0, of->dim,
-                           in->width * q->out, of->dim, q->out, 0, 0, 0, 0, 0, 0, 0, 0};
     char *attended = in->part ? queries : first;
-    short_of |= (in->part ? amulet_prefill_pages : amulet_attend_pages)(
-        &at, half, queries, in->pages, in->layer, in->window, of->scaling, attended);
+    short_of |= attend(of, in, queries, attended);
     for (long begin = 0, now; begin < tokens; begin += now) {
         now = tokens - begin < most ? tokens - begin : most;
         char *whole = out + begin * wide * size;
