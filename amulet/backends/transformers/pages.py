@@ -121,8 +121,10 @@ class PageCache(RowsInPass):
                     kept.append(self._new())
                 elif kept[i].shared:
                     partly = i == written and start % PAGE
-                    kept[i] = Page(kept[i].numbers.clone()) if partly else self._new()
+                    kept[i] = self._copy(kept[i], start % PAGE) if partly else self._new()
             changed[row] = kept
+        if changed:
+            self._planned = None  # here, as an error below leaves the old plan
         for row, pages in changed.items():
             self._rows[row] = pages
         super().begin(first, starts, width)
@@ -177,6 +179,21 @@ class PageCache(RowsInPass):
         kind = self.kind
         size = 2, kind.layers, kind.heads, PAGE * kind.dim
         return Page(torch.zeros(size, dtype=kind.dtype))
+
+    def _copy(self, page: Page, length: int) -> Page:
+        """Return a copy of a page's first `length` columns.
+
+        The others may be another user's. Though masked, a value is multiplied by a weight of 0,
+        which makes NaN of infinity.
+        """
+        kind, copy = self.kind, Page(page.numbers.clone())
+        keys = copy.numbers[0].view(-1, kind.dim // kind.pair, PAGE, kind.pair)
+        values = copy.numbers[1].view(-1, PAGE // kind.pair, kind.dim, kind.pair)
+        keys[:, :, length:] = 0
+        values[:, -(-length // kind.pair) :] = 0
+        if length % kind.pair:
+            values[:, length // kind.pair, :, 1] = 0
+        return copy
 
     def _plan(self, first: int, count: int) -> None:
         """Tell the C code the rows' pages, and which rows share which blocks of them."""

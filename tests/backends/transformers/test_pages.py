@@ -120,6 +120,48 @@ def test_a_pass_without_memory_changes_no_row(fault: str) -> None:
         assert cache.in_c.most == 4
 
 
+def test_a_pass_after_one_without_memory_knows_the_present_pages() -> None:
+    def pass_of(cache: PageCache) -> None:
+        cache.begin(0, [PAGE + 1], 1)
+
+    def shared() -> PageCache:
+        cache = PageCache(KIND)
+        write(cache, 0, [0], PAGE + 1)
+        cache.begin(0, [PAGE + 1], 1)
+        cache.row(0, PAGE + 1)
+        return cache
+
+    with Allocations() as counted:
+        pass_of(shared())
+    with Allocations() as before:
+        shared()
+    for place in range(1, counted.count - before.count + 1):
+        cache = shared()
+        with pytest.raises(RuntimeError), Allocations(place):
+            pass_of(cache)
+        pass_of(cache)
+        assert cache._held[0].tolist() == [[page.address for page in cache._rows[0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [PAGE + 1, PAGE + 8, 2 * PAGE - 1, 2 * PAGE])
+def test_a_row_does_not_take_over_what_is_behind_its_beginning(
+    dtype: torch.dtype, length: int
+) -> None:
+    """A masked column is still multiplied by 0, and 0 times another user's infinity is NaN."""
+    cache = PageCache(KIND._replace(dtype=dtype))
+    kind = cache.kind
+    before = write(cache, 0, [0], length)
+    cache.begin(0, [length], 9)
+    bad = torch.full((1, kind.heads, 9, kind.dim), torch.inf).to(dtype)
+    cache.update(bad, bad, 1)
+    cache.write_row(1, cache.row(0, length + 9), length)
+    after = write(cache, 1, [length], 1)
+    assert torch.equal(after[0, :, :length], before[0])
+    for page in cache._rows[1]:
+        assert page.numbers.isfinite().all()
+
+
 def test_rows_with_the_same_pages_are_one_task() -> None:
     cache = PageCache(KIND)
     write(cache, 0, [0], BLOCK * PAGE + 1)
