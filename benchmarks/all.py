@@ -35,6 +35,8 @@ RUNS: dict[str, list[str]] = {
     "rag_quote": ["rag_quote", "--rounds", "3", "--dtype", "bfloat16"],
     "first_token": ["first_token", "--rounds", "3", "--dtype", "bfloat16"],
     "users": ["users", "--rounds", "2", "--tokens", "32"],
+    "shared": ["shared", "--rounds", "3"],
+    "lengths": ["lengths", "--rounds", "3"],
     "served": ["served", "--rounds", "3"],
     "llamacpp": ["llamacpp", "--rounds", "5", "--tokens", "32"],
     "gpu": ["gpu"],

@@ -135,7 +135,7 @@ def load(
     if name == "smollm2":
         model, _ = load_embedded(dtype=dtype, pack=pack, device=device)
     else:
-        model = _random(config_of(name), dtype, device)
+        model = random_model(config_of(name), dtype, device)
         if pack:
             pack_linears(model, pack)
     model.generation_config.eos_token_id = None
@@ -152,7 +152,8 @@ def config_of(name: str) -> PretrainedConfig:
     return config
 
 
-def _random(config: PretrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def random_model(config: PretrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Return a model with random weights, seed 0."""
     from_config: Any = AutoModelForCausalLM.from_config
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)

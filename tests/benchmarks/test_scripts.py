@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from amulet.backends.transformers.cpu import native
 from benchmarks import all as all_scripts
 from benchmarks import (
     authors,
@@ -20,10 +21,12 @@ from benchmarks import (
     decode,
     first_token,
     gpu,
+    lengths,
     llamacpp,
     measure,
     rag_quote,
     served,
+    shared,
     startup,
     users,
 )
@@ -83,6 +86,37 @@ CLAIMS: list[tuple[ModuleType, list[tuple[str, str]]]] = [
                 ("ChatAmulet.batch, eight steered / ChatHuggingFace.batch, plain", "≥ 4"),
                 ("AmuletLLM, one steered / HuggingFaceLLM, plain", "shown"),
             )
+        ],
+    ),
+    (
+        shared,
+        [
+            (f"tiny, bfloat16, {what}", bound)
+            for what, bound in (
+                ("200 shared tokens: KV cache, steered, two rows / plain", "≤ 1.1"),
+                ("200 shared tokens: KV cache, steered, default / plain", "≤ 1.1"),
+                ("400 tokens: attention, steered, two rows / plain", "≤ 1.1"),
+                ("400 tokens: attention, steered, default / plain", "shown"),
+                ("400 tokens: whole token, steered, two rows / plain", "shown"),
+                ("400 tokens: whole token, steered, default / plain", "shown"),
+                (
+                    "eight users, 150 tokens each: tokens per second, steered, two rows / plain",
+                    "≥ 0.85",
+                ),
+                (
+                    "eight users, 150 tokens each: tokens per second, steered, default / plain",
+                    "shown",
+                ),
+            )
+        ],
+    ),
+    (
+        lengths,
+        [
+            (f"{name}, bfloat16: {what}", "shown")
+            for name in ("Llama", "Gemma 3")
+            for what in ("1 row of 200 / 1 row of 100", "2 rows of 200 / 1 row of 200")
+            if native.library() is not None
         ],
     ),
     (
