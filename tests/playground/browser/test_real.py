@@ -15,18 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 from amulet import Amulet
 from amulet.serve.store import MEMORY
 from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, serving
 
 NAME = "SmolLM2-135M-Instruct"
+WISH = "Explain it as to a child of six, with simple words."
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving(Amulet.embedded(), name=NAME, thumbs=MEMORY) as (url, _):
+def amulet() -> Amulet:
+    return Amulet.embedded()
+
+
+@pytest.fixture(scope="module")
+def url(amulet: Amulet) -> Iterator[str]:
+    with serving(amulet, name=NAME, thumbs=MEMORY) as (url, _):
         yield url
 
 
@@ -91,11 +97,17 @@ def test_the_code_gives_the_same_answers(visit: Open, url: str, tmp_path: Path) 
         assert json.loads(done.stdout)["choices"][0]["message"]["content"] == said, column
 
 
+def pictures(otherwise: Path) -> Path:
+    """Return the folder of the pictures."""
+    return Path(os.environ.get("SCREENSHOTS") or otherwise)
+
+
 @pytest.mark.parametrize(
     ("name", "scheme", "preset", "question", "width"),
     [
         ("playground-light", "light", "For a child", "What is a black hole?", 1280),
-        ("playground-dark", "dark", "Pirate", "What is a black hole?", 1280),
+        ("playground-dark", "dark", "Poetic", "What is a black hole?", 1280),
+        ("playground-phone", "light", "For a child", "What is a black hole?", 390),
     ],
 )
 def test_pictures(
@@ -123,10 +135,29 @@ def test_pictures(
     ask(page, question)
     finished(page)
     page.get_by_label("Answers", exact=True).evaluate("box => box.scrollTo(0, 0)")
-    page.locator("section.steered .token.part").first.hover()
-    page.get_by_role("tooltip").wait_for()
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
-    picture = folder / f"{name}.png"
+    if width < 900:  # one below the other: the steered answer is the last
+        page.locator("section.steered").evaluate("section => section.scrollIntoView()")
+    else:
+        page.locator(".right").evaluate("panel => panel.scrollTo(0, 0)")
+        # A late token: the tooltip is below it, and covers no other.
+        token = page.locator("section.steered .token.other").last
+        token.hover()
+        tip = page.get_by_role("tooltip").bounding_box()
+        assert tip is not None
+        assert tip["x"] <= token.evaluate("token => [...token.getClientRects()].at(-1).left") + 1
+    picture = pictures(tmp_path) / f"{name}.png"
     page.screenshot(path=picture)
-    assert picture.stat().st_size < 200_000
+    assert picture.stat().st_size < 300_000
     assert page.locator("section.steered .token.up3, section.steered .token.up4").count() > 0
+
+
+def test_picture_of_a_notebook(browser: Browser, amulet: Amulet, tmp_path: Path) -> None:
+    """The last line of a cell is shown as this HTML."""
+    found = amulet.compare("What is a black hole?", WISH, max_new_tokens=60)
+    page = browser.new_page(viewport={"width": 980, "height": 100})
+    page.set_content(f'<body style="font: 15px sans-serif; margin: 20px">{found._repr_html_()}')
+    picture = pictures(tmp_path) / "notebook.png"
+    page.screenshot(path=picture, full_page=True)
+    page.close()
+    assert picture.stat().st_size < 200_000
+    assert found.plain.text != found.steered.text

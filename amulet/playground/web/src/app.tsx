@@ -172,8 +172,8 @@ function Welcome() {
     <div class="welcome">
       <h2>See a preference steer an answer</h2>
       <p>
-        Choose a preference, then ask. Three answers appear side by side: without the preference, with
-        it in the prompt only, and steered. Each steered token shows how much steering raised it.
+        Choose a preference, then ask. Three answers appear: without the preference, with it in the
+        prompt only, and steered. Each steered token shows how much steering raised it.
       </p>
       <ul>
         {SUGGESTIONS.map((question) => (

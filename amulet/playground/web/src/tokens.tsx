@@ -126,7 +126,7 @@ export function Tokens({ text, tokens, parts, id }: Given) {
       span.setAttribute("aria-describedby", tipId);
       tab.current = token;
     }
-    show({ token, at: span.getClientRects()[0] ?? span.getBoundingClientRect() });
+    show({ token, at: widest(span) });
   };
 
   const blur = (event: Event) => {
@@ -172,6 +172,12 @@ export function Tokens({ text, tokens, parts, id }: Given) {
       {shown && token && <Tip token={token} at={shown.at} id={tipId} />}
     </div>
   );
+}
+
+/** Where a token stands: at a line's end its space is one box, and its word below is another. */
+function widest(span: HTMLElement): DOMRect {
+  const boxes = [...span.getClientRects()].sort((one, other) => other.width - one.width);
+  return boxes[0] ?? span.getBoundingClientRect();
 }
 
 function Tip({ token, at, id }: { token: Token; at: DOMRect; id: string }) {
