@@ -35,11 +35,13 @@ class Backend(Protocol):
             with recurrent state, only at its current length, and all rows of a pass get the same
             number of ids.
         chunk: ids in one pass of a prefill.
+        images_at_once: whether the columns of an image must be in one pass.
         worth_sharing: the number of ids saved from which a shared prefix is worth its own pass.
     """
 
     any_length: bool
     chunk: int
+    images_at_once: bool
     worth_sharing: int
 
     @property

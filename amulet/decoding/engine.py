@@ -286,7 +286,7 @@ class Engine:
         for stop in sorted(stops):
             computes = filled[-1] < stop
             while filled[-1] < stop:
-                width = self._width(stop - filled[-1])
+                width = self._width(stop - filled[-1], generation)
                 if not self._give_way(generation, width):
                     return None
                 chunk = prompts[-1][filled[-1] : filled[-1] + width]
@@ -305,7 +305,7 @@ class Engine:
         logits: dict[int, torch.Tensor] = {}
         while len(logits) < len(prompts):
             left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-            width = self._width(max(left))
+            width = self._width(max(left), generation)
             taken = [min(width, n) for n in left]
             rows = range(len(prompts))
             together = max(TOGETHER, self.backend.chunk // len(prompts))
@@ -419,11 +419,13 @@ class Engine:
                 "smaller dtype."
             ) from error
 
-    def _width(self, left: int) -> int:
+    def _width(self, left: int, generation: Generation) -> int:
         """Return how many of the `left` tokens of a prefill a row gets in the next pass.
 
         Passes have equal width, so the memory that one pass's activations free fits the next's.
         """
+        if generation.images and self.backend.images_at_once:
+            return left
         passes = -(-left // self.backend.chunk)
         return -(-left // passes)
 

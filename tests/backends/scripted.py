@@ -51,6 +51,7 @@ class ScriptedBackend:
     """
 
     chunk = 24
+    images_at_once = False
     worth_sharing = 4
     device = torch.device("cpu")
 

@@ -12,6 +12,8 @@ from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     LlavaProcessor,
@@ -40,16 +42,18 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-Kind = Literal["llava", "idefics3", "qwen2_vl", "qwen2_5_vl"]
+Kind = Literal["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "gemma3"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SIDE = 28  # pixels of a tile
 TOKENS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 TOKENS += tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
 TOKENS += ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+TOKENS += ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 # What a template writes for an image, and the token of an image's columns.
 SHOWN = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
-SHOWN["qwen2_5_vl"] = SHOWN["qwen2_vl"]
+SHOWN |= {"qwen2_5_vl": SHOWN["qwen2_vl"], "gemma3": "<start_of_image>"}
 COLUMN = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
+COLUMN["gemma3"] = "<image_soft_token>"
 
 
 class _Qwen2VLProcessor(Qwen2VLProcessor):
@@ -89,12 +93,19 @@ def processor(kind: Kind) -> ProcessorMixin:
             size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
         )
         return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    if kind == "gemma3":
+        names = {"boi": "<start_of_image>", "image": COLUMN[kind], "eoi": "<end_of_image>"}
+        for name, token in names.items():
+            setattr(tokenizer, f"{name}_token", token)
+            setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+        images = Gemma3ImageProcessorPil(size=square)
+        return Gemma3Processor(images, tokenizer, template, image_seq_length=4)
     # Their images keep their shapes: 40x30 pixels are 3x2 columns.
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84})
     return _Qwen2VLProcessor(images, tokenizer, template)
 
 
-PATCH = {"idefics3": 7}
+PATCH = {"idefics3": 7, "gemma3": 7}
 
 
 def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
@@ -107,6 +118,8 @@ def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -
         "vision_config.patch_size": PATCH.get(kind, 14),
         "image_token_id": tokens.convert_tokens_to_ids(COLUMN.get(kind, "<image>")),
     }
+    if kind == "gemma3":
+        extra["mm_tokens_per_image"] = 4
     if kind == "qwen2_vl":  # its name for the size of what the tower returns
         extra["vision_config.hidden_size"] = TEXT["hidden_size"]
     model = build(Entry(kind, kind, True, extra), seed, 2.5)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from amulet import Amulet
+from amulet.backends.transformers.cpu.packing import pack_linears
 from tests.models.images import (
     KINDS,
     Kind,
@@ -205,4 +206,13 @@ def test_a_row_is_reused_for_the_same_image_alone(pair: Pair) -> None:
         max_new_tokens=TOKENS,
     )
     assert other == fresh
-    assert other.token_ids != first.token_ids
+
+
+def test_packed_layers_attend_to_the_whole_image() -> None:
+    """Gemma 3's columns attend to later ones of their image; the C code's layers are causal."""
+    plain, packed = (image_model("gemma3", torch.float32) for _ in range(2))
+    pack_linears(packed, True)
+    chat = chat_of("two", given=True)
+    options = {"preference": WISH, "max_new_tokens": TOKENS}
+    expected = Amulet(plain, processor("gemma3")).chat(chat, **options)
+    assert Amulet(packed, processor("gemma3")).chat(chat, **options) == expected

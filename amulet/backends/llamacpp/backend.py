@@ -57,6 +57,7 @@ class LlamaBackend:
 
     worth_sharing = WORTH_SHARING
     chunk = CHUNK
+    images_at_once = False
     device = torch.device("cpu")
 
     def __init__(self, model: GGUFModel) -> None:

@@ -33,7 +33,7 @@ from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
 from amulet.backends.transformers.support import check_supported, forward_parameters
-from amulet.backends.transformers.vision import Places, embeddings
+from amulet.backends.transformers.vision import AT_ONCE, Places, embeddings, own_images
 from amulet.images import Place as ImagePlace
 from amulet.images import PromptImage
 
@@ -78,6 +78,7 @@ class TransformersBackend(ModelBackend):
         super().__init__(model)
         recurrent = has_states(model.config.get_text_config())
         self.any_length = not recurrent
+        self.images_at_once = model.config.model_type in AT_ONCE
         if compile is True and recurrent:
             logger.warning(
                 "compile=True: the step of a model with recurrent states is not compiled; leave "
@@ -150,10 +151,15 @@ class TransformersBackend(ModelBackend):
         options: dict[str, Any] = {}
         if self._keeps_logits:
             options["logits_to_keep"] = torch.tensor(keep, device=device)
-        masks = self._cache.masks(
-            model.config, model.dtype, device, causal_behind_cached=self._causal_behind_cached
-        )
         tokens = torch.tensor(ids, device=device)
+        whole = self.images_at_once and bool(images)
+        masks = self._cache.masks(
+            model.config,
+            model.dtype,
+            device,
+            causal_behind_cached=self._causal_behind_cached,
+            also=own_images(tokens, starts) if whole else None,
+        )
         places = self._places.of_pass(ids, starts, first, images)
         positions = (self._cache.positions if places is None else places).to(device)
         if images:

@@ -82,9 +82,14 @@ _NO_POSITIONS = torch.zeros(1, 1, dtype=torch.long)  # made here: `clear` must n
 
 
 class RowsInPass(ColumnCache):
-    """Rows that start a pass at positions of their own."""
+    """Rows that start a pass at positions of their own.
+
+    Attributes:
+        causal: whether no token of the pass attends to a later one.
+    """
 
     def __init__(self) -> None:
+        self.causal = True
         super().__init__(layers=[])
         self._first, self._starts, self._width = 0, [0], 0
         self._positions = _NO_POSITIONS
@@ -120,12 +125,15 @@ class RowsInPass(ColumnCache):
         dtype: torch.dtype,
         device: torch.device,
         causal_behind_cached: bool = False,
+        also: torch.Tensor | None = None,
     ) -> Masks:
         """Return the attention mask of the pass in the form that the model's forward expects.
 
         A tensor `[rows, 1, width, columns]`, or a dict of them by layer type for models that mix
-        full and sliding attention; None where plain causal attention is already right.
+        full and sliding attention; None where plain causal attention is already right. `also` is as
+        for `column_mask`.
         """
+        self.causal = also is None
         text = config.get_text_config()
         additive = additive_dtype(config, dtype)
         level = len(set(self._starts)) == 1  # all rows at the same position
@@ -133,9 +141,10 @@ class RowsInPass(ColumnCache):
 
         def mask(kind: str) -> torch.Tensor | None:
             within = self.columns <= (reach(kind, text) or self.columns)
-            if causal and within and additive is None:
+            if causal and within and additive is None and also is None:
                 return None
-            return column_mask(kind, text, self._positions.to(device), self.columns, additive)
+            positions = self._positions.to(device)
+            return column_mask(kind, text, positions, self.columns, additive, also)
 
         return by_kind(text, mask)
 

@@ -30,6 +30,7 @@ def column_mask(
     positions: torch.Tensor,
     columns: int,
     additive: torch.dtype | None,
+    also: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return which columns each token attends to, `[rows, 1, width, columns]`.
 
@@ -39,10 +40,11 @@ def column_mask(
         positions: of the tokens, `[rows, width]`.
         columns: how many there are.
         additive: of what dtype, 0 where it attends and the least number elsewhere; None is bool.
+        also: later columns that tokens attend to, in the form of what is returned, as bool.
     """
     query = positions[:, None, :, None]
     column = torch.arange(columns, device=positions.device)
-    seen = column <= query
+    seen = column <= query if also is None else (column <= query) | also
     limit = reach(kind, config)
     if limit is not None and kind == "sliding_attention":
         seen &= column > query - limit

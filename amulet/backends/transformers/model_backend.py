@@ -23,6 +23,8 @@ class ModelBackend:
         model: a model with weights.
     """
 
+    images_at_once = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         execution_device(model)
         self.model = model

@@ -15,7 +15,8 @@ from amulet.images import Place, PromptImage
 
 # Model types whose answers about images are the tokens of `generate`; a test decodes each of them.
 # Their images' columns are attended to as any other. The Qwens' have positions on several axes.
-READ = {"idefics3", "llava", "qwen2_5_vl", "qwen2_vl"}
+READ = {"gemma3", "idefics3", "llava", "qwen2_5_vl", "qwen2_vl"}
+AT_ONCE = {"gemma3"}  # whose images' columns attend to all of their image's: they are one pass
 AXES = 3  # of a position there: time, height and width
 
 
@@ -84,6 +85,24 @@ def _features(model: Any, image: PromptImage) -> torch.Tensor:
                 f"{len(image.ids)} columns: load both from the same checkpoint."
             )
     return image.features
+
+
+def own_images(tokens: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
+    """Return the columns of the image that each token is one of, `[rows, 1, width, columns]`.
+
+    Args:
+        tokens: ids `[rows, width]`; images are runs of negative ones, and whole.
+        starts: the column of each row's first id.
+    """
+    rows, width = tokens.shape
+    inside = tokens < 0
+    begins = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    number = begins.cumsum(1) * inside  # of a token's image, from 1 on
+    same = inside[:, :, None] & (number[:, :, None] == number[:, None])
+    columns = torch.zeros(rows, 1, width, max(starts) + width, dtype=torch.bool, device=same.device)
+    for row, start in enumerate(starts):
+        columns[row, 0, :, start : start + width] = same[row]
+    return columns
 
 
 class Places:

@@ -273,7 +273,7 @@ class NativeLayer:
             most = self._most_in_parts
         cosine, sine = (angles.contiguous() for angles in position_embeddings)
         given = hidden.contiguous(), cosine, sine, cache
-        if part and not prefills_well(self._dtype):
+        if not cache.causal or (part and not prefills_well(self._dtype)):
             return self._by_operations(*given, None, mask)
         if rows * width > most:
             return self._by_operations(*given, part)
