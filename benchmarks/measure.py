@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-MODELS = ("smollm2", "qwen2-0.5b", "qwen3.5-0.8b", "lfm2-350m", "tiny")
+MODELS = ("smollm2", "qwen2-0.5b", "qwen3.5-0.8b", "lfm2-350m", "bloom-560m", "mamba-370m", "tiny")
 
 
 # --- options

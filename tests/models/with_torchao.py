@@ -1,0 +1,39 @@
+"""Checkpoints quantised with torchao; `test_checkpoints.py` runs this where torchao is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from amulet import Amulet
+from amulet.fingerprint import fingerprint
+from tests.models.test_checkpoints import QUIET, check, save
+
+
+@QUIET
+@pytest.mark.parametrize("saved", [True, False])
+def test_torchao(saved: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    folder = save(tmp_path / "dense", tokenizer)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    options: dict[str, Any] = {"quantization_config": config, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if saved:
+        folder = tmp_path / "quantised"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        options = {"device": "cpu", "dtype": torch.float32}
+    amulet = Amulet.from_pretrained(folder, **options)
+    kinds = {type(parameter.data) for parameter in amulet.model.parameters()}
+    assert kinds != {torch.Tensor}
+    check(amulet, model)
+    known = fingerprint(amulet)
+    layer = amulet.model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.dequantize() * 2, requires_grad=False)
+    assert fingerprint(amulet) != known
