@@ -12,7 +12,7 @@ SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-gguf test-vllm lint types docs bench dist test-dist matrix clients clean
+.PHONY: help install demo test test-random test-sanitize coverage eval-smoke playground test-browser test-gguf test-vllm lint types docs bench gpu-check dist test-dist matrix clients clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -109,6 +109,9 @@ docs: install ## Build the documentation into site/, warnings as errors.
 
 bench: install ## Measure every claim of BENCHMARKS.md against its peers; some 15 minutes.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.all $(ARGS)
+
+gpu-check: install ## On a machine with a GPU: the oracles, a short soak and every claim, in eight minutes.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 dist: install ## Build sdist and wheel into dist/.
 	rm -rf dist

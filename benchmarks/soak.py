@@ -405,12 +405,13 @@ def run(name: str, folder: Path | None, options: argparse.Namespace, seconds: fl
         seconds: duration of the load.
     """
     if folder is None:
-        amulet = Amulet.embedded(dtype="float32")
-        users, tokens, further = min(options.clients, 8), 8, ()
+        amulet = Amulet.embedded(dtype="float32", device=options.device)
+        users, tokens, further = min(options.clients, 8), 8, ("--device", options.device)
         too_many = 3000
     else:
-        amulet = Amulet.from_pretrained(str(folder), dtype="float32", device="cpu")
-        users, tokens, further = options.clients, 9, ("--model", str(folder))
+        amulet = Amulet.from_pretrained(str(folder), dtype="float32", device=options.device)
+        users, tokens = options.clients, 9
+        further = ("--model", str(folder), "--device", options.device)
         too_many = 400
     own = make_cases(amulet, users, tokens)
     cases = [own[client % users] for client in range(options.clients)]
@@ -454,6 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=300.0, help="with the tiny model")
     parser.add_argument("--embedded-seconds", type=float, default=60.0, help="0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="of the server and of the references")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the server
     torch.set_num_threads(1)

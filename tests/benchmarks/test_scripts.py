@@ -21,6 +21,7 @@ from benchmarks import (
     decode,
     first_token,
     gpu,
+    gpu_check,
     lengths,
     llamacpp,
     measure,
@@ -297,3 +298,29 @@ def test_sizes_are_those_of_the_shape() -> None:
     assert contenders.weight_bytes(model) == 4 * linear
     assert contenders.weight_bytes(model, 1) == linear
     assert contenders.cache_bytes(model.config, torch.bfloat16, 10) == 2 * 2 * 2 * 16 * 2 * 10
+
+
+def test_a_check_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = Claim("fast", 1.0, Spread.of([0.5]))
+    result = {
+        "claims": [
+            {"claim": claim.text, "bound": claim.bound(), "unit": "", "met": True}
+            | {"median": 0.5, "least": 0.5, "most": 0.5}
+        ]
+    }
+    checks = [
+        gpu_check.Check("slow", ["-c", "import time; print(7, flush=True); time.sleep(60)"], 5),
+        gpu_check.Check("wrong", ["-c", "print('a | b'); raise SystemExit(3)"], 60),
+        gpu_check.Check("right", ["-c", f"print('done'); print({json.dumps(result)!r})"], 60),
+    ]
+    monkeypatch.setattr(gpu_check, "QUICK", checks)
+    summary = gpu_check.main(["--quick"])
+    assert summary["failed"] == ["slow", "wrong"]
+    outcomes = [found["outcome"] for found in summary["checks"]]
+    assert outcomes == ["FAILED: not over after 5 s", "FAILED", "passed"]
+    assert [found["said"] for found in summary["checks"]] == ["7", "a  b", "done"]
+    assert "| fast | ≤ 1 | 0.5 | 0.5 to 0.5 | yes |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        gpu_check.main([])
