@@ -8,6 +8,7 @@ need no count of their users; the last row or kept row that lets go of a page fr
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ from amulet.backends.transformers.cache import RowsInPass
 from amulet.backends.transformers.states import RowStates
 
 PAGE = 64  # columns of a page, as in `native/pages.h`
+TRIMMED = 2**26  # bytes of pages, from which returning them to the system is worth its time
 BLOCK = 4  # pages that a task of the C code attends to, as in `native/tiles.h`
+
+_system: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class PageKind(NamedTuple):
@@ -97,6 +101,7 @@ class PageCache(RowsInPass):
         self._planned: tuple[int, int] | None = None  # the rows of which `in_c` knows the pages
         self.in_c = PagesInC()
         self._held: tuple[torch.Tensor, ...] = ()  # what `in_c` points to
+        self._made = 0  # bytes of pages since the heap was last trimmed
 
     # The engine's side
 
@@ -159,8 +164,14 @@ class PageCache(RowsInPass):
         self._planned = None
 
     def blank(self) -> None:
-        """Let go of all rows."""
+        """Let go of all rows, and return the memory of many pages to the system.
+
+        The heap would keep them: other memory lies between them, and kept rows have some of them.
+        """
         self.drop(0)
+        if self._made >= TRIMMED and hasattr(_system, "malloc_trim"):  # not in each C library
+            self._made = 0
+            _system.malloc_trim(0)
 
     free = clear = blank
 
@@ -178,6 +189,7 @@ class PageCache(RowsInPass):
         """Return an empty page. Zeros, as a masked column is still multiplied by a weight of 0."""
         kind = self.kind
         size = 2, kind.layers, kind.heads, PAGE * kind.dim
+        self._made += kind.nbytes
         return Page(torch.zeros(size, dtype=kind.dtype))
 
     def _copy(self, page: Page, length: int) -> Page:

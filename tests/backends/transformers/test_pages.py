@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +163,29 @@ def test_a_row_does_not_take_over_what_is_behind_its_beginning(
     assert torch.equal(after[0, :, :length], before[0])
     for page in cache._rows[1]:
         assert page.numbers.isfinite().all()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="needs the GNU C library",
+)
+def test_the_system_gets_back_the_memory_of_many_pages() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    before, others = resident(), []
+    cache = PageCache(PageKind(layers=30, heads=3, dim=64, dtype=torch.bfloat16))
+    for _ in range(3):  # the C library changes its way when first freeing blocks of this size
+        cache.begin(0, [0] * 10, 20 * PAGE)
+        held = cache.nbytes
+        kept = cache.row(0, 20 * PAGE)
+        for step in range(PAGE + 1):
+            cache.begin(0, [20 * PAGE + step] * 10, 1)
+            others.append(torch.empty(1000))
+        cache.free()
+    assert resident() - before < held / 2
+    assert len(kept) == 20
 
 
 def test_rows_with_the_same_pages_are_one_task() -> None:
