@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"llama-cpp-python {worker.about['version']}: {worker.about['system']}")
     model = contenders.load(options.model, torch.bfloat16)
     runs = decode.amulets(options.model, torch.bfloat16, model, compiles=False)
-    del runs[decode.UNPACKED]
+    del runs[decode.UNPACKED], runs[decode.TWO_ROWS]
     warm = measure.warm_up(runs)
     ids = contenders.amulet_over(model).encode_chat(decode.CHAT)
     worker.ask(ids, 4)

@@ -66,6 +66,8 @@ def create_app(
 ) -> FastAPI:
     """Return the ASGI application; `app.state.service` is its `Service`.
 
+    While it runs, `app.state.loading` is the thread that loads the model, if it is loaded then.
+
     Args:
         amulet: the model, or a function that loads it while the server runs and answers 503.
         name: the model's name or names for clients; None uses the last part of its own name.
@@ -109,10 +111,12 @@ def create_app(
             on_failure(error)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not isinstance(amulet, Amulet):
             # A daemon, because the end of an executor's thread is waited for at exit.
-            Thread(target=load, args=(amulet,), name="amulet-load", daemon=True).start()
+            loading = Thread(target=load, args=(amulet,), name="amulet-load", daemon=True)
+            app.state.loading = loading
+            loading.start()
         yield
         service.preparing.shutdown(wait=False)
         for kept in (store, thumb_store):

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -250,8 +251,9 @@ def start(
     servers[0].run()
     if servers[0].failure is not None:
         raise servers[0].failure
-    if not app.state.service.names:  # stopped while the model was loading
-        # Python's own exit would break into the loading thread's native code, which may abort.
+    thread: Thread | None = getattr(app.state, "loading", None)
+    if thread is not None and thread.is_alive():
+        # Python's own exit would break into the thread's native code, which may abort.
         logging.shutdown()
         os._exit(0)
 
