@@ -5,7 +5,7 @@ Every range is checked here, once; the modules below rely on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -131,11 +131,16 @@ class Request(BaseModel):
     @field_validator("messages", mode="before")
     @classmethod
     def _messages_are_dicts(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            raise ValueError("expected a list of messages; for raw text use complete()")
-        if given is not None and not given:
-            raise ValueError("expected at least one message, such as {'role': 'user', ...}")
-        return given
+        if given is None:
+            return given
+        listed = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+        messages = tuple(given) if listed else ()
+        if not messages:
+            raw = "; for raw text use complete()" if isinstance(given, str) else ""
+            raise ValueError(
+                'expected a list of messages, such as [{"role": "user", "content": "Hello"}]' + raw
+            )
+        return messages
 
     @field_validator("tools", mode="before")
     @classmethod

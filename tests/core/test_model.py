@@ -138,9 +138,15 @@ def test_a_batch_puts_errors_in_their_places(tokenizer: PreTrainedTokenizerFast)
     assert isinstance(first, Reply)
     assert isinstance(second, RequestError)
     assert isinstance(third, Reply)
-    with pytest.raises(RequestError, match="at least one message"):
+    with pytest.raises(RequestError, match="expected a list of messages, such as"):
         amulet.batch([good, {"messages": []}])
     assert amulet._engine.running == []
+
+
+@pytest.mark.parametrize("given", ["What is tea?", {"role": "user", "content": "x"}, 5, ()])
+def test_what_is_no_list_of_messages_is_told_what_one_is(given: Any) -> None:
+    with pytest.raises(RequestError, match=r'such as \[\{"role": "user", "content": "Hello"\}\]'):
+        Request(messages=given)
 
 
 def test_an_unfinished_answer_has_no_reply(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -157,7 +157,7 @@ async def test_bad_input_and_failures_reach_the_caller(tokenizer: PreTrainedToke
     first, second = await amulet.abatch(requests, return_exceptions=True)
     assert str(first) == "ok"
     assert isinstance(second, RequestError)
-    with pytest.raises(RequestError, match="at least one message"):
+    with pytest.raises(RequestError, match="expected a list of messages, such as"):
         await amulet.abatch(requests)
 
 
