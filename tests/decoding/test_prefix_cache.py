@@ -20,7 +20,7 @@ from tests.oracles.reference import generate
 
 
 def kept(*ids: int) -> KeptRow:
-    return KeptRow(ids, SavedRow((torch.zeros(1, len(ids), 4),), {}))
+    return KeptRow(ids, SavedRow((torch.zeros(1, len(ids), 4),), {}, []))
 
 
 def ids(seed: int, length: int) -> list[int]:

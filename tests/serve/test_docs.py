@@ -43,7 +43,7 @@ def url(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     list(
         zip(
             [*SNIPPETS, *CLIENTS],
-            ["A hole.", "Arr.", "A hole.", "Dark.", "A hole.", "A hole."],
+            ["A hole.", "A hole.", "A hole.", "Dark.", "A hole.", "A hole."],
             strict=True,
         )
     ),
