@@ -100,6 +100,8 @@ def test_thumbs_from_the_page_to_a_fit(visit: Open, tokenizer: Any, tmp_path: Pa
         prefer(other, "Be brief.")
         said(other, "What is tea?")
         thumb(other, "Dislike the steered answer").click()
+        # Shown once it is stored; the panel says "0 pairs" before that, too.
+        expect(thumb(other, "Dislike the steered answer")).to_have_attribute("aria-pressed", "true")
         expect(other.get_by_role("group", name="Your thumbs").get_by_role("status")).to_have_text(
             "0 pairs"
         )
