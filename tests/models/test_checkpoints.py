@@ -64,6 +64,27 @@ def save(
     return folder
 
 
+def quantised(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any], saved: bool
+) -> tuple[Amulet, Any]:
+    """Return a model that is quantised while it is loaded, and Transformers' own beside it.
+
+    Args:
+        tmp_path: for checkpoints.
+        tokenizer: theirs.
+        options: of loading, by which it is quantised.
+        saved: load a checkpoint that was saved quantised.
+    """
+    folder = save(tmp_path / "dense", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if saved:
+        folder = tmp_path / "quantised"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        options = {"device": "cpu", "dtype": torch.float32}
+    return Amulet.from_pretrained(folder, **options), model
+
+
 def check(amulet: Amulet, model: Any) -> list[list[int]]:
     """Compare plain and steered answers, alone and in a batch, with those of `generate`."""
     reference = Reference(model)
@@ -249,7 +270,6 @@ def test_bitsandbytes(
 ) -> None:
     from transformers import BitsAndBytesConfig
 
-    folder = save(tmp_path / "dense", tokenizer)
     # A threshold splits columns off by the values of all rows: one row's tokens may be another's.
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_threshold=0.0
@@ -259,14 +279,7 @@ def test_bitsandbytes(
         "dtype": torch.float32,
         "device_map": {"": "cpu"},
     }
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    if saved:
-        folder = tmp_path / "quantised"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        options = {"device": "cpu", "dtype": torch.float32}
-    amulet = Amulet.from_pretrained(folder, **options)
-    check(amulet, model)
+    check(*quantised(tmp_path, tokenizer, options, saved))
 
 
 @QUIET

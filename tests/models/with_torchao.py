@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from amulet import Amulet
 from amulet.fingerprint import fingerprint
-from tests.models.test_checkpoints import QUIET, check, save
+from tests.models.test_checkpoints import QUIET, check, quantised
 
 
 @QUIET
@@ -20,16 +19,9 @@ def test_torchao(saved: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    folder = save(tmp_path / "dense", tokenizer)
     config = TorchAoConfig(Int8WeightOnlyConfig())
     options: dict[str, Any] = {"quantization_config": config, "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    if saved:
-        folder = tmp_path / "quantised"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        options = {"device": "cpu", "dtype": torch.float32}
-    amulet = Amulet.from_pretrained(folder, **options)
+    amulet, model = quantised(tmp_path, tokenizer, options, saved)
     kinds = {type(parameter.data) for parameter in amulet.model.parameters()}
     assert kinds != {torch.Tensor}
     check(amulet, model)

@@ -96,7 +96,9 @@ class TransformersBackend(ModelBackend):
         # Up to how many rows a step is the C code's, but for small operations.
         rows = native_rows(model) if steps_are_native(model) else 0
         self._team_rows = min(rows, TEAM_ROWS)
-        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
+        parameters = forward_parameters(model)
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_positions = "position_ids" in parameters  # Mamba has none
         self._kept_bytes = 0  # of the KV cache, when nothing runs
         if on_gpu:  # graphs are recorded over these very buffers
             memory = torch.cuda.get_device_properties(model.device).total_memory
@@ -161,7 +163,9 @@ class TransformersBackend(ModelBackend):
             also=own_images(tokens, starts) if whole else None,
         )
         places = self._places.of_pass(ids, starts, first, images)
-        positions = (self._cache.positions if places is None else places).to(device)
+        positions = None
+        if self._takes_positions:
+            positions = (self._cache.positions if places is None else places).to(device)
         if images:
             options["inputs_embeds"] = embeddings(model, tokens, images)
         with grouped():

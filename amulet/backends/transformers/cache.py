@@ -89,8 +89,8 @@ class RowsInPass(ColumnCache):
     """
 
     def __init__(self) -> None:
-        self.causal = True
         super().__init__(layers=[])
+        self.causal = True
         self._first, self._starts, self._width = 0, [0], 0
         self._positions = _NO_POSITIONS
 

@@ -30,7 +30,7 @@ from amulet.backends.transformers.masks import (
     by_kind,
     column_mask,
 )
-from amulet.backends.transformers.support import cache_argument, forward_parameters
+from amulet.backends.transformers.support import cache_argument
 from amulet.cache_folder import cache_folder
 from amulet.errors import is_out_of_memory, one_line
 
@@ -43,7 +43,7 @@ LEAST_ROWS = 2  # one row would need its own graph; a second row costs almost no
 def forward_pass(
     model: PreTrainedModel,
     ids: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     masks: Masks,
     cache: ColumnCache,
     **options: Any,
@@ -52,14 +52,14 @@ def forward_pass(
 
     Args:
         model: a model that `check_supported` accepts.
-        ids, positions: of the tokens, `[rows, width]`.
+        ids, positions: of the tokens, `[rows, width]`; no positions where the model takes none.
         masks: the result of `RowCache.masks`.
         cache: receives their keys and values.
         options: of the model's forward; with `inputs_embeds` it gets these for the ids.
     """
     if "inputs_embeds" not in options:
         options["input_ids"] = ids
-    if "position_ids" in forward_parameters(model):  # Mamba has no positions
+    if positions is not None:
         options["position_ids"] = positions
     logits: torch.Tensor = model(
         attention_mask=masks,

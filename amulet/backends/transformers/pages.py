@@ -19,7 +19,7 @@ from amulet.backends.transformers.states import RowStates
 
 PAGE = 64  # columns of a page, as in `native/pages.h`
 TRIMMED = 2**26  # bytes of pages, from which returning them to the system is worth its time
-BLOCK = 4  # pages that a task of the C code attends to, as in `native/tiles.h`
+BLOCK = 4  # pages that a task of the C code attends to, as in `native/pages.h`
 
 _system: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 

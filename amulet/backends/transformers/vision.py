@@ -137,10 +137,12 @@ class Places:
         Args:
             ids, starts, first, images: as for `Backend.forward`.
         """
+        if self._tell is None:
+            return None
         rows = range(first, first + len(ids))
         for row, new, start in zip(rows, ids, starts, strict=True):
             self.put(row, self.row(row, start))
-            if self._tell is not None and images and min(new) < 0:
+            if images and min(new) < 0:
                 self._learn(row, new, start, images)
         if not any(row in self._known for row in rows):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_a_row_cut_short_lets_go_of_its_pages() -> None:
     assert torch.equal(after[0, :, : PAGE - 1], before[0, :, : PAGE - 1])
 
 
+def allocations_of(
+    pass_of: Callable[[PageCache], None], made: Callable[[], PageCache]
+) -> Sequence[int]:
+    """Return the numbers of a pass's allocations, from 1 on, over a cache that was made before."""
+    with Allocations() as counted:
+        pass_of(made())
+    with Allocations() as before:
+        made()
+    return range(1, counted.count - before.count + 1)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_pass_without_memory_changes_no_row(fault: str) -> None:
     def pass_of(cache: PageCache) -> None:
@@ -109,11 +121,7 @@ def test_a_pass_without_memory_changes_no_row(fault: str) -> None:
         cache.copy_row(1, 2, PAGE)
         return cache
 
-    with Allocations() as counted:
-        pass_of(filled())
-    with Allocations() as before:
-        filled()
-    for place in range(1, counted.count - before.count + 1):
+    for place in allocations_of(pass_of, filled):
         cache = filled()
         rows = [list(row) for row in cache._rows]
         with pytest.raises(type(FAULTS[fault]())), Allocations(place, FAULTS[fault]):
@@ -134,11 +142,7 @@ def test_a_pass_after_one_without_memory_knows_the_present_pages() -> None:
         cache.row(0, PAGE + 1)
         return cache
 
-    with Allocations() as counted:
-        pass_of(shared())
-    with Allocations() as before:
-        shared()
-    for place in range(1, counted.count - before.count + 1):
+    for place in allocations_of(pass_of, shared):
         cache = shared()
         with pytest.raises(RuntimeError), Allocations(place):
             pass_of(cache)

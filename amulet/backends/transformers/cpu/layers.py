@@ -309,7 +309,7 @@ class NativeLayer:
         expected = PageKind(cache.kind.layers, self._in_c.key_heads, self._dim, hidden.dtype)
         if cache.kind != expected or cache.positions.shape != hidden.shape[:2]:
             raise IndexError(
-                f"no room for {list(hidden.shape[:2])} tokens of {expected} in {cache}"
+                f"no room for {list(hidden.shape[:2])} tokens of {expected} in {cache.kind}"
             )
         return _Pass(
             *(*hidden.shape[:2], part),
@@ -323,7 +323,7 @@ class NativeLayer:
         failed = function(ctypes.byref(self._in_c), ctypes.byref(now), *addresses)
         if failed == OUTSIDE:
             raise IndexError(
-                f"a pass of {now.rows} rows of {now.width} tokens lies outside of them"
+                f"a pass of {now.rows} rows of {now.width} tokens lies outside of their pages"
             )
         if failed:
             raise native.out_of_memory()

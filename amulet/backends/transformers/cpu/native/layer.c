@@ -59,7 +59,7 @@ static int is_inside(const struct pass *in)
                  && in->layer < pages->layers;
     for (long i = 0; inside && i < in->rows * in->width; i++) {
         long place = pages->places[i], row = i / in->width;
-        inside = place >= 0 && place / PAGE < pages->most && place / (4 * PAGE) < pages->blocks;
+        inside = place >= 0 && place / PAGE < pages->most && place / (PAGES_AT_ONCE * PAGE) < pages->blocks;
         for (long p = place / PAGE; inside && p >= 0 && i % in->width == in->width - 1; p--)
             inside = pages->table[row * pages->most + p] != NULL;
     }

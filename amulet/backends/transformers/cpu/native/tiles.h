@@ -6,7 +6,8 @@
 
 #include "attention.h"
 
-enum { TILE = 4, SIDE = TILE * LANES, COLUMNS = 4 * SIDE };
+enum { TILE = 4, SIDE = TILE * LANES, COLUMNS = PAGES_AT_ONCE * PAGE };
+_Static_assert(SIDE == PAGE, "a page is what is multiplied at once");
 
 /* sums[q] = factor[q] * sums[q] + left[q] * right, with `depth` words of left[q] and `vectors` vectors
    of sums; without factors, sums were 0. */
