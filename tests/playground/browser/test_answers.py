@@ -63,7 +63,7 @@ def test_a_first_answer(visit: Open, url: str) -> None:
     page = visit(url)
     ask(page, "What is a black hole?")
     assert answer(page, "plain") == LONG
-    assert page.locator("section.steered").count() == 0
+    expect(page.locator("section.steered")).to_have_count(0)
     figures = page.locator("section.plain .figures").inner_text()
     assert f"Tokens\n{len(LONG) + 1}" in figures  # bytes, and the end of turn
     assert "\ns" not in figures
@@ -89,7 +89,7 @@ def test_all_columns_are_asked_together(visit: Open, url: str) -> None:
     # This model does all that it is asked for, so steering adds nothing, and the page says so.
     same = page.get_by_text("The same text as with the preference in the prompt only.")
     assert same.count() == 1
-    assert page.locator("section.answer .part").count() == 0
+    expect(page.locator("section.answer .part")).to_have_count(0)
 
 
 def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
@@ -98,7 +98,7 @@ def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
     ask(page, "What is a black hole?")
     assert answer(page, "steered") == SHORT
     settled(page)
-    assert page.get_by_text("The settings have changed").count() == 0
+    expect(page.get_by_text("The settings have changed")).to_have_count(0)
     slider = page.get_by_label("Strength", exact=True)
     number = page.get_by_label("Strength as a number")
     expect(number).to_have_value("0.35")  # the model's own, which the slider marks
@@ -114,10 +114,10 @@ def test_the_slider_changes_the_answer(visit: Open, url: str) -> None:
     page.get_by_role("button", name="Answer again").click()  # -1: no preference at all
     page.locator("section.steered", has_text="nothing escapes").wait_for()
     assert answers(page) == [LONG, SHORT, LONG]
-    assert "strength −1" in page.locator("section.steered header").inner_text()
+    expect(page.locator("section.steered header")).to_contain_text("strength −1")
     # The frame shows where the two answers that have the preference diverge.
-    assert page.locator("section.prompted .part").inner_text() == "hole"
-    assert page.locator("section.plain .part").count() == 0
+    expect(page.locator("section.prompted .part")).to_have_text("hole")
+    expect(page.locator("section.plain .part")).to_have_count(0)
     page.get_by_role("button", name="Reset to the model's defaults").click()
     expect(number).to_have_value("0.35")
 
@@ -175,7 +175,7 @@ def test_what_is_sent(visit: Open, url: str) -> None:
     }
     assert prompted == {**wished, "strength": 0}
     assert steered == {**wished, "strength": 2, "trace": True}
-    assert "Cut off at the token limit." in page.locator("section.plain").inner_text()
+    expect(page.locator("section.plain")).to_contain_text("Cut off at the token limit.")
 
 
 def test_focus_and_loop_guard_are_the_models_own_until_they_are_changed(
@@ -236,7 +236,7 @@ def test_stop_keeps_what_there_is(visit: Open, tokenizer: Any) -> None:
         page.get_by_role("button", name="Stop").click()
         for column in COLUMNS:
             assert 0 < len(answer(page, column, "stopped")) < 2990
-        assert page.get_by_text("Stopped.").count() == 3
+        expect(page.get_by_text("Stopped.")).to_have_count(3)
         ask(page, "And now?")  # the server has gone on to the next
         answer(page, "steered", "streaming")
         page.keyboard.press("Escape")
@@ -256,9 +256,9 @@ def test_regenerate_edit_and_the_answer_that_is_kept(visit: Open, url: str) -> N
 
     assert histories(page, "Second?") == [["First?", LONG]] * 3
     page.get_by_text("Continued from the plain answer above.").wait_for()
-    assert page.locator("article.turn").count() == 2
+    expect(page.locator("article.turn")).to_have_count(2)
     # What the second turn was asked after can be changed no more.
-    assert page.get_by_role("button", name="Continue from this answer").count() == 3
+    expect(page.get_by_role("button", name="Continue from this answer")).to_have_count(3)
 
     page.get_by_role("button", name="Edit the question").first.click()
     page.get_by_label("The question", exact=True).fill("Changed?")
@@ -266,8 +266,8 @@ def test_regenerate_edit_and_the_answer_that_is_kept(visit: Open, url: str) -> N
         page.get_by_role("button", name="Ask again").click()
     assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "Changed?"}]
     settled(page)
-    assert page.locator("article.turn").count() == 1
-    assert page.locator(".question").inner_text() == "Changed?"
+    expect(page.locator("article.turn")).to_have_count(1)
+    expect(page.locator(".question")).to_have_text("Changed?")
 
 
 def test_each_column_has_its_own_history(visit: Open, url: str) -> None:
@@ -335,13 +335,13 @@ def test_tokens_tell_why_by_keyboard_and_mouse(visit: Open, url: str) -> None:
     answer(page, "steered")
     settled(page)
     tokens = page.locator("section.steered .token[tabindex]")
-    assert page.locator('section.steered .token[tabindex="0"]').count() == 1  # one tab stop
+    expect(page.locator('section.steered .token[tabindex="0"]')).to_have_count(1)  # one tab stop
     parting = page.locator("section.steered .token.other").first
-    assert parting.inner_text() == "h"  # the base row goes on with "black"
+    expect(parting).to_have_text("h")  # the base row goes on with "black"
     parting.hover()
     tip = page.get_by_role("tooltip")
-    assert "“h” raised by" in tip.inner_text()
-    assert "The unsteered model would have said “b”." in tip.inner_text()
+    expect(tip).to_contain_text("“h” raised by")
+    expect(tip).to_contain_text("The unsteered model would have said “b”.")
     rows = [row.inner_text().split("\t") for row in tip.locator("tbody tr").all()]
     assert [row[0] for row in rows] == ["With the preference", "Without it", "After steering"]
     assert [float(row[1].replace("−", "-")) for row in rows] == pytest.approx([0, -20, 0], abs=0.01)
@@ -349,7 +349,7 @@ def test_tokens_tell_why_by_keyboard_and_mouse(visit: Open, url: str) -> None:
     expect(tip).to_have_count(0)
 
     tokens.first.focus()
-    assert "The unsteered model would have said the same." in tip.inner_text()
+    expect(tip).to_contain_text("The unsteered model would have said the same.")
     page.keyboard.press("ArrowRight")  # over the space, which nobody could see focused
     expect(parting).to_be_focused()
     assert parting.get_attribute("aria-describedby") == tip.get_attribute("id")

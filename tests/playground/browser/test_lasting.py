@@ -21,7 +21,7 @@ def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokeniz
         answer(page, "steered")
 
         page.get_by_role("button", name="New conversation").click()
-        assert page.get_by_label("Preferences in force").count() == 0  # each has its own
+        expect(page.get_by_label("Preferences in force")).to_have_count(0)  # each has its own
         prefer(page, "Be rude.")
         page.get_by_label("Steer away from: Be rude.").click()
         page.get_by_label("Strength", exact=True).press("End")
@@ -33,24 +33,23 @@ def test_a_reload_keeps_conversations_and_their_preferences(visit: Open, tokeniz
         page.reload()
         expect(page.locator(".question")).to_have_text("The second one?")
         assert answer(page, "plain") == "A long answer to the question."
-        assert page.locator("section.steered .token").count() == coloured > 0
-        assert "Away from: Be rude." in page.get_by_label("Preferences in force").inner_text()
+        assert coloured > 0
+        expect(page.locator("section.steered .token")).to_have_count(coloured)
+        expect(page.get_by_label("Preferences in force")).to_contain_text("Away from: Be rude.")
         expect(page.get_by_label("Strength as a number")).to_have_value("2")
 
         names = page.locator("nav li .open")
-        assert names.all_inner_texts() == [
-            "The second one?\nnot: Be rude.",
-            "The first one?\nBe brief.",
-        ]
+        listed = ["The second one?not: Be rude.", "The first one?Be brief."]
+        expect(names).to_have_text(listed)
         names.nth(1).click()
-        assert answer(page, "steered") == "Short."
-        assert "Be brief." in page.get_by_label("Preferences in force").inner_text()
+        expect(page.locator("section.steered .text")).to_have_text("Short.")
+        expect(page.get_by_label("Preferences in force")).to_contain_text("Be brief.")
         expect(page.get_by_label("Floor as a number")).to_have_value("0")
 
         page.get_by_role("button", name="Delete: The first one?").click()
         page.get_by_role("button", name="Really delete: The first one?").click()
         page.reload()
-        assert names.all_inner_texts() == ["The second one?\nnot: Be rude."]
+        expect(names).to_have_text(listed[:1])
 
 
 def test_a_conversation_of_an_older_page(visit: Open, tokenizer: Any) -> None:
@@ -86,7 +85,7 @@ def test_a_conversation_of_an_older_page(visit: Open, tokenizer: Any) -> None:
         assert answer(page, "steered") == "Short."
         expect(page.get_by_label("Focus as a number")).to_have_value("1")
         expect(page.get_by_label("Loop guard as a number")).to_have_value("4")
-        assert page.get_by_text("The settings have changed").count() == 0
+        expect(page.get_by_text("The settings have changed")).to_have_count(0)
         page.get_by_role("button", name="The steered answer as code").click()
         expect(page.get_by_role("tabpanel")).to_contain_text("loop_guard=4,")
 
@@ -124,7 +123,7 @@ def test_the_server_goes_away_and_comes_back(visit: Open, tokenizer: Any) -> Non
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
     with serving(amulet, port):
         expect(page.get_by_text("The server can't be reached. The page tries")).to_have_count(0)
-        assert page.get_by_label("Your question").input_value() == "A draft"
+        expect(page.get_by_label("Your question")).to_have_value("A draft")
         page.get_by_role("button", name="Regenerate").click()
         assert answer(page, "steered") == "Short."
         assert answer(page, "steered", place=0) == "Short."

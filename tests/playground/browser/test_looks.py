@@ -113,7 +113,7 @@ def test_by_keyboard_alone(visit: Open, url: str) -> None:
     expect(page.get_by_label("Your own preference")).to_be_focused()
     page.keyboard.type("Be brief.")
     page.keyboard.press("Enter")
-    assert page.get_by_label("Preferences in force").locator("li").count() == 2
+    expect(page.get_by_label("Preferences in force").locator("li")).to_have_count(2)
     page.get_by_label("Your question").focus()
     page.keyboard.type("What is")
     page.keyboard.press("Shift+Enter")
