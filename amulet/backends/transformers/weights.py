@@ -20,6 +20,7 @@ from amulet.errors import ModelError
 SAMPLES = 4  # values read per tensor, because writes through `.data` leave no other trace
 CHUNK = 512  # numbers of 8 bytes with one checksum
 PLAIN = (torch.Tensor, nn.Parameter)
+CAPTURING = "transformers.utils.output_capturing"
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def weights_state(model: nn.Module) -> Any:
         own = vars(module)
         found.append(id(module))
         if module is not model:  # hooks of the whole model don't affect keys
-            found += [*own["_forward_hooks"], *own["_forward_pre_hooks"], id(own.get("forward"))]
+            found += [*hooks(module), id(own.get("forward"))]
         if is_adapter(module):
             found.append(_adapters(module))
         # Some are rewritten in every pass with equal values.
@@ -85,6 +86,17 @@ def parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in parts(getattr(tensor, name))]
+
+
+def hooks(module: nn.Module) -> list[int]:
+    """Return the keys of a module's forward hooks, without those by which Transformers captures.
+
+    Those collect hidden states and attention weights, and return nothing. Transformers installs
+    them in the first pass that is asked for these, such as that of LLaVA's vision tower.
+    """
+    own = vars(module)
+    both = [*own["_forward_hooks"].items(), *own["_forward_pre_hooks"].items()]
+    return [key for key, hook in both if getattr(hook, "__module__", None) != CAPTURING]
 
 
 def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from amulet import Amulet, ModelError
 from amulet.backends.transformers.cpu.packing import pack_linears
+from amulet.backends.transformers.cuda.graphs import _fingerprint as recordable
 from amulet.backends.transformers.weights import weights_state
 from amulet.fingerprint import fingerprint
 from tests.models import IM_END, VOCAB_SIZE, random_model
@@ -204,6 +205,16 @@ def test_unchanged_weights_are_still_reused(tokenizer: PreTrainedTokenizerFast) 
     widths.clear()
     amulet.chat(LONGER, max_new_tokens=1)
     assert max(widths) < first, "the first question was computed again"
+
+
+def test_hooks_that_capture_outputs_are_no_change() -> None:
+    """Transformers leaves them on the layers for good once hidden states have been asked for."""
+    model = random_model("llama", seed=3)
+    state = weights_state(model)
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert weights_state(model) == state
+    assert recordable(model) is not None
 
 
 PACKED_CHANGES = [

@@ -21,6 +21,7 @@ from amulet.backends.transformers.attention import grouped, try_triton
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.compiled import LEAST_ROWS, CompiledStep, forward_step
 from amulet.backends.transformers.masks import has_states
+from amulet.backends.transformers.weights import hooks
 from amulet.errors import one_line
 
 logger = logging.getLogger("amulet")
@@ -241,7 +242,7 @@ def _fingerprint(model: nn.Module) -> Any:
     while left:  # an answer waits for this; `modules()` and `parameters()` take five times as long
         module = left.pop()
         own, children = vars(module), module._modules
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own:
+        if hooks(module) or "_hf_hook" in own:
             return None
         if "base_layer" in children:  # a PEFT adapter around it
             return None
