@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console, Group
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from amulet import __version__
 from amulet.console import Device, DType, Model, load, readable_errors, where_to_read
-from amulet.errors import AmuletError, one_line
+from amulet.errors import AmuletError, RequestError, one_line
 from amulet.evaluation.cli import register as register_eval
 from amulet.evaluation.report_cli import register as register_report
 from amulet.evaluation.tune_cli import register as register_tune
@@ -87,6 +88,14 @@ LoopGuard = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling, for reproducible answers.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="Image that the first question is about, for models that read images; repeatable.",
+    ),
+]
 Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens per answer.")]
 
 
@@ -112,6 +121,7 @@ def main(
 def chat(
     model: Model = None,
     preference: Annotated[list[str] | None, _PREFERENCE] = None,
+    image: Images = None,
     strength: Strength = None,
     floor: Floor = None,
     placement: Placement = None,
@@ -137,7 +147,10 @@ def chat(
     }
     with readable_errors():
         _check(options)
-        Chat(load(model, device, dtype), options).run()
+        images = _read_images(image)
+        amulet = load(model, device, dtype)
+        _check_reading(amulet, images)
+        Chat(amulet, options, images).run()
 
 
 @app.command()
@@ -145,6 +158,7 @@ def compare(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question to ask.")],
     preference: Annotated[list[str], _PREFERENCE],
     model: Model = None,
+    image: Images = None,
     strength: Strength = None,
     floor: Floor = None,
     placement: Placement = None,
@@ -164,14 +178,16 @@ def compare(
     with readable_errors():
         _check(steered)
         wished(preference)
+        images = _read_images(image)
         amulet = load(model, device, dtype)
+        _check_reading(amulet, images)
         gain = amulet.steering.strength if strength is None else strength
         answers = [
             LiveAnswer("plain", shared),
             LiveAnswer("prompt only (strength 0)", {**prompted, "strength": 0.0}),
             LiveAnswer(f"steered (strength {gain:g})", steered),
         ]
-        messages = [{"role": "user", "content": question}]
+        messages = [_asked(question, images)]
         with Live(_side_by_side(answers), console=Console(), refresh_per_second=8) as live:
             for answer in answers:
                 for _ in answer.decode(amulet, messages):
@@ -261,7 +277,13 @@ def _side_by_side(answers: list[LiveAnswer]) -> Table:
 
 
 class Chat:
-    """A conversation in the terminal."""
+    """A conversation in the terminal.
+
+    Args:
+        amulet: the model.
+        options: of its answers.
+        images: files' contents that the first question is about.
+    """
 
     COMMANDS = (
         ("/preference TEXT", "what answers should be like; `off` answers plainly"),
@@ -270,14 +292,15 @@ class Chat:
         ("/placement WHERE", "where the preference goes: system, user or both"),
         ("/focus NUMBER", "how strongly to hold the answer to the question, 0 (off) to 10"),
         ("/loop_guard NUMBER", "tokens of itself that an answer may repeat; 0 is off"),
-        ("/clear", "forget the conversation so far"),
+        ("/clear", "forget the conversation so far, and its images"),
         ("/help", "show this"),
         ("/quit", "quit, as Ctrl-D does; Ctrl-C only stops an answer"),
     )
 
-    def __init__(self, amulet: Amulet, options: dict[str, Any]) -> None:
+    def __init__(self, amulet: Amulet, options: dict[str, Any], images: list[bytes]) -> None:
         self._amulet = amulet
         self._options = options
+        self._images = images
         self._messages: list[dict[str, Any]] = []
         self._console = Console(highlight=False)
 
@@ -288,6 +311,8 @@ class Chat:
         self._note(
             f"{self._amulet.name.rpartition('/')[2]}. {self._state()} /help lists the commands."
         )
+        if self._images:
+            self._note(f"Your first question is sent with {_counted(self._images)}.")
         while True:
             try:
                 line = input("you> ").strip()
@@ -310,7 +335,7 @@ class Chat:
 
     def _answer(self, question: str) -> None:
         """Stream one answer. If Ctrl-C stops it, the text so far stays in the conversation."""
-        messages = [*self._messages, {"role": "user", "content": question}]
+        messages = [*self._messages, _asked(question, self._images)]
         answer = LiveAnswer("", self._options)
         stopped = ""
         pieces = answer.decode(self._amulet, messages)
@@ -325,13 +350,14 @@ class Chat:
         self._note(answer.figures + stopped)
         if answer.text.strip():
             self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+            self._images = []
 
     def _command(self, name: str, value: str = "") -> None:
         if name == "/help":
             width = max(len(usage) for usage, _ in self.COMMANDS)
             self._note("\n".join(f"{usage:<{width}}  {text}" for usage, text in self.COMMANDS))
         elif name == "/clear":
-            self._messages = []
+            self._messages, self._images = [], []
             self._note("The conversation is cleared.")
         elif name in ("/preference", *(f"/{setting}" for setting in Steering.model_fields)):
             self._set(name[1:], value.strip())
@@ -361,6 +387,38 @@ class Chat:
 
     def _note(self, text: str, style: str = "dim") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _asked(question: str, images: list[bytes]) -> dict[str, Any]:
+    """Return a question about images, or about none, as the user's message."""
+    return {"role": "user", "content": [*images, question] if images else question}
+
+
+def _counted(images: list[bytes]) -> str:
+    return "1 image" if len(images) == 1 else f"{len(images)} images"
+
+
+def _read_images(files: list[Path] | None) -> list[bytes]:
+    """Return the files' bytes; raises RequestError for one that is no image or can't be read."""
+    if not files:
+        return []
+    from amulet.images import image_file, open_image
+
+    images = []
+    for file in files:
+        try:
+            data = image_file(file)
+            open_image(data)
+        except RequestError as error:
+            raise RequestError(f"--image {file}: {one_line(error)}") from None
+        images.append(cast(bytes, data))
+    return images
+
+
+def _check_reading(amulet: Amulet, images: list[bytes]) -> None:
+    """Raise RequestError if the model can't be asked about these images."""
+    if images:
+        amulet.encode_chat([_asked("?", images)])
 
 
 def _check(options: dict[str, Any]) -> Request:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from amulet import Amulet, __version__, doctor
 from amulet.cli import app
+from amulet.rendering.pieces import harmless
 from tests.models import ScriptedModel
+from tests.models.images import asks, image_model, png, processor
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {"Be brief.": "Short.", "two": "Second answer.", "": "A long, plain answer."}
@@ -167,6 +170,68 @@ def test_compare_shows_three_answers_side_by_side(scripted: Scripted) -> None:
     shape = r"(\d) words · (\d+) tokens · \d+\.\d ms/token"
     counts = [re.fullmatch(shape, cell) for cell in rows[2]]
     assert [found and found.groups() for found in counts] == [("4", "22"), ("1", "7"), ("1", "7")]
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Amulet:
+    """Make a model that reads images the embedded one."""
+    amulet = Amulet(image_model("llava", torch.float32), processor("llava"))
+    monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls, **_: amulet))
+    return amulet
+
+
+def test_a_chats_images_go_with_the_first_question(reading: Amulet, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    files = [part for seed in (1, 2) for part in ("--image", str(tmp_path / f"{seed}.png"))]
+    chat_: list[dict[str, Any]] = asks(png(1), png(2), "Which tea?")
+    first = harmless(reading.chat(chat_, max_new_tokens=4).text)
+    chat_ += [{"role": "assistant", "content": first}, *asks("And where?")]
+    expected = [first, reading.chat(chat_, max_new_tokens=4).text]
+    expected.append(reading.chat(asks("Which tea?"), max_new_tokens=4).text)
+
+    asked = ("/strength", "Which tea?", "And where?", "/clear", "Which tea?")
+    printed = "\n".join(chat(*asked, arguments=("-n", "4", *files)))
+    shown = [harmless(text) for text in expected]
+    assert len(set(shown)) == 3
+    answers = re.split(r"\n\d+ words · .*\n?", printed)
+    told, off, answers[0] = answers[0].split("\n", 2)
+    assert told == "Your first question is sent with 2 images."
+    assert off.startswith("No preference")
+    cleared = "The conversation is cleared.\n"
+    assert answers == [*shown[:2], cleared + shown[2], ""]
+
+
+def test_a_question_about_an_image_is_compared(reading: Amulet, tmp_path: Path) -> None:
+    (tmp_path / "tea.png").write_bytes(png())
+    given = ("compare", "Which tea?", "-p", "Be brief.", "-n", "4")
+    result = run(*given, "--image", str(tmp_path / "tea.png"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout != run(*given).stdout
+
+
+def test_images_that_cannot_be_asked_about(
+    scripted: Scripted, reading: Amulet, tmp_path: Path
+) -> None:
+    (tmp_path / "tea.png").write_bytes(png())
+    (tmp_path / "tea.txt").write_text("Green.")
+    none, text, tea = (str(tmp_path / name) for name in ("no.png", "tea.txt", "tea.png"))
+    for command in (["chat"], ["compare", "Which tea?", "-p", "Be brief."]):
+        for files, said in (
+            ([tea, none], f"error: --image {none}: The image can't be read: "),
+            ([text], f"error: --image {text}: An image is in no format of PNG, "),
+            ([str(tmp_path)], f"error: --image {tmp_path}: The image can't be read: "),
+            ([tea] * 17, "error: The messages have 17 images: at most 16 are read."),
+        ):
+            result = run(*command, *(part for file in files for part in ("--image", file)))
+            assert (result.exit_code, result.stdout) == (1, "")
+            assert said in result.stderr
+    model = scripted()
+    result = run("chat", "--image", tea, lines=("Which tea?",))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "takes none" in result.stderr
+    assert "load a model that reads images" in result.stderr
+    assert model.calls == []
 
 
 @pytest.mark.parametrize(
