@@ -273,8 +273,8 @@ def test_unsupported_models_are_refused_with_the_way_out() -> None:
     with pytest.raises(ModelError, match="attn_implementation='sdpa'"):
         engine_over(model)
     model = random_model("qwen2")
-    model.config.layer_types = ["indexed_attention"] * 4
-    with pytest.raises(ModelError, match="indexed_attention"):
+    model.config.layer_types = ["compressed_sparse_attention"] * 4
+    with pytest.raises(ModelError, match="compressed_sparse_attention"):
         engine_over(model)
     model.config.layer_types = ["linear_attention"] * 4
     with pytest.raises(ModelError, match="does not carry its recurrent state"):

@@ -28,7 +28,7 @@ from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cpu.packed_layers import native_rows
 from amulet.backends.transformers.cuda.graphs import StepGraphs
-from amulet.backends.transformers.masks import has_states
+from amulet.backends.transformers.masks import has_indexer, has_states
 from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
@@ -76,15 +76,18 @@ class TransformersBackend(ModelBackend):
     def __init__(self, model: PreTrainedModel, compile: bool | Literal["auto"] = False) -> None:
         check_supported(model)
         super().__init__(model)
-        recurrent = has_states(model.config.get_text_config())
-        self.any_length = not recurrent
+        text = model.config.get_text_config()
+        self.any_length = not has_states(text)
         self.images_at_once = model.config.model_type in AT_ONCE
-        if compile is True and recurrent:
+        keeps_more = has_states(text) or has_indexer(text)  # than keys and values
+        if compile is True and keeps_more:
             logger.warning(
-                "compile=True: the step of a model with recurrent states is not compiled; leave "
-                "compile out."
+                "compile=True: the step of a model with recurrent states or an indexer is not "
+                "compiled; leave compile out."
             )
-        self._compile = False if recurrent or (compile == "auto" and are_native(model)) else compile
+        self._compile = (
+            False if keeps_more or (compile == "auto" and are_native(model)) else compile
+        )
         self._compiled = CompiledStep(model)
         self._graphs = StepGraphs(model, self._compiled)
         self._seconds = 0.0  # spent on steps

@@ -7,14 +7,22 @@ row reaches them. This is the only file that uses Transformers' cache API.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from amulet.backends.transformers.masks import Masks, additive_dtype, by_kind, column_mask, reach
+from amulet.backends.transformers.masks import (
+    INDEXED,
+    Masks,
+    additive_dtype,
+    by_kind,
+    column_mask,
+    reach,
+)
 from amulet.backends.transformers.states import Place, RowStates
 
 COLUMN_STEP = 256  # capacity grows in steps of this many tokens: rarely, and never once per token
@@ -141,7 +149,8 @@ class RowsInPass(ColumnCache):
 
         def mask(kind: str) -> torch.Tensor | None:
             within = self.columns <= (reach(kind, text) or self.columns)
-            if causal and within and additive is None and also is None:
+            skips = additive is None and also is None and kind != INDEXED  # an indexer reads it
+            if causal and within and skips:
                 return None
             positions = self._positions.to(device)
             return column_mask(kind, text, positions, self.columns, additive, also)
@@ -151,6 +160,8 @@ class RowsInPass(ColumnCache):
 
 class RowCache(RowsInPass):
     """Keys and values of all rows, one buffer `[rows, kv_heads, columns, head_dim]` per layer.
+
+    An indexer's keys, where a layer has one, are a third buffer, of one head.
 
     Args:
         column_step: capacity grows in steps of this many tokens.
@@ -166,9 +177,19 @@ class RowCache(RowsInPass):
         self._column_step = column_step
         self._keys: list[torch.Tensor | None] = []
         self._values: list[torch.Tensor | None] = []
+        self._indexed: list[torch.Tensor | None] = []
         self._capacity = (0, 0)
-        self._known: tuple[list[BufferKind | None], ...] = [], []  # keys and values as they were
+        self._known: tuple[list[BufferKind | None], ...] = [], [], []  # the buffers as they were
         self.states = RowStates()
+
+    @property
+    def _lists(self) -> tuple[list[torch.Tensor | None], ...]:
+        """All buffers: lists of the same length, one place per layer."""
+        return self._keys, self._values, self._indexed
+
+    @property
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        return (buffer for buffer in chain(*self._lists) if buffer is not None)
 
     # The engine's side
 
@@ -211,17 +232,16 @@ class RowCache(RowsInPass):
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one row to another."""
-        for buffer in (*self._keys, *self._values):
-            if buffer is not None:
-                buffer[target, :, :length] = buffer[source, :, :length]
+        for buffer in self._buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
         self.states.copy_row(source, target, length)
 
     def row(self, row: int, length: int) -> tuple[torch.Tensor | None, ...]:
-        """Return copies of a row's first `length` tokens: keys, then values.
+        """Return copies of a row's first `length` tokens: keys, then values, then indexers' keys.
 
         `[kv_heads, length, dim]` per layer; None for a layer that has none.
         """
-        buffers = (*self._keys, *self._values)
+        buffers = chain(*self._lists)
         return tuple(None if b is None else b[row, :, :length].clone() for b in buffers)
 
     def row_bytes(self, length: int) -> int:
@@ -232,26 +252,23 @@ class RowCache(RowsInPass):
 
     def write_row(self, row: int, buffers: Sequence[torch.Tensor | None], length: int) -> None:
         """Write the first `length` tokens of what `row` returned into a row."""
-        half = len(buffers) // 2
-        for own, given in ((self._keys, buffers[:half]), (self._values, buffers[half:])):
-            for layer, states in enumerate(given):
-                if states is not None:
-                    buffer = self._buffer(own, layer, _kind(states[None]))
-                    buffer[row, :, :length] = states[:, :length]
+        layers = len(buffers) // len(self._lists)
+        for place, states in enumerate(buffers):
+            if states is not None:
+                own, layer = self._lists[place // layers], place % layers
+                self._buffer(own, layer, _kind(states[None]))[row, :, :length] = states[:, :length]
 
     def blank(self) -> None:
         """Erase all tokens, but keep the memory."""
-        for buffer in (*self._keys, *self._values):
-            if buffer is not None:
-                buffer.zero_()
+        for buffer in self._buffers:
+            buffer.zero_()
         self.states.blank()
 
     def free(self) -> None:
         """Free all memory, but remember the buffers' shapes and types."""
         if self._keys or self.states.nbytes:
             known = tuple(
-                [b if b is None else _kind(b) for b in buffers]
-                for buffers in (self._keys, self._values)
+                [b if b is None else _kind(b) for b in buffers] for buffers in self._lists
             )
             self.clear()
             self._known = known
@@ -263,8 +280,7 @@ class RowCache(RowsInPass):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        buffers = (b.nbytes for b in (*self._keys, *self._values) if b is not None)
-        return sum(buffers) + self.states.nbytes
+        return sum(buffer.nbytes for buffer in self._buffers) + self.states.nbytes
 
     @property
     def capacity(self) -> tuple[int, int]:
@@ -283,7 +299,7 @@ class RowCache(RowsInPass):
         )
 
     def _replace(self, other: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for buffers in (self._keys, self._values):
+        for buffers in self._lists:
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:
                     buffers[layer] = other(buffer)
@@ -293,7 +309,7 @@ class RowCache(RowsInPass):
 
         Otherwise the memory that the pass frees would fragment the heap.
         """
-        self._keys, self._values = (
+        self._keys, self._values, self._indexed = (
             [kind if kind is None else kind.zeros(rows, columns) for kind in kinds]
             for kinds in self._known
         )
@@ -301,11 +317,12 @@ class RowCache(RowsInPass):
     def _buffer(
         self, buffers: list[torch.Tensor | None], layer: int, kind: BufferKind
     ) -> torch.Tensor:
-        """Return a layer's keys or values, allocated on first use."""
+        """Return a layer's buffer in one of the lists, allocated on first use."""
         buffer = buffers[layer] if layer < len(buffers) else None
         if buffer is None:
             buffer = kind.zeros(*self._capacity)
-            buffers += [None] * (layer + 1 - len(buffers))
+            for one in self._lists:
+                one += [None] * (layer + 1 - len(one))
             buffers[layer] = buffer
         return buffer
 
@@ -358,6 +375,14 @@ class RowCache(RowsInPass):
         self._write(keys, key_states)
         self._write(values, value_states)
         return keys, values
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Write the keys `[rows, width, dim]` of a layer's indexer; return all columns."""
+        states = indexer_key_states[:, None]
+        buffer = self._buffer(self._indexed, layer_idx, _kind(states))
+        keys = buffer[self._first : self._first + len(self._starts), :, : self.columns]
+        self._write(keys, states)
+        return keys[:, 0]
 
     def _write(self, room: torch.Tensor, states: torch.Tensor) -> None:
         if len(set(self._starts)) == 1:

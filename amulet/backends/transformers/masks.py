@@ -81,9 +81,15 @@ def additive_dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype 
     return dtype if attention_kind(config) == "eager" else None
 
 
-ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+INDEXED = "indexed_attention"  # an indexer chooses which columns each token attends to
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", INDEXED}
 STATE_KINDS = {"linear_attention", "conv", "hybrid"}  # a hybrid layer attends as well
 OTHER_KINDS = {"moe", "mlp"}  # which need no mask and keep nothing
+
+
+def has_indexer(config: PretrainedConfig) -> bool:
+    """Whether a text model has layers with an indexer, which keeps keys of its own."""
+    return INDEXED in layer_kinds(config)
 
 
 def has_states(config: PretrainedConfig) -> bool:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from amulet.backends.transformers.masks import (
     ATTENTION_KINDS,
+    INDEXED,
     OTHER_KINDS,
     STATE_KINDS,
     attention_kind,
@@ -46,12 +47,16 @@ CARRYING = {
 RESTARTING = {"falcon_mamba", "jamba", "mamba", "zamba"}  # and those that begin it anew in each
 if not hasattr(Cache, "get_conv_state"):
     CARRYING = RESTARTING = set()
+KNOWN = ATTENTION_KINDS | STATE_KINDS | OTHER_KINDS  # kinds of layers
+if not hasattr(Cache, "update_indexer"):
+    KNOWN -= {INDEXED}
 WITH_IMAGES = {"idefics", "kosmos-2"}  # model types that fail without one
 # Model types whose forward does what its signature and config don't tell.
 OF_ITS_OWN = {
     "inkling2_text": "it counts distances from one row's position for the whole pass",
     "inkling_text": "it counts distances from one row's position for the whole pass",
     "moshi": "its window begins behind the prompt",
+    "qwen4_exp_text": "its indexer reads the layers of Transformers' own cache",
     "xlm": "it predicts what is at a mask token behind the prompt",
 }
 
@@ -77,7 +82,7 @@ def why_not_in_rows(model: PreTrainedModel) -> str | None:
     """Return why this cache can't serve a model that is one of `check_decoder`, or None."""
     config = model.config
     text = config.get_text_config()
-    unknown = set(layer_kinds(text)) - ATTENTION_KINDS - STATE_KINDS - OTHER_KINDS
+    unknown = set(layer_kinds(text)) - KNOWN
     if unknown:
         return f"it has layers of the kind {', '.join(sorted(unknown))}"
     if has_states(text) and text.model_type not in CARRYING | RESTARTING:

@@ -20,7 +20,7 @@ from amulet.backends.transfer import on_device
 from amulet.backends.transformers.attention import grouped, try_triton
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.compiled import LEAST_ROWS, CompiledStep, forward_step
-from amulet.backends.transformers.masks import has_states
+from amulet.backends.transformers.masks import has_indexer, has_states
 from amulet.backends.transformers.weights import hooks
 from amulet.errors import one_line
 
@@ -217,7 +217,7 @@ def _can_record(model: PreTrainedModel) -> bool:
 
     Experts are chosen, and some rotary embeddings change, on the host. Llama 4 may scale by the
     number of cached tokens. A failed recording corrupts PyTorch's memory management. Graphs
-    cover keys and values only, not recurrent states.
+    cover keys and values only, not recurrent states or an indexer's keys.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -225,6 +225,7 @@ def _can_record(model: PreTrainedModel) -> bool:
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return not (
         has_states(config)
+        or has_indexer(config)
         or any(getattr(config, name, None) for name in counts)
         or "longrope" in kinds
         or "dynamic" in kinds
