@@ -53,7 +53,8 @@ class PromptImage:
         ids: what these columns have for ids in a prompt's row. They are negative, and follow from a
             digest of what the model sees, so rows of unlike images never have a prefix in common.
         inputs: arguments of the model's `get_image_features`.
-        features: the columns' vectors, `[columns, hidden size]`, once the model has computed them.
+        features: the columns' vectors, `[vectors, columns, hidden size]`, once the model has
+            computed them: the first is a column's embedding, others are for the first layers.
         places: the columns' positions from the image's first on, each by axis, once the model has
             told them.
     """

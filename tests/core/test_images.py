@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet, Request, RequestError, TemplateError, images
 from amulet.images import MARK, column_ids, image_file, open_image, with_data_urls
+from tests.coverage.models import Entry, build
 from tests.models import random_model
 from tests.models.images import (
     TEMPLATE,
+    Kind,
     asks,
     data_url,
     image_model,
@@ -226,6 +228,28 @@ def test_no_text_passes_for_an_image_without_images(amulet: Amulet) -> None:
         assert IMAGE_ID not in row
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3"])
+def test_the_model_sees_an_image_once(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all rows of a request, for requests that come together, and not again in later turns."""
+    model: Any = image_model(kind, torch.float32)
+    seen: list[dict[str, Any]] = []
+    look = model.get_image_features
+    monkeypatch.setattr(
+        model, "get_image_features", lambda **given: seen.append(given) or look(**given)
+    )
+    amulet = Amulet(model, processor(kind))
+    request: dict[str, Any] = {"messages": asks(picture(1), "Which tea?"), "max_new_tokens": 4}
+    wished = {**request, "preference": "Be brief."}  # the preferred row, the one of focus, the base
+    reply = amulet.batch([wished])[0]
+    assert len(seen) == 1
+    chat = [*request["messages"], {"role": "assistant", "content": reply.text}]
+    amulet.chat([*chat, *asks("And where?")], preference="Be brief.", max_new_tokens=4)
+    assert len(seen) == 1
+    fresh = {**request, "messages": asks(picture(2), "Which tea?")}
+    amulet.batch([fresh, {**fresh, "preference": "Be brief."}, {**fresh, "preference": "Be rude."}])
+    assert len(seen) == 2
+
+
 def test_a_mark_that_is_no_image_is_an_error(amulet: Amulet) -> None:
     """It is a random text, drawn anew in each process; and whoever knew it would gain nothing."""
     for said in ({"content": MARK}, asks(MARK, picture())[0]):
@@ -259,6 +283,22 @@ def test_a_text_model_names_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RequestError, match=said):
         amulet.chat(asks("Hi", png()))
     assert amulet.count_chat(asks("Hi", png())) == amulet.count_chat(asks("Hi"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("llava_onevision", "of image models Amulet serves gemma3, .*, not llava_onevision"),
+        ("paligemma", "of image models Amulet serves gemma3, .*, not paligemma"),
+    ],
+)
+def test_an_image_model_that_is_not_served_names_itself(
+    kind: str, why: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    amulet = Amulet(build(Entry(kind, kind, True)), tokenizer)
+    assert not amulet.reads_images
+    with pytest.raises(RequestError, match=f"an image, and {kind} takes none: {why}"):
+        amulet.chat(asks("Hi", png()))
 
 
 def test_a_model_without_its_processor() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
-from functools import cache
+import sys
+from functools import cache, partial
+from importlib import import_module
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -14,18 +18,27 @@ from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    GotOcr2ImageProcessorPil,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    InternVLProcessor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
+    PixtralImageProcessorPil,
+    PixtralVisionConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen3VLProcessor,
+    SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
 )
 
 from tests.coverage.models import Entry, build
-from tests.coverage.tables import TEXT
+from tests.coverage.tables import TEXT, VISION
 from tests.models import IM_END, VOCAB_SIZE, byte_tokenizer
 
 # ChatML whose contents are texts or parts, as the templates of such models have it.
@@ -42,28 +55,55 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-Kind = Literal["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "gemma3"]
+Kind = Literal[
+    "llava",
+    "llava_next",
+    "pixtral",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
+    "internvl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "gemma3",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SIDE = 28  # pixels of a tile
 TOKENS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 TOKENS += tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
 TOKENS += ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 TOKENS += ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
+TOKENS += ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "<img>", "<IMG_CONTEXT>", "</img>")
 # What a template writes for an image, and the token of an image's columns.
-SHOWN = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
-SHOWN |= {"qwen2_5_vl": SHOWN["qwen2_vl"], "gemma3": "<start_of_image>"}
-COLUMN = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
-COLUMN["gemma3"] = "<image_soft_token>"
+SHOWN = {"gemma3": "<start_of_image>"}
+COLUMN = {"gemma3": "<image_soft_token>"}
+for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    SHOWN[name] = "<|vision_start|><|image_pad|><|vision_end|>"
+    COLUMN[name] = "<|image_pad|>"
+for name, token in {"pixtral": "[IMG]", "mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}.items():
+    SHOWN[name] = COLUMN[name] = token
+GRIDS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]  # of LLaVA-NeXT's tiles
 
 
-class _Qwen2VLProcessor(Qwen2VLProcessor):
-    """Transformers' own without its part for videos, which needs torchvision."""
+def _without_videos(kind: Any) -> Any:
+    """Return Transformers' own processor without its part for videos, which needs torchvision."""
 
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+    class WithoutVideos(kind):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor":
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    videos = SimpleNamespace(num_frames=1, fps=1, model_input_names=[])
+    return partial(WithoutVideos, video_processor=videos)
+
+
+def _pixtral_processor() -> Any:
+    """Return Transformers' own, which imports torchvision but does without it."""
+    absent = ["torchvision", "torchvision.transforms", "torchvision.transforms.v2"]
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in absent}):
+        return import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor
 
 
 def image_tokenizer(kind: Kind = "llava") -> PreTrainedTokenizerFast:
@@ -78,9 +118,14 @@ def processor(kind: Kind) -> ProcessorMixin:
     """Return a model's processor; a tile of an image is 4 columns."""
     tokenizer = image_tokenizer(kind)
     template, square = tokenizer.chat_template, {"height": SIDE, "width": SIDE}
-    if kind == "llava":
-        images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square)
-        return LlavaProcessor(
+    if kind in ("llava", "llava_next"):
+        tiles: Any = {"size": {"shortest_edge": SIDE}, "crop_size": square}
+        made: Any = LlavaProcessor
+        images: Any = CLIPImageProcessorPil(**tiles)
+        if kind == "llava_next":
+            made = LlavaNextProcessor
+            images = LlavaNextImageProcessorPil(**tiles, image_grid_pinpoints=GRIDS)
+        return made(
             image_processor=images,
             tokenizer=tokenizer,
             patch_size=14,
@@ -88,24 +133,53 @@ def processor(kind: Kind) -> ProcessorMixin:
             num_additional_image_tokens=1,
             chat_template=template,
         )
+    if kind in ("pixtral", "mistral3"):  # their images keep their shapes, a row's end is a token
+        images = PixtralImageProcessorPil(size={"longest_edge": 2 * SIDE}, patch_size=14)
+        return _pixtral_processor()(
+            images,
+            tokenizer,
+            patch_size=14 if kind == "pixtral" else 7,
+            spatial_merge_size=1 if kind == "pixtral" else 2,
+            chat_template=template,
+        )
+    if kind == "internvl":
+        own = {"start_image": "<img>", "context_image": COLUMN[kind], "end_image": "</img>"}
+        _name_tokens(tokenizer, {**own, "video": "<|video_pad|>"})
+        images = GotOcr2ImageProcessorPil(size=square, max_patches=2)
+        return _without_videos(InternVLProcessor)(
+            images, tokenizer, image_seq_length=4, chat_template=template
+        )
+    if kind == "smolvlm":
+        images = SmolVLMImageProcessorPil(
+            size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
+        )
+        with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words", str):
+            return _without_videos(SmolVLMProcessor)(
+                images, tokenizer, image_seq_len=4, chat_template=template
+            )
     if kind == "idefics3":
         images = Idefics3ImageProcessorPil(
             size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
         )
         return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
     if kind == "gemma3":
-        names = {"boi": "<start_of_image>", "image": COLUMN[kind], "eoi": "<end_of_image>"}
-        for name, token in names.items():
-            setattr(tokenizer, f"{name}_token", token)
-            setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+        own = {"boi": "<start_of_image>", "image": COLUMN[kind], "eoi": "<end_of_image>"}
+        _name_tokens(tokenizer, own)
         images = Gemma3ImageProcessorPil(size=square)
         return Gemma3Processor(images, tokenizer, template, image_seq_length=4)
     # Their images keep their shapes: 40x30 pixels are 3x2 columns.
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84})
-    return _Qwen2VLProcessor(images, tokenizer, template)
+    made = Qwen3VLProcessor if kind == "qwen3_vl" else Qwen2VLProcessor
+    return _without_videos(made)(images, tokenizer, chat_template=template)
 
 
-PATCH = {"idefics3": 7, "gemma3": 7}
+def _name_tokens(tokenizer: Any, names: dict[str, str]) -> None:
+    for name, token in names.items():
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+
+
+PATCH = dict.fromkeys(("idefics3", "smolvlm", "internvl", "mistral3", "gemma3"), 7)
 
 
 def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
@@ -118,11 +192,25 @@ def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -
         "vision_config.patch_size": PATCH.get(kind, 14),
         "image_token_id": tokens.convert_tokens_to_ids(COLUMN.get(kind, "<image>")),
     }
+    if kind == "llava_next":
+        extra["image_grid_pinpoints"] = GRIDS
+    if kind == "mistral3":
+        extra["vision_config.image_size"] = 2 * SIDE
+    if kind == "qwen3_vl":
+        extra |= {
+            "vision_config.deepstack_visual_indexes": [0, 1],
+            "vision_config.num_position_embeddings": 16,
+        }
+    if kind == "pixtral":  # LLaVA's class with another tower
+        sizes = {name: VISION[name] for name in ("hidden_size", "intermediate_size")}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+        extra["vision_config"] = PixtralVisionConfig(image_size=2 * SIDE, patch_size=14, **sizes)
+        extra |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     if kind == "gemma3":
         extra["mm_tokens_per_image"] = 4
     if kind == "qwen2_vl":  # its name for the size of what the tower returns
         extra["vision_config.hidden_size"] = TEXT["hidden_size"]
-    model = build(Entry(kind, kind, True, extra), seed, 2.5)
+    model = build(Entry(kind, "llava" if kind == "pixtral" else kind, True, extra), seed, 2.5)
     model.generation_config.eos_token_id = IM_END
     return model.to(dtype)
 

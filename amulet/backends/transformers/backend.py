@@ -33,7 +33,7 @@ from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
 from amulet.backends.transformers.support import check_supported, forward_parameters
-from amulet.backends.transformers.vision import AT_ONCE, Places, embeddings, own_images
+from amulet.backends.transformers.vision import AT_ONCE, Places, own_images, pass_inputs
 from amulet.images import Place as ImagePlace
 from amulet.images import PromptImage
 
@@ -170,7 +170,7 @@ class TransformersBackend(ModelBackend):
         if self._takes_positions:
             positions = (self._cache.positions if places is None else places).to(device)
         if images:
-            options["inputs_embeds"] = embeddings(model, tokens, images)
+            options |= pass_inputs(model, tokens, images)
         with grouped():
             logits = forward_pass(model, tokens, positions, masks, self._cache, **options)
         return logits if self._keeps_logits else logits[:, list(keep)]

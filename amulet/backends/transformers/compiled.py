@@ -55,10 +55,10 @@ def forward_pass(
         ids, positions: of the tokens, `[rows, width]`; no positions where the model takes none.
         masks: the result of `RowCache.masks`.
         cache: receives their keys and values.
-        options: of the model's forward; with `inputs_embeds` it gets these for the ids.
+        options: of the model's forward; `input_ids` or `inputs_embeds` go for the ids.
     """
     if "inputs_embeds" not in options:
-        options["input_ids"] = ids
+        options.setdefault("input_ids", ids)
     if positions is not None:
         options["position_ids"] = positions
     logits: torch.Tensor = model(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from amulet.backends.transformers.support import why_not_in_rows
+from amulet.backends.transformers.support import forward_parameters, why_not_in_rows
 from amulet.backends.transformers.weights import execution_device
 from amulet.errors import DecodeError
 from amulet.images import Place, PromptImage
 
 # Model types whose answers about images are the tokens of `generate`; a test decodes each of them.
 # Their images' columns are attended to as any other. The Qwens' have positions on several axes.
-READ = {"gemma3", "idefics3", "llava", "qwen2_5_vl", "qwen2_vl"}
+READ = {"gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3"}
+READ |= {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"}
+DEEP = {"qwen3_vl"}  # whose first layers each add vectors of the image (DeepStack)
 AT_ONCE = {"gemma3"}  # whose images' columns attend to all of their image's: they are one pass
 AXES = 3  # of a position there: time, height and width
 
@@ -43,48 +46,70 @@ def why_no_images(model: Any, processor: object) -> str | None:
             'installed: pip install "amulet-integrations[images]"; or give '
             "Amulet(model, processor))"
         )
+    if kind in DEEP and "mm_encoder_outputs" not in forward_parameters(model):
+        return f"{kind}'s images need a newer Transformers"
     if reason := why_not_in_rows(model):
         return f"it is decoded row after row, since {reason}"
     return None
 
 
-def embeddings(
+def pass_inputs(
     model: PreTrainedModel, tokens: torch.Tensor, images: Sequence[PromptImage]
-) -> torch.Tensor:
-    """Return the vectors of a pass, `[rows, width, hidden size]`.
+) -> dict[str, Any]:
+    """Return what a pass gets in its ids' place; nothing where no column is an image's.
 
     Args:
         model: for which `why_no_images` finds no reason.
         tokens: ids `[rows, width]`; negative ones are columns of images.
         images: all those that they may belong to.
     """
-    embed: Any = model.get_input_embeddings()
-    vectors: torch.Tensor = embed(tokens.clamp(min=0))
+    inside = tokens < 0
+    if not inside.any():
+        return {}
+    layers: torch.Tensor | None = None  # [vectors of a column, rows, width, hidden size]
     for image in images:
         own = torch.tensor(image.ids, device=tokens.device)
         rows, columns, places = torch.nonzero(tokens[..., None] == own, as_tuple=True)
         if len(places):
-            vectors[rows, columns] = _features(model, image)[places].to(vectors)
-    return vectors
+            found = _features(model, image)
+            if layers is None:
+                layers = found.new_zeros(len(found), *tokens.shape, found.shape[-1])
+            layers[:, rows, columns] = found[:, places]
+    assert layers is not None
+    config: Any = model.config
+    if config.model_type in DEEP:
+        first, *others = ([layer[inside]] for layer in layers)
+        made = SimpleNamespace(pooler_output=first, deepstack_features=others)
+        ids = tokens.masked_fill(inside, config.image_token_id)
+        return {"input_ids": ids, "mm_encoder_outputs": {"image": made}}
+    embed: Any = model.get_input_embeddings()
+    vectors: torch.Tensor = embed(tokens.clamp(min=0))
+    return {"inputs_embeds": torch.where(inside[..., None], layers[0].to(vectors), vectors)}
 
 
 def _features(model: Any, image: PromptImage) -> torch.Tensor:
-    """Return an image's vectors, `[columns, hidden size]`; once for all rows and passes."""
+    """Return an image's vectors, see `PromptImage`; once for all rows and passes."""
     if image.features is None:
         device = execution_device(model)
         inputs = {
             name: tensor.to(device, model.dtype if tensor.is_floating_point() else None)
             for name, tensor in image.inputs.items()
         }
-        found = model.get_image_features(**inputs, return_dict=True).pooler_output
-        parts = found if isinstance(found, list | tuple) else [found]
-        image.features = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-        if len(image.features) != len(image.ids):
+        made = model.get_image_features(**inputs, return_dict=True)
+        layers = [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
+        image.features = torch.stack(list(map(_joined, layers)))
+        if (count := image.features.shape[1]) != len(image.ids):
             raise DecodeError(
-                f"The model made {len(image.features)} vectors of an image, and its processor "
+                f"The model made {count} vectors of an image, and its processor "
                 f"{len(image.ids)} columns: load both from the same checkpoint."
             )
     return image.features
+
+
+def _joined(found: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the vectors of an image's tiles as one tensor, `[columns, hidden size]`."""
+    parts = [found] if isinstance(found, torch.Tensor) else found
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 def own_images(tokens: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
