@@ -157,9 +157,17 @@ class _Rows:
 
 
 def rows_of(amulet: Amulet, request: Request) -> tuple[Sequence[list[int]], tuple[Preference, ...]]:
-    """Return the prompts of all rows, the base row last, and the preferences."""
+    """Return the prompts of all rows, the base row last, and the preferences.
+
+    Raises:
+        EvaluationError: the request has images.
+    """
     with amulet.start(with_every_row(request)) as stream:
         prompts = stream.generation.prompts
+    if min(map(min, prompts)) < 0:  # a column of an image
+        raise EvaluationError(
+            "The messages have an image: answers about images can't be scored. Leave them out."
+        )
     return prompts, request.preference
 
 

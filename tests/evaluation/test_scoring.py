@@ -12,6 +12,7 @@ from amulet.errors import EvaluationError
 from amulet.evaluation import scoring
 from amulet.evaluation.scoring import Scores, answer_log_probabilities, score_answers
 from tests.models import Kind, byte_tokenizer, random_model
+from tests.models.images import asks, image_model, picture, processor
 
 MESSAGES = [{"role": "user", "content": "What is tea?"}]
 ONE = "Be brief."
@@ -150,3 +151,10 @@ def test_what_cannot_be_scored_is_said(amulet: Amulet) -> None:
     assert amulet.window is not None
     with pytest.raises(EvaluationError, match=f"context window {amulet.window}"):
         answer_log_probabilities(amulet, Request(messages=MESSAGES), [84] * amulet.window)
+
+
+def test_answers_about_images_are_refused() -> None:
+    amulet = Amulet(image_model("llava", torch.float32), processor("llava"))
+    request = Request(messages=asks(picture(), "Which tea?"), preference=ONE)
+    with pytest.raises(EvaluationError, match=r"have an image: .* can't be scored\. Leave"):
+        answer_log_probabilities(amulet, request, [5, 6])
