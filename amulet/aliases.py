@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+from amulet.errors import RequestError
 
 # Names of one option, ours first. `max_new_tokens` of a `Request` is `max_tokens` in a server's
 # body and, better known, in the frameworks' models.
@@ -18,6 +20,7 @@ _SAME = (
     ("temperature", "temp"),
     ("grammar", "response_format"),
     ("preference", "preferences"),
+    ("user_id", "user"),
 )
 
 
@@ -42,3 +45,11 @@ def advice(name: str, known: Collection[str]) -> str:
     if (found := close(name, known)) is not None:
         return f"the closest one is {found}"
     return "check its spelling"
+
+
+def refuse_unnamed(unnamed: Sequence[object], kind: str, example: str) -> None:
+    """Raise `RequestError` if a constructor of `kind` got arguments without a name."""
+    if unnamed:
+        raise RequestError(
+            f"{kind}({unnamed[0]!r}): expected every option by its name, as in {kind}({example})."
+        )

@@ -18,6 +18,7 @@ from amulet.backends.llamacpp.model import GGUFModel
 from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, ModelError, RequestError
 from amulet.images import ImageReader, without_images
+from amulet.models.given import check_parts, checked_name
 from amulet.output.async_stream import AsyncReplyStream, read_all
 from amulet.output.comparison import Comparison, comparison_requests
 from amulet.output.curve import STRENGTHS, Point, StrengthCurve, curve_requests
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # a GGUF file does without their import, which takes a second
 
 # Special tokens that occur in prompts; others are padding, or placeholders for images and audio.
 USED_TOKENS = ("bos_token", "eos_token", "unk_token")
+
+_NOT_GIVEN: Any = None  # so that an error can say what to give, which Python's own doesn't
 
 
 class Amulet:
@@ -74,8 +77,8 @@ class Amulet:
 
     def __init__(
         self,
-        model: PreTrainedModel | GGUFModel,
-        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        model: PreTrainedModel | GGUFModel = _NOT_GIVEN,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin = _NOT_GIVEN,
         *,
         steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
@@ -83,6 +86,7 @@ class Amulet:
         compile: bool | Literal["auto"] = False,
         drafts: bool = True,
     ) -> None:
+        check_parts(model, tokenizer)
         if max_rows < 1:
             raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
         if prefix_cache_bytes < 0:
@@ -145,7 +149,7 @@ class Amulet:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: str | os.PathLike[str],
         *,
         steering: Steering | str | os.PathLike[str] = DEFAULT_STEERING,
         max_rows: int = 64,
@@ -171,9 +175,10 @@ class Amulet:
         from amulet.models.gguf import is_gguf, load_gguf
         from amulet.models.loading import load_pretrained
 
-        load: Any = load_gguf if is_gguf(name_or_path) else load_pretrained
+        name = checked_name(name_or_path, "Amulet.from_pretrained")
+        load: Any = load_gguf if is_gguf(name) else load_pretrained
         return cls(
-            *load(name_or_path, **options),
+            *load(name, **options),
             steering=steering,
             max_rows=max_rows,
             prefix_cache_bytes=prefix_cache_bytes,
@@ -209,7 +214,7 @@ class Amulet:
         from amulet.models.gguf import load_gguf
 
         return cls(
-            *load_gguf(source, **options),
+            *load_gguf(checked_name(source, "Amulet.from_gguf"), **options),
             steering=steering,
             max_rows=max_rows,
             prefix_cache_bytes=prefix_cache_bytes,
@@ -302,36 +307,43 @@ class Amulet:
         """
         return self._engine.backend.nbytes
 
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
+    def chat(
+        self, messages: Sequence[dict[str, Any]], preference: PreferenceLike = None, **options: Any
+    ) -> Reply:
         """Answer a chat.
 
         Args:
             messages: dicts in the Transformers chat form.
-            options: the fields of `Request`: preference, strength, floor, placement, focus,
-                loop_guard, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, trace,
-                grammar, tools, ...
+            preference: text, `Preference`, a list of them, or None/"" for plain decoding.
+            options: the other fields of `Request`: strength, floor, placement, focus, loop_guard,
+                max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, trace, grammar,
+                tools, ...
 
         Raises:
             RequestError: the input is not valid, before any forward pass.
             DecodeError: decoding failed.
         """
-        return self.stream(messages, **options).read()
+        return self.stream(messages, preference, **options).read()
 
-    def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> ReplyStream:
+    def stream(
+        self, messages: Sequence[dict[str, Any]], preference: PreferenceLike = None, **options: Any
+    ) -> ReplyStream:
         """Stream the answer to a chat: `for piece in amulet.stream(...)`.
 
         The pieces concatenate to the reply's text. Decoding continues only while the stream is
         read; closing the stream ends it.
         """
-        return self.start(Request(messages=messages, **options))
+        return self.start(Request(messages=messages, preference=preference, **options))
 
-    def complete(self, prompt: str, **options: Any) -> Reply:
+    def complete(self, prompt: str, preference: PreferenceLike = None, **options: Any) -> Reply:
         """Continue a raw prompt, without a chat template; options as for `chat`."""
-        return self.stream_complete(prompt, **options).read()
+        return self.stream_complete(prompt, preference, **options).read()
 
-    def stream_complete(self, prompt: str, **options: Any) -> ReplyStream:
+    def stream_complete(
+        self, prompt: str, preference: PreferenceLike = None, **options: Any
+    ) -> ReplyStream:
         """Stream the continuation of a raw prompt; see `stream`."""
-        return self.start(Request(prompt=prompt, **options))
+        return self.start(Request(prompt=prompt, preference=preference, **options))
 
     def start(self, request: Request) -> ReplyStream:
         """Stream the answer to a `Request`; see `stream`."""
@@ -381,24 +393,32 @@ class Amulet:
             for stream in ready:
                 stream.close()
 
-    async def achat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
+    async def achat(
+        self, messages: Sequence[dict[str, Any]], preference: PreferenceLike = None, **options: Any
+    ) -> Reply:
         """`chat` for asyncio: never blocks the event loop; cancelling the task ends decoding."""
-        return await self.astream(messages, **options).read()
+        return await self.astream(messages, preference, **options).read()
 
-    def astream(self, messages: Sequence[dict[str, Any]], **options: Any) -> AsyncReplyStream:
+    def astream(
+        self, messages: Sequence[dict[str, Any]], preference: PreferenceLike = None, **options: Any
+    ) -> AsyncReplyStream:
         """`stream` for asyncio: `async for piece in amulet.astream(...)`.
 
         Unlike `stream`, it decodes until the stream is closed, whether or not it is read.
         """
-        return self.astart(Request(messages=messages, **options))
+        return self.astart(Request(messages=messages, preference=preference, **options))
 
-    async def acomplete(self, prompt: str, **options: Any) -> Reply:
+    async def acomplete(
+        self, prompt: str, preference: PreferenceLike = None, **options: Any
+    ) -> Reply:
         """`complete` for asyncio; see `achat`."""
-        return await self.astream_complete(prompt, **options).read()
+        return await self.astream_complete(prompt, preference, **options).read()
 
-    def astream_complete(self, prompt: str, **options: Any) -> AsyncReplyStream:
+    def astream_complete(
+        self, prompt: str, preference: PreferenceLike = None, **options: Any
+    ) -> AsyncReplyStream:
         """`stream_complete` for asyncio; see `astream`."""
-        return self.astart(Request(prompt=prompt, **options))
+        return self.astart(Request(prompt=prompt, preference=preference, **options))
 
     def astart(self, request: Request | ReplyStream) -> AsyncReplyStream:
         """Stream the answer to a `Request` in an event loop; see `astream`.

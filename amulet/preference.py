@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from amulet.aliases import advice
+from amulet.aliases import advice, refuse_unnamed
 from amulet.errors import RequestError
 from amulet.game import game_gain
 
@@ -86,7 +86,8 @@ class Steering(BaseModel):
     focus: Focus = 1.0
     loop_guard: LoopGuard = 4
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *unnamed: Any, **options: Any) -> None:
+        refuse_unnamed(unnamed, "Steering", "strength=0.5")
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from amulet.aliases import refuse_unnamed
 from amulet.errors import RequestError
 from amulet.grammar import Grammar
 from amulet.preference import (
@@ -95,7 +96,8 @@ class Request(BaseModel):
     tools_prompt: Literal["template", "fallback"] = "template"
     template_options: dict[str, Any] = Field(default_factory=dict)
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *unnamed: Any, **options: Any) -> None:
+        refuse_unnamed(unnamed, "Request", 'messages=[{"role": "user", "content": "Hello"}]')
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from amulet import Amulet
 from amulet.errors import ModelError, RequestError
+from amulet.models.given import call_for, is_model
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 
@@ -65,14 +67,63 @@ def find_live(name: str, where: str) -> Amulet:
     return amulet
 
 
+def named(unnamed: tuple[Any, ...], options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return a constructor's options, with the path of a model as text.
+
+    Raises:
+        RequestError: an option has no name, `model` is no name, or `amulet` is no `Amulet`.
+    """
+    where = kind.__name__
+    if unnamed:
+        raise RequestError(
+            f"{where}({_shown(unnamed[0])}): expected every option by its name. "
+            f"Use {_call(unnamed[0], kind)}."
+        )
+    model, amulet = options.get("model"), options.get("amulet")
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str | None):
+        raise RequestError(
+            f"{where}(model={_shown(model)}): expected a hub id, a folder or a GGUF file. "
+            f"Use {_call(model, kind)}."
+        )
+    restored = isinstance(amulet, str) and amulet.startswith(LIVE)
+    if not isinstance(amulet, Amulet | None) and not restored:
+        raise RequestError(
+            f"{where}(amulet={_shown(amulet)}): expected an Amulet. Use {_call(amulet, kind)}."
+        )
+    return {**options, "model": model} if model is not None else dict(options)
+
+
+def _call(given: Any, kind: type) -> str:
+    """Return the call of a class that takes what stands in its model's place."""
+    where = kind.__name__
+    if isinstance(given, Amulet):
+        return f"{where}(amulet=...)"
+    if isinstance(given, str | os.PathLike):
+        name = os.fspath(given)
+        if call_for(name).startswith("Amulet.connect"):
+            return f"{where}(amulet={call_for(name)})"
+        return f"{where}.embedded()" if name == "embedded" else f"{where}(model={name!r})"
+    if is_model(given):
+        return f"{where}(amulet=Amulet(model, tokenizer))"
+    takes = next(name for name in ("from_pipeline", "from_huggingface") if hasattr(kind, name))
+    if any(hasattr(given, name) for name in ("pipeline", "tokenizer", "_tokenizer", "llm")):
+        return f"{where}.{takes}(...)"
+    return f"{where}(model='hub id or folder')"
+
+
+def _shown(given: Any) -> str:
+    """Return a name as it was given, and of another object its kind: a model's repr is long."""
+    return repr(given) if isinstance(given, str) else f"<{type(given).__name__}>"
+
+
 def check_given(amulet: Amulet, model: str | None, options: Mapping[str, Any], where: str) -> None:
     """Check the options given with a loaded model.
 
     Raises:
-        RequestError: it is not an `Amulet`, has another name, or options for loading are given.
+        RequestError: it has another name, or options for loading are given.
     """
-    if not isinstance(amulet, Amulet):
-        raise RequestError(f"{where}: amulet is a {type(amulet).__name__}: expected an Amulet.")
     if model not in (None, amulet.name):
         raise RequestError(
             f"{where}: model={model!r} and amulet= ({amulet.name!r}) are two models: give one."

@@ -8,8 +8,9 @@ means off, so a nested call can turn off an inherited preference.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
@@ -22,6 +23,12 @@ from amulet.preference import Placement, PreferenceLike, Steering, normal_prefer
 Source: TypeAlias = Literal["call", "conversation", "user", "constructor"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 SETTINGS = ("preference", *Steering.model_fields)
+# What may be between a user's program and a call of a model: this, the frameworks, what runs them.
+BETWEEN = {
+    *("amulet", "amulet_integrations", "langchain", "langchain_classic", "langchain_core"),
+    *("langgraph", "langsmith", "llama_index", "llama_index_instrumentation", "workflows"),
+    *("asyncio", "concurrent", "contextlib", "functools", "pydantic", "tenacity", "threading"),
+}
 
 
 class Push(TypedDict, total=False):
@@ -129,8 +136,8 @@ def without_text(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def setting_meant(key: object) -> str | None:
-    """Return the setting that a key names or probably means, or None.
+def meant_by(key: object, names: Sequence[str] = SETTINGS) -> str | None:
+    """Return the setting, or other name, that a key names or probably means, or None.
 
     Other components' keys are in the same place, so words such as "reference" and "length" must not
     match: a typo seldom changes the first letter.
@@ -138,22 +145,31 @@ def setting_meant(key: object) -> str | None:
     if not isinstance(key, str):
         return None
     name = key.lower().replace("-", "_").removeprefix("amulet_")
-    found = name if name in SETTINGS else meant(name, SETTINGS) or close(name, SETTINGS)
+    found = name if name in names else meant(name, names) or close(name, names)
     return found if found and found[0] == name[0] else None
 
 
-def warn_of_typos(keys: Iterable[object], where: str) -> None:
-    """Warn about unused keys that probably mean a setting.
+def warn_of_typos(keys: Iterable[object], where: str, names: Sequence[str] = SETTINGS) -> None:
+    """Warn about unused keys that probably mean a setting, or another of `names`.
 
     >>> warn_of_typos(["preferance"], "configurable")  # UserWarning: did you mean 'preference'?
     """
     for key in keys:
-        if key not in SETTINGS and (found := setting_meant(key)) is not None:
-            warnings.warn(
-                f"{where}: the key {key!r} is not used; did you mean {found!r}?",
-                UserWarning,
-                stacklevel=3,
-            )
+        if key not in names and (found := meant_by(key, names)) is not None:
+            warn(f"{where}: the key {key!r} is not used; did you mean {found!r}?")
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's own program that made the call.
+
+    In another thread than the user's there may be no such line; then it is the thread's first.
+    """
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in BETWEEN:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def plain(preference: PreferenceLike) -> str | list[str | dict[str, Any]] | None:

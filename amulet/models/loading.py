@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from amulet.errors import MissingPackageError, ModelError, OutOfMemoryError, is_out_of_memory
 from amulet.models.collector import paused_collector
+from amulet.models.given import call_for
 
 if TYPE_CHECKING:
     import torch
@@ -263,6 +264,8 @@ def _checked_source(name_or_path: str | os.PathLike[str], options: dict[str, Any
         raise ModelError(f"{given} is a file: give the folder that contains it{named}.")
     # A hub name is "name" or "owner/name"; anything else must be a folder.
     parts = given.split("/")
+    if given == "embedded" or given.startswith(("http://", "https://")):
+        raise ModelError(f"model {given!r} is no folder and no hub name. Use {call_for(given)}.")
     if not given.strip() or "\\" in given or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
         raise ModelError(
             f"model {given!r}: there is no such folder. Give the folder of a saved model, or a "

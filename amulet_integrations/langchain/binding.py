@@ -6,7 +6,7 @@ lose the bound keywords and config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, cast
 
@@ -29,6 +29,11 @@ def _call(name: str) -> Any:
 
     @wraps(getattr(Runnable, name), updated=())  # without the mark of an abstract method
     def call(self: Composable, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(config, Mapping | Sequence | None) or isinstance(config, str):
+            raise RequestError(
+                f"{name}: config is a {type(config).__name__}: expected a dict. A preference is "
+                f"given by name: {name}(..., preference=...)."
+            )
         input, config, kwargs = self._asked_as(name, input, config, kwargs)
         return in_its_run(getattr(super(Composable, self), name)(input, config, **kwargs))
 
@@ -119,7 +124,7 @@ class AmuletBinding(Composable, RunnableBinding[Any, Any]):
 
     def with_preference(self, preference: Any = None, **settings: Any) -> Any:
         """See `ChatAmulet.with_preference`."""
-        given = checked(preference, **settings)
+        given = checked("with_preference", preference, **settings)
         several = _each(self.bound, lambda one: one.with_preference(preference, **settings))
         kept = {name: self.kwargs[name] for name in self.kwargs if name not in given}
         if "preference" in given:

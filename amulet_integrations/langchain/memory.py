@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from collections.abc import Iterable
 from itertools import count
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -15,7 +16,14 @@ from typing_extensions import Unpack
 
 from amulet.errors import RequestError
 from amulet.preference import PreferenceLike, Steering, normal_preferences
-from amulet_integrations._preference import SETTINGS, Push, Source, choose, plain
+from amulet_integrations._preference import (
+    SETTINGS,
+    Push,
+    Source,
+    choose,
+    plain,
+    warn_of_typos,
+)
 
 ROOT = "preferences"
 KEPT = 8  # preferences per entry: each costs a row of every later answer, so old ones make room
@@ -216,7 +224,16 @@ def _configured(
 
 def _ids(configurable: Settings) -> dict[str, Any]:
     thread_id = configurable.get("session_id", configurable.get("thread_id"))
-    return {"user_id": configurable.get("user_id"), "thread_id": thread_id}
+    ids = {"user_id": configurable.get("user_id"), "thread_id": thread_id}
+    warn_of_missing(ids, configurable, 'config["configurable"]')
+    return ids
+
+
+def warn_of_missing(ids: Settings, keys: Iterable[object], where: str) -> None:
+    """Warn about keys that probably mean an id that is missing: nothing stored would be found."""
+    others = {"user_id": ("user_id",), "thread_id": ("thread_id", "session_id")}
+    missing = [name for known, names in others.items() if ids[known] is None for name in names]
+    warn_of_typos(keys, where, missing)
 
 
 def merge_settings(kept: Settings, given: Settings) -> Settings:

@@ -17,7 +17,13 @@ from amulet.errors import RequestError
 from amulet.preference import Placement, PreferenceLike
 from amulet_integrations._preference import SETTINGS, Push, Source, choose, warn_of_typos
 from amulet_integrations.langchain.binding import unbound
-from amulet_integrations.langchain.memory import PreferenceMemory, Settings, as_json, merge_settings
+from amulet_integrations.langchain.memory import (
+    PreferenceMemory,
+    Settings,
+    as_json,
+    merge_settings,
+    warn_of_missing,
+)
 from amulet_integrations.langchain.messages import stated_settings
 from amulet_integrations.langchain.options import AmuletOptions, checked
 
@@ -106,7 +112,7 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         **push: Unpack[Push],
     ) -> None:
         super().__init__()
-        self._constructor: Settings = checked(**push)
+        self._constructor: Settings = checked("PreferenceMiddleware", **push)
         if preference is not None:
             self._constructor["preference"] = as_json(preference)
 
@@ -255,10 +261,14 @@ def _remembered(
 def _ids(runtime: Any) -> dict[str, Any]:
     """Return the ids of a run's user and thread."""
     configurable = _configurable()
-    return {
+    ids = {
         "user_id": _user_id(runtime.context, configurable),
         "thread_id": configurable.get("thread_id"),
     }
+    warn_of_missing(ids, configurable, 'config["configurable"]')
+    if isinstance(runtime.context, Mapping):
+        warn_of_missing(ids, runtime.context, "the run's context")
+    return ids
 
 
 def _user_id(context: Any, configurable: Mapping[str, Any]) -> Any:

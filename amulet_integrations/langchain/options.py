@@ -66,7 +66,7 @@ HINTS = {
     "pipeline_kwargs": "give max_tokens, temperature, ... by name",
     "do_sample": "use temperature: 0 is greedy, above 0 samples",
     "tokenizer": "use amulet=Amulet(model, tokenizer)",
-    "base_url": "leave it out: the model runs in this process",
+    "base_url": "leave it out, or use amulet=Amulet.connect(url) for the model of a server",
     "api_key": "leave it out: the model runs in this process",
     "timeout": "leave it out: the model runs in this process",
     "max_retries": "use with_retry()",
@@ -132,7 +132,8 @@ class AmuletOptions(BaseModel):
     logprobs: bool = False
     top_logprobs: int | None = None
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *unnamed: Any, **options: Any) -> None:
+        options = _loading.named(unnamed, options, type(self))
         fields = type(self).model_fields
         known = [*fields, *(field.alias for field in fields.values() if field.alias)]
         refuse_unknown(options, known, type(self).__name__)
@@ -209,7 +210,7 @@ class AmuletOptions(BaseModel):
         `with_preference("")` decodes plainly whatever the conversation says: for the internal
         calls of a pipeline, such as condensing a question. The weights are shared.
         """
-        pinned = checked(preference, **push)
+        pinned = checked("with_preference", preference, **push)
         return self.model_copy(update={"pinned": {**self.pinned, **pinned}})
 
     # --- a call's settings
@@ -360,13 +361,13 @@ def normal(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def checked(preference: Any = None, **settings: Any) -> dict[str, Any]:
-    """Return the settings that were given.
+def checked(where: str, preference: Any = None, /, **settings: Any) -> dict[str, Any]:
+    """Return the settings that were given to `where`.
 
     Raises:
         RequestError: a setting is unknown or invalid.
     """
-    refuse_unknown(settings, SETTINGS, "with_preference")
+    refuse_unknown(settings, SETTINGS, where)
     found = given({"preference": plain(preference), **settings})
     Request(prompt="-", **found)
     return found

@@ -13,11 +13,12 @@ from llama_index.core.storage.chat_store.base import BaseChatStore
 from llama_index.core.storage.chat_store.base_db import AsyncDBChatStore
 from typing_extensions import Unpack
 
+from amulet.aliases import refuse_unnamed
 from amulet.errors import RequestError
 from amulet.preference import PreferenceLike
 from amulet_integrations._preference import Push
 from amulet_integrations.llama_index.messages import preference_message, stated_in
-from amulet_integrations.llama_index.scope import Settings, checked
+from amulet_integrations.llama_index.scope import Settings, stored
 
 SUFFIX = "/preference"
 
@@ -42,6 +43,10 @@ class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     description: str | None = "How this conversation wants its answers."
     chat_store: BaseChatStore | AsyncDBChatStore = Field(default_factory=SimpleChatStore)
 
+    def __init__(self, *unnamed: Any, **options: Any) -> None:
+        refuse_unnamed(unnamed, "PreferenceMemoryBlock", "chat_store=...")
+        super().__init__(**options)
+
     def set(
         self,
         session_id: str,
@@ -51,7 +56,7 @@ class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         """Replace a conversation's entry; "" stores "off", None inherits.
 
         Raises:
-            RequestError: a preference or a range is not valid; nothing is written.
+            RequestError: nothing is given, or it is not valid; nothing is written.
         """
         asyncio_run(self.aset(session_id, preference, **push))
 
@@ -62,7 +67,7 @@ class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         **push: Unpack[Push],
     ) -> None:
         """`set` for asyncio."""
-        given = checked(preference, **push)
+        given = stored(preference, **push)
         await self._write(session_id, [preference_message(**given)])
 
     def get(self, session_id: str) -> Settings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -30,7 +29,7 @@ from typing_extensions import Unpack
 from amulet.errors import RequestError
 from amulet.preference import PreferenceLike, normal_preferences
 from amulet.reply import Reply, TokenTrace, ToolCall, Usage
-from amulet_integrations._preference import Push, setting_meant
+from amulet_integrations._preference import Push, meant_by, warn
 from amulet_integrations.llama_index.scope import Settings, as_json, checked
 
 MARK = "amulet_preference"
@@ -92,12 +91,10 @@ def stated_in(messages: Iterable[ChatMessage]) -> Settings:
             )
         given = message.additional_kwargs.get(MARK)
         for key in message.additional_kwargs:
-            if key != MARK and setting_meant(key) is not None:
-                warnings.warn(
+            if key != MARK and meant_by(key) is not None:
+                warn(
                     f"messages[{index}]: the key {key!r} of its additional_kwargs is not used; "
-                    "to store a preference in a conversation use preference_message(...).",
-                    UserWarning,
-                    stacklevel=3,
+                    "to store a preference in a conversation use preference_message(...)."
                 )
         if given is not None:
             stated = checked(**given) if isinstance(given, dict) else checked(given)

@@ -39,7 +39,7 @@ HINTS = {
     "is_function_calling_model": 'use tools_prompt="fallback" if the template has no tools',
     "stopping_ids": "use stop, with strings",
     "device_map": "give it to the constructor",
-    "base_url": "leave it out: the model runs in this process",
+    "base_url": "leave it out, or use amulet=Amulet.connect(url) for the model of a server",
     "api_key": "leave it out: the model runs in this process",
     "request_timeout": "leave it out: the model runs in this process",
     "json_mode": "use structured_predict() or as_structured_llm()",

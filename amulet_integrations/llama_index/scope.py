@@ -87,9 +87,9 @@ async def set_preference(
     """Keep a preference in a workflow's `Context`; it goes where the context goes (`to_dict`).
 
     Raises:
-        RequestError: a preference or a range is not valid; nothing is written.
+        RequestError: nothing is given, or it is not valid; nothing is written.
     """
-    given = checked(preference, **push)
+    given = stored(preference, **push)
     await context.store.set(STATE_KEY, as_json(given))
 
 
@@ -120,6 +120,19 @@ def checked(preference: PreferenceLike = None, **push: Any) -> Settings:
     if preference is None:
         return given
     return {"preference": list(normal_preferences(preference)) or "", **given}
+
+
+def stored(preference: PreferenceLike = None, **push: Any) -> Settings:
+    """Return `checked` settings that are to be stored.
+
+    Raises:
+        RequestError: none is given, or one of them is not valid.
+    """
+    if settings := checked(preference, **push):
+        return settings
+    raise RequestError(
+        f'There is nothing to store: give a preference ("" is off), {", ".join(SETTINGS[1:])}.'
+    )
 
 
 def as_json(settings: Mapping[str, Any]) -> Settings:

@@ -77,8 +77,9 @@ class AmuletSettings(FunctionCallingLLM):
         state: dict[str, Any] = self.amulet.__reduce__()
         return state
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, *unnamed: Any, **given: Any) -> None:
         watch()
+        given = _loading.named(unnamed, given, type(self))
         known = [*type(self).model_fields, "max_new_tokens"]
         options.refuse_unknown(given, known, type(self).__name__)
         try:

@@ -197,3 +197,9 @@ def test_a_reply_prints_as_its_text() -> None:
     assert str(reply) == "Hi."
     assert reply.usage.total_tokens == 9
     assert (reply.steering, reply.stop_string, reply.trace) == (None, None, None)
+
+
+@pytest.mark.parametrize("kind", [Request, Steering])
+def test_options_are_given_by_name(kind: Any) -> None:
+    with pytest.raises(RequestError, match=rf"^{kind.__name__}\(0\.5\): expected every option by"):
+        kind(0.5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +65,48 @@ def test_what_is_no_amulet_is_refused(kind: Any) -> None:
         kind(amulet="Qwen/Qwen3-0.6B")
     with pytest.raises(RequestError, match=r"(?s)amulet.*Amulet"):
         kind(amulet=5)
+
+
+MODEL = ScriptedModel(byte_tokenizer(), "x")
+PLACES: list[tuple[Any, str, str]] = [
+    ("some/model", "'some/model'", "(model='some/model')"),
+    ("embedded", "'embedded'", ".embedded()"),
+    ("http://host:8000", "'http://host:8000'", "(amulet=Amulet.connect('http://host:8000'))"),
+    (Path("folder"), "<PosixPath>", "(model='folder')"),
+    (amulet(), "<Amulet>", "(amulet=...)"),
+    (MODEL, "<ScriptedModel>", "(amulet=Amulet(model, tokenizer))"),  # not its repr, which is long
+    (SimpleNamespace(llm=1), "<SimpleNamespace>", ".from_...(...)"),
+    (5, "<int>", "(model='hub id or folder')"),
+]
+
+
+@pytest.mark.parametrize(("given", "shown", "use"), PLACES, ids=[shown for _, shown, _ in PLACES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_says_where_a_model_is_given(
+    kind: Any, given: Any, shown: str, use: str, loaded: Any
+) -> None:
+    name = kind.__name__
+    takes = "from_huggingface" if kind is LlamaIndexLLM else "from_pipeline"
+    use = f"Use {name}{use.replace('from_...', takes)}."
+    with pytest.raises(RequestError) as refused:
+        kind(given)
+    assert str(refused.value) == f"{name}({shown}): expected every option by its name. {use}"
+    if not isinstance(given, str | Path):
+        with pytest.raises(RequestError) as refused:
+            kind(model=given)
+        expected = "expected a hub id, a folder or a GGUF file."
+        assert str(refused.value) == f"{name}(model={shown}): {expected} {use}"
+    if not isinstance(given, Amulet):
+        with pytest.raises(RequestError) as refused:
+            kind(amulet=given)
+        assert str(refused.value) == f"{name}(amulet={shown}): expected an Amulet. {use}"
+    assert loaded == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_may_be_a_path(kind: Any, loaded: Any) -> None:
+    assert kind(model=Path("some/folder")).model == "some/folder"
+    assert loaded == [("some/folder", {})]
 
 
 @pytest.mark.parametrize("kind", KINDS)

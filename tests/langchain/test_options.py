@@ -8,7 +8,7 @@ import pytest
 from langchain_core.messages import HumanMessage
 from pydantic import BaseModel
 
-from amulet import Amulet, AmuletError, RequestError
+from amulet import Amulet, AmuletError, Preference, RequestError
 from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.langchain.scripted import preferring, scripted_chat
 from tests.models import ScriptedModel, byte_tokenizer
@@ -91,6 +91,23 @@ async def test_the_error_names_the_option(options: dict[str, Any], told: str) ->
         await model.ainvoke("x", **options)
     with pytest.raises(RequestError, match=told):
         model.bind(**options).invoke("x")
+
+
+@pytest.mark.parametrize("config", ["Be brief.", Preference("Be brief."), 5])
+@pytest.mark.parametrize(
+    "way", [lambda it: it, lambda it: it.bind(seed=1), lambda it: it.with_retry()]
+)
+async def test_a_preference_in_the_place_of_the_config_is_told(config: Any, way: Any) -> None:
+    model, told = (
+        way(scripted_chat("Hello")),
+        r"config is a \w+: .* \w+\(\.\.\., preference=\.\.\.\)",
+    )
+    with pytest.raises(RequestError, match=f"^invoke: {told}"):
+        model.invoke("x", config)
+    with pytest.raises(RequestError, match=f"^stream: {told}"):
+        model.stream("x", config)
+    with pytest.raises(RequestError, match=f"^ainvoke: {told}"):
+        await model.ainvoke("x", config)
 
 
 def test_no_tools_and_no_choice_of_one_are_fine() -> None:

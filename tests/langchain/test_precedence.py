@@ -12,10 +12,12 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel
 from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.store.memory import InMemoryStore
 from pydantic import BaseModel
 
 from amulet import RequestError
 from amulet_integrations._preference import choose
+from amulet_integrations.langchain.memory import PreferenceMemory, with_memory
 from amulet_integrations.langchain.middleware import PreferenceMiddleware
 from tests.langchain.scripted import preferring, scripted_chat
 
@@ -283,6 +285,51 @@ def test_a_misspelt_key_of_a_message_or_a_context_is_told() -> None:
     agent = create_agent(preferring("near"), middleware=[PreferenceMiddleware()])
     with pytest.warns(UserWarning, match="the run's context: the key 'preferance' is not used"):
         agent.invoke({"messages": "Hi"}, context={"preferance": "near"})
+
+
+async def test_a_warning_points_to_the_line_that_made_the_call() -> None:
+    """However many frames of ours and of the frameworks are between."""
+    chat, config = preferring("near"), {"configurable": {"preferance": "near"}}
+    chain = ChatPromptTemplate.from_template("{it}") | chat.with_retry()
+    agent = create_agent(preferring("near"), middleware=[PreferenceMiddleware()])
+    calls: list[Callable[[], Any]] = [
+        lambda: chat.invoke("Hi", config),
+        lambda: chat.batch(["Hi"], config),
+        lambda: list(chat.stream("Hi", config)),
+        lambda: chain.invoke({"it": "Hi"}, config),
+        lambda: agent.invoke({"messages": "Hi"}, config),
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="preferance") as told:
+            call()
+        places = {(each.filename, each.lineno) for each in told}
+        assert places == {(__file__, call.__code__.co_firstlineno)}
+    with pytest.warns(UserWarning, match="preferance") as told:
+        await chat.ainvoke("Hi", config)
+    assert {each.filename for each in told} == {__file__}
+
+
+def test_a_key_that_probably_means_a_missing_id_is_told() -> None:
+    memory = PreferenceMemory(InMemoryStore())
+    chat = with_memory(preferring("near"), memory)
+    for key, told in (("user", "user_id"), ("userid", "user_id"), ("session", "session_id")):
+        with pytest.warns(UserWarning, match=f"'{key}' is not used; did you mean '{told}'"):
+            chat.invoke("Hi", {"configurable": {key: "anna"}})
+    chat.invoke("Hi", {"configurable": {"user_id": "anna", "user": "x", "thread_id": "1"}})
+    agent = create_agent(
+        preferring("near"), middleware=[PreferenceMiddleware()], store=InMemoryStore()
+    )
+    with pytest.warns(UserWarning, match="the run's context: the key 'user' is not used"):
+        agent.invoke({"messages": "Hi"}, context={"user": "anna"})
+    with pytest.warns(UserWarning, match="the key 'userid' is not used"):
+        agent.invoke({"messages": "Hi"}, {"configurable": {"userid": "anna"}})
+
+
+def test_the_middleware_refuses_in_its_own_name() -> None:
+    with pytest.raises(
+        RequestError, match="PreferenceMiddleware does not know the option strenght"
+    ):
+        PreferenceMiddleware("near", strenght=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("surface", SURFACES)

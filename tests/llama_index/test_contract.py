@@ -297,8 +297,9 @@ def test_a_misplaced_preference_of_a_message_is_told() -> None:
     message = ChatMessage(role="user", content="Hi", additional_kwargs={"preference": WISH})
     with pytest.warns(
         UserWarning, match=r"'preference' of its additional_kwargs is not used; .*_message\("
-    ):
+    ) as told:
         scripted().chat([message])
+    assert [warning.filename for warning in told] == [__file__]  # not ours, nor LlamaIndex's
     told = ChatMessage(role="user", content="Hi", additional_kwargs={"reference": 1, "id": 2})
     assert scripted().chat([told]).message.content == PLAIN
 

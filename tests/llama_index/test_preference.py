@@ -370,6 +370,19 @@ def test_marks_are_taken_out_of_a_quoted_conversation() -> None:
     assert without_marks(quoted) == "user: Hi\nuser: Short\nplease.\nuser: Hi"
 
 
+async def test_nothing_is_not_stored() -> None:
+    """Such as a text in the place of the id."""
+    block = PreferenceMemoryBlock()
+    with pytest.raises(RequestError, match=r"There is nothing to store: give a preference"):
+        await block.aset("Be brief.")
+    with pytest.raises(RequestError, match="There is nothing to store"):
+        await set_preference(Context(Answering()), strength=None)
+    await block.aset("anna", "")
+    assert await block.aget_settings("anna") == {"preference": ""}
+    with pytest.raises(RequestError, match=r"as in PreferenceMemoryBlock\(chat_store=\.\.\.\)"):
+        PreferenceMemoryBlock(SimpleChatStore())
+
+
 def test_ids_are_checked() -> None:
     with pytest.raises(RequestError, match="session_id=''"):
         PreferenceMemoryBlock().set("", WISH)
