@@ -41,8 +41,13 @@ CONFIGS = {
 }
 
 
-def steps(model: PreTrainedModel, length: int, rows: int, tokens: int) -> Callable[[int], object]:
-    """Return a function that decodes some tokens of rows that share all their first ids."""
+def steps(
+    model: PreTrainedModel, length: int, rows: int, tokens: int
+) -> tuple[Callable[[int], object], float]:
+    """Return a function that decodes some tokens of rows that share all their first ids.
+
+    And how large their KV cache is, in MiB.
+    """
     backend = TransformersBackend(model)
     cache = backend._cache
     assert isinstance(cache, PageCache)
@@ -57,7 +62,7 @@ def steps(model: PreTrainedModel, length: int, rows: int, tokens: int) -> Callab
                 backend.step([[7]] * rows, [length + turn * tokens + i] * rows)
 
     run(0)
-    return run
+    return run, backend.nbytes / 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             if not are_native(model):
                 print("Layers are not C code here: only they have pages.")
                 break
-            runs = {
+            made = {
                 f"{rows} row{'s' * (rows > 1)} of {length}": steps(
                     model, length, rows, options.tokens
                 )
@@ -82,14 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 for rows in (1, 2)
             }
             print(f"\n{name}, {name_of(dtype)}")
+            runs = {what: run for what, (run, _) in made.items()}
             times = {
                 what: [took / options.tokens for took in all_took[1:]]
                 for what, all_took in measure.in_turns(runs, options.rounds + 1).items()
             }
             for what, took in times.items():
-                print(f"{what:20} {Spread.of(took)} ms per token")
+                print(f"{what:20} {Spread.of(took)} ms per token, {made[what][1]:.1f} MiB")
             figures[f"{name}, {name_of(dtype)}"] = {
-                what: asdict(Spread.of(took)) for what, took in times.items()
+                what: {**asdict(Spread.of(took)), "mib": made[what][1]}
+                for what, took in times.items()
             }
             shortest, longest = (f"1 row of {length}" for length in (lengths[0], lengths[-1]))
             for one, other in ((longest, shortest), (f"2 rows of {lengths[-1]}", longest)):

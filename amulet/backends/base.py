@@ -31,9 +31,8 @@ class Backend(Protocol):
     """Computes logits for rows of token ids. Only the decode thread calls it, except `queued`.
 
     Attributes:
-        any_length: whether a row can be copied, saved and overwritten at any length. If not, as
-            with recurrent state, only at its current length, and all rows of a pass get the same
-            number of ids.
+        any_length: whether a row can be cut back by some ids, such as padding. If not, as with
+            recurrent state, all rows of a pass get the same number of ids; see `least`.
         chunk: ids in one pass of a prefill.
         images_at_once: whether the columns of an image must be in one pass.
         worth_sharing: the number of ids saved from which a shared prefix is worth its own pass.
@@ -119,6 +118,12 @@ class Backend(Protocol):
 
     def row_bytes(self, length: int) -> int:
         """Bytes of a saved row of `length` ids."""
+
+    def least(self, row: int) -> int:
+        """Return the fewest ids of a row that can be copied, saved, or gone on from.
+
+        0 where all is kept; a recurrent state is only what all of the row's ids have made it.
+        """
 
     def drop(self, first: int) -> None:
         """Called when the rows from `first` on are no longer in use."""

@@ -45,7 +45,7 @@ class Engine:
         self.running: list[Generation] = []
         # Held while tokens are appended; a reader that holds it never sees a partial update.
         self.handing_over: AbstractContextManager[Any] = nullcontext()
-        self.prefixes = Prefixes(prefix_bytes, whole=not backend.any_length)
+        self.prefixes = Prefixes(prefix_bytes)
         self._state = backend.state()  # the weights with which the kept rows were computed
         self._owners: list[tuple[Generation, int]] = []  # row i's generation, and its prompt
         self._filling = False  # a prefill is running in rows after those of `_owners`
@@ -220,7 +220,8 @@ class Engine:
         """Keep a generation's row, unless other weights were noticed since it was admitted."""
         is_current = generation.computed_with is self._state
         if is_current and self.prefixes.takes(len(ids), self.backend.row_bytes(len(ids))):
-            self.prefixes.keep(KeptRow(ids, self.backend.save_row(row, len(ids))))
+            saved = self.backend.save_row(row, len(ids))
+            self.prefixes.keep(KeptRow(ids, saved, self.backend.least(row)))
 
     @contextmanager
     def _or_keep_nothing(self) -> Iterator[None]:
@@ -268,7 +269,7 @@ class Engine:
         base = len(common)
         for i, length in enumerate(common):
             length = min(length, filled[i])
-            if filled[-1] < length and self._may_copy(filled[i], length):
+            if filled[-1] < length and self.backend.least(first + i) <= length:
                 self.backend.copy_row(first + i, first + base, length)
                 filled[-1] = length
         # A separate pass for the shared prefix must pay off: the passes after it then start at a
@@ -280,9 +281,10 @@ class Engine:
         )
         if spared < max(self.backend.worth_sharing, max(map(len, prompts)) - shared):
             shared = 0
-        stops = {shared}
+        branch = self._branch(prompts[-1], filled[-1])
+        stops = {shared, branch}
         if not self.backend.any_length:  # a row can be copied only where it is
-            stops |= {filled[-1], self._branch(prompts[-1], filled[-1])}
+            stops.add(filled[-1])
         for stop in sorted(stops):
             computes = filled[-1] < stop
             while filled[-1] < stop:
@@ -294,12 +296,12 @@ class Engine:
                     [chunk], [filled[-1]], first + base, [width - 1], generation.images
                 )
                 filled[-1] += width
-            if computes and not self.backend.any_length:
+            if computes and (stop == branch or not self.backend.any_length):
                 with self._or_keep_nothing():
                     self._keep(generation, first + base, tuple(prompts[-1][:stop]))
             for i, length in enumerate(common):
                 length = min(length, filled[-1])
-                if filled[i] < length and self._may_copy(filled[-1], length):
+                if filled[i] < length and self.backend.least(first + base) <= length:
                     self.backend.copy_row(first + base, first + i, length)
                     filled[i] = length
         logits: dict[int, torch.Tensor] = {}
@@ -330,18 +332,13 @@ class Engine:
         return torch.stack([logits[i] for i in range(len(prompts))])
 
     def _branch(self, prompt: list[int], filled: int) -> int:
-        """Return where a prompt leaves what kept rows have consumed, or 0.
+        """Return where a prompt parts from a kept row that can't be cut back to there, or 0.
 
-        A row that is only reusable whole is saved there, for the next prompt that begins alike.
+        A row is saved there, for the next prompt that begins alike.
         """
-        if self.backend.any_length:
-            return 0
         length = min(self.prefixes.seen(prompt), len(prompt) - 1)
-        return length if length - filled >= self.backend.worth_sharing else 0
-
-    def _may_copy(self, filled: int, length: int) -> bool:
-        """Tell whether a row's first `length` ids can be copied; recurrent rows only whole."""
-        return self.backend.any_length or filled == length
+        worth = max(self.backend.worth_sharing, LEAST)
+        return length if length - filled >= worth else 0
 
     def _reuse(self, prompt: list[int], row: int) -> int:
         """Copy the prompt's longest prefix from a running or kept row; return its length.
@@ -350,15 +347,14 @@ class Engine:
         """
         if not self.prefixes.limit:
             return 0
-        any_length = self.backend.any_length
         source, length = self.prefixes.find(prompt)
         length = min(length, len(prompt) - 1)
         running, longest = None, 0
-        for other, (generation, i) in enumerate(self._owners if any_length else ()):
+        for other, (generation, i) in enumerate(self._owners):
             if generation.computed_with is not self._state:
                 continue
             shared = min(shared_length(generation.prompts[i], prompt), len(prompt) - 1)
-            if shared > longest:
+            if shared > longest and shared >= self.backend.least(other):
                 running, longest = other, shared
         if running is not None and longest > max(length, LEAST):
             self.backend.copy_row(running, row, longest)

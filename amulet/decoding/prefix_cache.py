@@ -17,10 +17,11 @@ LEAST = 16  # computing shorter prefixes again is faster than keeping them
 
 @dataclass(frozen=True)
 class KeptRow:
-    """One row's ids, and the backend's snapshot of it."""
+    """One row's ids, the backend's snapshot of it, and how few of the ids it can be cut back to."""
 
     ids: tuple[int, ...]
     saved: Snapshot
+    least: int = 0
 
 
 class Prefixes:
@@ -28,12 +29,10 @@ class Prefixes:
 
     Args:
         limit: bytes that may be held; 0 keeps nothing.
-        whole: rows can only be reused whole, as recurrent states can't be cut back.
     """
 
-    def __init__(self, limit: int, whole: bool = False) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._whole = whole
         self._rows: list[KeptRow] = []  # the most recently used last
 
     @property
@@ -50,19 +49,24 @@ class Prefixes:
         """Add a row; rows that it replaces, then the least recently used, make room for it."""
         if not self.takes(len(row.ids), row.saved.nbytes):
             return
-        self._rows = [kept for kept in self._rows if not self._replaces(row.ids, kept.ids)]
+        self._rows = [
+            kept
+            for kept in self._rows
+            if row.ids[: len(kept.ids)] != kept.ids or row.least > kept.least
+        ]
         self._rows.append(row)
         while self.nbytes > self.limit:
             self._rows.pop(0)
 
     def find(self, ids: Sequence[int]) -> tuple[KeptRow | None, int]:
-        """Return the row with the longest usable prefix of a prompt, and the prefix's length."""
+        """Return the row with the longest usable prefix of a prompt, and the prefix's length.
+
+        The prompt's last id counts, but can't be used: its logits are needed.
+        """
         best, length = None, 0
         for row in self._rows:
             shared = shared_length(row.ids, ids)
-            if self._whole and not shared == len(row.ids) < len(ids):
-                continue
-            if shared > length:
+            if shared > length and min(shared, len(ids) - 1) >= row.least:
                 best, length = row, shared
         if best is None or length < LEAST:
             return None, 0
@@ -73,9 +77,6 @@ class Prefixes:
     def seen(self, ids: Sequence[int]) -> int:
         """Return how many of a prompt's first ids a row begins with, be it usable or not."""
         return max((shared_length(row.ids, ids) for row in self._rows), default=0)
-
-    def _replaces(self, new: tuple[int, ...], kept: tuple[int, ...]) -> bool:
-        return new == kept if self._whole else new[: len(kept)] == kept
 
     def clear(self) -> None:
         """Discard all rows."""

@@ -128,6 +128,9 @@ class ScriptedBackend:
     def row_bytes(self, length: int) -> int:
         return 8 * length
 
+    def least(self, row: int) -> int:
+        return 0 if self.any_length else len(self.rows[row])
+
     def drop(self, first: int) -> None:
         self.rows = {row: ids for row, ids in self.rows.items() if row < first}
 

@@ -375,7 +375,7 @@ def test_c_code_writes_and_reads_within_the_rows_pages_alone(native_engine: Engi
         cache.begin(0, [0] * rows, 2 * PAGE)
         cache.begin(0, [2 * PAGE - 1] * (rows - 1) + [PAGE - 1], 1)
         cache._positions = torch.tensor(places)[:, None]
-        cache.in_c.places = cache._positions.data_ptr()
+        cache.by_window[0].in_c.places = cache._positions.data_ptr()
         return layer._whole(hidden, turned, turned, cache)
 
     kind = page_kind(native_engine.backend.model)

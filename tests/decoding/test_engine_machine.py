@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 from transformers import PreTrainedModel
 
-from amulet.backends.transformers.backend import page_kind
+from amulet.backends.transformers import pages
+from amulet.backends.transformers.backend import page_kind, windows
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.cpu.packing import pack_linears
 from amulet.backends.transformers.pages import PageCache
@@ -31,7 +32,7 @@ from amulet.decoding.generation import Generation
 from amulet.errors import OutOfMemoryError
 from tests.engines import engine_over
 from tests.faults import FAULTS, SHORTAGES, Allocations, admit, step
-from tests.models import random_model
+from tests.models import Kind, random_model
 
 IDS = st.integers(0, 255)
 ENDS = frozenset(range(40, 60))
@@ -42,12 +43,12 @@ NEAR = {torch.float64: 0.0, torch.float32: 1e-3}
 
 
 @cache
-def models(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+def models(kind: Kind, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Return the model that the engine decodes with, and the reference in float64.
 
     In float32 it is packed: where there is C code, all its layers are.
     """
-    model = random_model("llama", dtype=dtype, head_dim=64)
+    model = random_model(kind, dtype=dtype, head_dim=64)
     reference = copy.deepcopy(model).double()
     if dtype == torch.float32:
         pack_linears(model)
@@ -58,20 +59,22 @@ class Machine(RuleBasedStateMachine):
     """One engine, and all that has been asked of it.
 
     Attributes:
+        kind: of the model.
         dtype: of the model.
         pages: whether the cache is in pages, though no layer is C code.
     """
 
+    kind: Kind = "llama"
     dtype: torch.dtype
     pages = False
 
     def __init__(self) -> None:
         super().__init__()
-        model, self.reference = models(self.dtype)
+        model, self.reference = models(self.kind, self.dtype)
         self.engine = engine_over(model, prefix_bytes=2**18, drafts=True)
         self.engine.backend.chunk = 24  # prompts give way to steps, and rows grow, ever so often
         if self.pages:
-            self.engine.backend._cache = PageCache(page_kind(model))
+            self.engine.backend._cache = PageCache(page_kind(model), windows(model))
         elif not isinstance(self.engine.backend._cache, PageCache):
             self.engine.backend._cache = RowCache(column_step=16)
         self.allocations = Allocations()
@@ -205,12 +208,28 @@ class OverPages(Machine):
     pages = True
 
 
+class OverWindows(OverPages):
+    """Rows drop what two of the four layers can't see again: four columns at a time."""
+
+    kind = "gemma3"
+
+    def __init__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        for name, value in {"PAGE": 4, "BLOCK": 1, "BEHIND": 4}.items():
+            self.patch.setattr(pages, name, value)
+        super().__init__()
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.patch.undo()
+
+
 class Packed(Machine):
     dtype = torch.float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [InFloat64, OverPages, Packed])
+@pytest.mark.parametrize("machine", [InFloat64, OverPages, OverWindows, Packed])
 def test_any_order_of_requests_steps_cancels_and_failures(machine: type[Machine]) -> None:
     whole = settings(
         settings.default,
@@ -221,7 +240,7 @@ def test_any_order_of_requests_steps_cancels_and_failures(machine: type[Machine]
     run_state_machine_as_test(machine, settings=whole)
 
 
-@pytest.mark.parametrize("kind", [InFloat64, OverPages])
+@pytest.mark.parametrize("kind", [InFloat64, OverPages, OverWindows])
 def test_the_machine_sees_a_cache_that_is_not_right(
     kind: type[Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +251,7 @@ def test_the_machine_sees_a_cache_that_is_not_right(
         own(cache, source, target, max(length - 2, 0))
 
     def write_to_shared(cache: PageCache, first: int, starts: list[int], width: int) -> None:
-        for page in (page for row in cache._rows for page in row):
+        for page in (page for row in cache.by_window[0].rows for page in row):
             page.shared = False
         begin(cache, first, starts, width)
 
@@ -241,7 +260,7 @@ def test_the_machine_sees_a_cache_that_is_not_right(
     machine = kind()
     try:
         machine.ask_first()
-        machine.ask(BEGINNINGS[0], 40, [[200, 201]], 6)
+        machine.ask(BEGINNINGS[0], 38, [[200, 201]], 6)
         machine.decode(2)
         with pytest.raises(AssertionError):
             machine.every_token_is_the_reference_s()

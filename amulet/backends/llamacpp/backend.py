@@ -199,6 +199,10 @@ class LlamaBackend:
             raise RuntimeError(f"llama.cpp saved {written} of {size} bytes of a row")
         return SavedRow(data, length)
 
+    def least(self, row: int) -> int:
+        """See `Backend.least`."""
+        return 0 if self.any_length else self._lengths[row]
+
     def drop(self, first: int) -> None:
         """Free the cells of the rows from `first` on."""
         for row in [row for row, length in self._lengths.items() if row >= first and length]:

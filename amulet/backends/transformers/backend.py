@@ -28,7 +28,7 @@ from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cpu.packed_layers import native_rows
 from amulet.backends.transformers.cuda.graphs import StepGraphs
-from amulet.backends.transformers.masks import has_indexer, has_states
+from amulet.backends.transformers.masks import has_indexer, has_states, layer_kinds, reach
 from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
@@ -129,7 +129,7 @@ class TransformersBackend(ModelBackend):
         """Return pages where whole layers are C code, which reads them; else buffers."""
         model = self.model
         if are_native(model) and not self._compile:
-            return PageCache(page_kind(model))
+            return PageCache(page_kind(model), windows(model))
         return RowCache(GPU_COLUMN_STEP if model.device.type == "cuda" else COLUMN_STEP)
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -236,6 +236,10 @@ class TransformersBackend(ModelBackend):
         """Bytes of a saved row of `length` ids."""
         return self._cache.row_bytes(length)
 
+    def least(self, row: int) -> int:
+        """See `Backend.least`."""
+        return self._cache.least(row)
+
     def drop(self, first: int) -> None:
         """Let go of the rows' pages; buffers of rows stay for the next."""
         self._places.drop(first)
@@ -262,3 +266,10 @@ def page_kind(model: PreTrainedModel) -> PageKind:
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return PageKind(text.num_hidden_layers, heads, head_dim(text), model.dtype)
+
+
+def windows(model: PreTrainedModel) -> list[int]:
+    """Return how many columns each of a model's layers sees at most, 0 for all."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or layer_kinds(text) * text.num_hidden_layers
+    return [reach(kind, text) or 0 for kind in kinds]

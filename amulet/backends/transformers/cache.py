@@ -250,6 +250,10 @@ class RowCache(RowsInPass):
         states = self.states.nbytes
         return (self.nbytes - states) * length // (rows * columns) + states // rows
 
+    def least(self, row: int) -> int:
+        """Return the fewest tokens that a row can be cut back to."""
+        return self.states.least(row)
+
     def write_row(self, row: int, buffers: Sequence[torch.Tensor | None], length: int) -> None:
         """Write the first `length` tokens of what `row` returned into a row."""
         layers = len(buffers) // len(self._lists)

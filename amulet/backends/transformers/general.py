@@ -209,6 +209,10 @@ class GeneralBackend(ModelBackend):
         row = min(rows, key=lambda row: len(row.ids))
         return row.nbytes * length // len(row.ids)
 
+    def least(self, row: int) -> int:
+        """See `Backend.least`."""
+        return 0 if self.any_length else len(self._rows[row].ids)
+
     def drop(self, first: int) -> None:
         """Free the rows from `first` on."""
         self._rows = {number: row for number, row in self._rows.items() if number < first}

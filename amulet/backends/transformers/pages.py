@@ -3,6 +3,8 @@
 For the C code (`cpu/layers.py`), which reads a shared page once for all of its rows. A page that
 rows share is never written again: a row that continues in it first gets a copy. So shared pages
 need no count of their users; the last row or kept row that lets go of a page frees it.
+
+Layers with a sliding window have pages of their own, and a row drops those that it can't see again.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -19,13 +21,14 @@ from amulet.backends.transformers.states import RowStates
 
 PAGE = 64  # columns of a page, as in `native/pages.h`
 TRIMMED = 2**26  # bytes of pages, from which returning them to the system is worth its time
+BEHIND = 2048  # columns that a row keeps before its window: cut back into them, it can be reused
 BLOCK = 4  # pages that a task of the C code attends to, as in `native/pages.h`
 
 _system: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class PageKind(NamedTuple):
-    """What the pages of a model's rows hold."""
+    """What the pages of some layers of a model's rows hold."""
 
     layers: int
     heads: int
@@ -44,7 +47,7 @@ class PageKind(NamedTuple):
 
 
 class Page:
-    """`PAGE` columns of keys and values of all layers.
+    """`PAGE` columns of keys and values of some layers.
 
     Attributes:
         numbers: `[2, layers, kv_heads, PAGE * dim]`, in the layout of `native/tiles.h`.
@@ -74,6 +77,9 @@ class Page:
         return words.transpose(2, 3)
 
 
+Pages: TypeAlias = list[Page | None]  # of a row: None where it has dropped one
+
+
 class PagesInC(ctypes.Structure):
     """`struct pages` of `native/pages.h`."""
 
@@ -83,113 +89,83 @@ class PagesInC(ctypes.Structure):
     ]
 
 
-class PageCache(RowsInPass):
-    """Keys and values of all rows, in pages.
+class LayerPages:
+    """The rows' pages of those layers that see equally many columns.
 
     Args:
-        kind: of its pages.
+        kind: of the pages.
+        window: how many columns the layers see at most; 0 is all.
 
     Attributes:
-        states: none; models with recurrent states have a `RowCache`.
+        rows: the pages of each row. All kinds of layers have equally many, dropped ones included.
+        made: bytes of pages since the heap was last trimmed.
     """
 
-    def __init__(self, kind: PageKind) -> None:
-        super().__init__()
-        self.kind = kind
-        self.states = RowStates()
-        self._rows: list[list[Page]] = []
-        self._planned: tuple[int, int] | None = None  # the rows of which `in_c` knows the pages
+    def __init__(self, kind: PageKind, window: int = 0) -> None:
+        self.kind, self.window = kind, window
+        self.rows: list[Pages] = []
+        self.made = 0
         self.in_c = PagesInC()
+        self._planned: tuple[int, int] | None = None  # the rows of which `in_c` knows the pages
         self._held: tuple[torch.Tensor, ...] = ()  # what `in_c` points to
-        self._made = 0  # bytes of pages since the heap was last trimmed
 
-    # The engine's side
-
-    def reserve(self, rows: int, columns: int) -> None:
-        """Do nothing: a pass allocates its pages, all or none, before it computes."""
-
-    def begin(self, first: int, starts: Sequence[int], width: int) -> None:
-        """Set where the next pass writes, and give its rows pages there; see `RowsInPass.begin`.
-
-        All or nothing: after an error no row has changed.
-        """
-        self._rows += [[] for _ in range(first + len(starts) - len(self._rows))]
-        changed: dict[int, list[Page]] = {}
+    def changes(self, first: int, starts: Sequence[int], width: int) -> dict[int, Pages]:
+        """Return new lists of pages for those rows that a pass needs to have others."""
+        changed: dict[int, Pages] = {}
         for row, start in enumerate(starts, first):
-            have, written, count = self._rows[row], start // PAGE, -(-(start + width) // PAGE)
+            have, written, count = self.rows[row], start // PAGE, -(-(start + width) // PAGE)
+            dropped = self.dropped(start)
             assert len(have) * PAGE >= start, f"row {row} has {len(have)} pages, not {start} tokens"
-            if len(have) == count and not any(page.shared for page in have[written:]):
+            needed = max(start + 1 - self.window, 0) // PAGE if self.window else 0
+            assert not start or have[min(needed, len(have) - 1)] is not None, (
+                f"row {row} has dropped what {start} tokens need"
+            )
+            if (
+                len(have) == count
+                and not any(page is None or page.shared for page in have[written:])
+                and (not dropped or have[dropped - 1] is None)
+            ):
                 continue
             kept = have[:count]
+            kept[:dropped] = [None] * dropped
             for i in range(written, count):
-                if i >= len(kept):
-                    kept.append(self._new())
-                elif kept[i].shared:
+                page = kept[i] if i < len(kept) else None
+                if page is None:
+                    kept[i : i + 1] = [self._new()]
+                elif page.shared:
                     partly = i == written and start % PAGE
-                    kept[i] = self._copy(kept[i], start % PAGE) if partly else self._new()
+                    kept[i] = self._copy(page, start % PAGE) if partly else self._new()
             changed[row] = kept
         if changed:
-            self._planned = None  # here, as an error below leaves the old plan
-        for row, pages in changed.items():
-            self._rows[row] = pages
-        super().begin(first, starts, width)
-        if changed or self._planned != (first, len(starts)):
-            self._plan(first, len(starts))
-        self.in_c.places = self._positions.data_ptr()
+            self.forget()  # here, as an error leaves the old plan
+        return changed
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Let a row begin with the pages of the first `length` tokens of another."""
-        self.write_row(target, self.row(source, length), length)
+    def dropped(self, length: int) -> int:
+        """Return how many pages a row of so many tokens drops, whole blocks."""
+        behind = length + 1 - self.window - BEHIND
+        return max(behind // (BLOCK * PAGE), 0) * BLOCK if self.window else 0
 
-    def row(self, row: int, length: int) -> tuple[Page, ...]:
-        """Return the pages of a row's first `length` tokens, for `write_row`."""
-        pages = tuple(self._rows[row][: -(-length // PAGE)])
-        for page in pages:
-            page.shared = True
-        return pages
+    def least(self, row: int) -> int:
+        """Return the fewest tokens that a row can be cut back to."""
+        pages = self.rows[row]
+        if not self.window or not pages or pages[0] is not None:
+            return 0
+        dropped = next((i for i, page in enumerate(pages) if page is not None), len(pages))
+        return dropped * PAGE + self.window - 1
 
-    def write_row(self, row: int, pages: Sequence[Any], length: int) -> None:
-        """Let a row begin with the first `length` tokens of what `row` returned."""
-        self._rows += [[] for _ in range(row + 1 - len(self._rows))]
-        self._rows[row] = list(pages[: -(-length // PAGE)])
+    def row_pages(self, length: int) -> int:
+        """Return how many pages a row of so many tokens holds."""
+        return -(-length // PAGE) - self.dropped(max(length - 1, 0))
+
+    def forget(self) -> None:
+        """Make `plan` tell the C code all pages anew."""
         self._planned = None
-
-    def row_bytes(self, length: int) -> int:
-        """Bytes of what `row` returns for `length` tokens."""
-        return -(-length // PAGE) * self.kind.nbytes
-
-    def drop(self, first: int) -> None:
-        """Let go of the rows from `first` on."""
-        del self._rows[first:]
-        self._planned = None
-
-    def blank(self) -> None:
-        """Let go of all rows, and return the memory of many pages to the system.
-
-        The heap would keep them: other memory lies between them, and kept rows have some of them.
-        """
-        self.drop(0)
-        if self._made >= TRIMMED and hasattr(_system, "malloc_trim"):  # not in each C library
-            self._made = 0
-            _system.malloc_trim(0)
-
-    free = clear = blank
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows' pages, each counted once."""
-        return len({id(page) for pages in self._rows for page in pages}) * self.kind.nbytes
-
-    @property
-    def capacity(self) -> tuple[int, int]:
-        """The number of rows, and of the columns of the longest."""
-        return len(self._rows), PAGE * max(map(len, self._rows), default=0)
 
     def _new(self) -> Page:
         """Return an empty page. Zeros, as a masked column is still multiplied by a weight of 0."""
         kind = self.kind
         size = 2, kind.layers, kind.heads, PAGE * kind.dim
-        self._made += kind.nbytes
+        self.made += kind.nbytes
         return Page(torch.zeros(size, dtype=kind.dtype))
 
     def _copy(self, page: Page, length: int) -> Page:
@@ -207,20 +183,25 @@ class PageCache(RowsInPass):
             values[:, length // kind.pair, :, 1] = 0
         return copy
 
-    def _plan(self, first: int, count: int) -> None:
+    def plan(self, first: int, count: int) -> None:
         """Tell the C code the rows' pages, and which rows share which blocks of them."""
+        if self._planned == (first, count):
+            return
         self._planned = None
-        rows = self._rows[first : first + count]
+        rows = self.rows[first : first + count]
         most = max(map(len, rows))
         blocks = -(-most // BLOCK)
-        table = [[page.address for page in pages] + [0] * (most - len(pages)) for pages in rows]
+        table = [
+            [0 if page is None else page.address for page in pages] + [0] * (most - len(pages))
+            for pages in rows
+        ]
         following = [[-1] * count for _ in range(blocks)]
         tasks: list[tuple[int, int]] = []
         for block in range(blocks):
             last: dict[tuple[int, ...], int] = {}  # the last row with these pages
-            for row, pages in enumerate(rows):
+            for row in range(count):
                 part = tuple(table[row][block * BLOCK : (block + 1) * BLOCK])
-                if len(pages) <= block * BLOCK:
+                if not part[0]:  # behind the row's end, or dropped
                     continue
                 if part in last:
                     following[block][last[part]] = row
@@ -236,6 +217,162 @@ class PageCache(RowsInPass):
         self.in_c.table, self.in_c.tasks, self.in_c.next = (t.data_ptr() for t in self._held)
         self._planned = first, count
 
+    def write(
+        self, layer: int, first: int, starts: Sequence[int], states: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        """Write new keys or values; return those of all columns of the rows.
+
+        Args:
+            layer: among those of these pages.
+            first: the first row.
+            starts: for each row the column of its first new token.
+            states: `[rows, kv_heads, width, dim]`.
+            name: "keys" or "values".
+        """
+        kind, width = self.kind, states.shape[2]
+        columns = max(starts) + width
+        gathered = states.new_zeros(len(starts), kind.heads, columns, kind.dim)
+        for row, (pages, start) in enumerate(zip(self.rows[first:], starts, strict=False)):
+            end = start + width
+            for i, page in enumerate(pages):
+                if page is None:  # no token sees it any more
+                    continue
+                begin, words = i * PAGE, getattr(page, name)(kind, layer)
+                found = words.reshape(kind.heads, PAGE, kind.dim)
+                low, high = max(start - begin, 0), min(end - begin, PAGE)
+                if low < high:
+                    found = found.clone()  # it may be a view or a copy
+                    found[:, low:high] = states[row, :, begin + low - start : begin + high - start]
+                    words.copy_(found.view(words.shape))
+                room = gathered[row, :, begin : begin + PAGE]
+                room.copy_(found[:, : room.shape[1]])
+        return gathered
+
+
+class PageCache(RowsInPass):
+    """Keys and values of all rows, in pages.
+
+    Args:
+        kind: of all layers' pages.
+        windows: how many columns each layer sees at most, 0 for all; by default all see all.
+
+    Attributes:
+        by_window: the pages of the layers without a window, then of those with one.
+        states: none; models with recurrent states have a `RowCache`.
+    """
+
+    def __init__(self, kind: PageKind, windows: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.kind = kind
+        self.states = RowStates()
+        windows = windows or [0] * kind.layers
+        self.by_window = [
+            LayerPages(kind._replace(layers=windows.count(window)), window)
+            for window in sorted(set(windows) or {0})
+        ]
+        found = {pages.window: pages for pages in self.by_window}
+        self._of_layer = [
+            (found[window], windows[:layer].count(window)) for layer, window in enumerate(windows)
+        ]
+
+    def of_layer(self, layer: int) -> tuple[LayerPages, int]:
+        """Return a layer's pages, and its index in them.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        if layer >= len(self):
+            raise IndexError(f"no room for layer {layer} in pages of {len(self)} layers")
+        return self._of_layer[layer]
+
+    # The engine's side
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Do nothing: a pass allocates its pages, all or none, before it computes."""
+
+    def begin(self, first: int, starts: Sequence[int], width: int) -> None:
+        """Set where the next pass writes, and give its rows pages there; see `RowsInPass.begin`.
+
+        All or nothing: after an error no row has changed.
+        """
+        for pages in self.by_window:
+            pages.rows += [[] for _ in range(first + len(starts) - len(pages.rows))]
+        changes = [pages.changes(first, starts, width) for pages in self.by_window]
+        for pages, changed in zip(self.by_window, changes, strict=True):
+            for row, others in changed.items():
+                pages.rows[row] = others
+        super().begin(first, starts, width)
+        for pages in self.by_window:
+            pages.plan(first, len(starts))
+            pages.in_c.places = self._positions.data_ptr()
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Let a row begin with the pages of the first `length` tokens of another."""
+        self.write_row(target, self.row(source, length), length)
+
+    def row(self, row: int, length: int) -> tuple[Page | None, ...]:
+        """Return the pages of a row's first `length` tokens, for `write_row`."""
+        count = -(-length // PAGE)
+        found = tuple(page for pages in self.by_window for page in pages.rows[row][:count])
+        for page in found:
+            if page is not None:
+                page.shared = True
+        return found
+
+    def write_row(self, row: int, pages: Sequence[Any], length: int) -> None:
+        """Let a row begin with the first `length` tokens of what `row` returned."""
+        have, count = len(pages) // len(self.by_window), -(-length // PAGE)
+        for i, of_layers in enumerate(self.by_window):
+            of_layers.rows += [[] for _ in range(row + 1 - len(of_layers.rows))]
+            of_layers.rows[row] = list(pages[i * have : i * have + count])
+            of_layers.forget()
+
+    def row_bytes(self, length: int) -> int:
+        """Bytes of what `row` returns for `length` tokens."""
+        return sum(pages.row_pages(length) * pages.kind.nbytes for pages in self.by_window)
+
+    def least(self, row: int) -> int:
+        """Return the fewest tokens that a row can be cut back to."""
+        return max(pages.least(row) for pages in self.by_window)
+
+    def drop(self, first: int) -> None:
+        """Let go of the rows from `first` on."""
+        for pages in self.by_window:
+            del pages.rows[first:]
+            pages.forget()
+
+    def blank(self) -> None:
+        """Let go of all rows, and return the memory of many pages to the system.
+
+        The heap would keep them: other memory lies between them, and kept rows have some of them.
+        """
+        self.drop(0)
+        made = sum(pages.made for pages in self.by_window)
+        if made >= TRIMMED and hasattr(_system, "malloc_trim"):  # not in each C library
+            for pages in self.by_window:
+                pages.made = 0
+            _system.malloc_trim(0)
+
+    free = clear = blank
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows' pages, each counted once."""
+        held = {
+            id(page): page.nbytes
+            for of_layers in self.by_window
+            for pages in of_layers.rows
+            for page in pages
+            if page is not None
+        }
+        return sum(held.values())
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """The number of rows, and of the columns of the longest."""
+        rows = self.by_window[0].rows
+        return len(rows), PAGE * max(map(len, rows), default=0)
+
     # The model's side: its own code, where a layer can't be C code
 
     def __len__(self) -> int:
@@ -250,23 +387,6 @@ class PageCache(RowsInPass):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the pass's keys and values `[rows, kv_heads, width, dim]`; return all columns."""
-        kind, found = self.kind, []
-        rows = self._rows[self._first : self._first + len(self._starts)]
-        for states, name in ((key_states, "keys"), (value_states, "values")):
-            gathered = states.new_zeros(len(rows), kind.heads, self.columns, kind.dim)
-            for row, (pages, start) in enumerate(zip(rows, self._starts, strict=True)):
-                end = start + self._width
-                for i, page in enumerate(pages):
-                    begin, words = i * PAGE, getattr(page, name)(kind, layer_idx)
-                    columns = words.reshape(kind.heads, PAGE, kind.dim)
-                    low, high = max(start - begin, 0), min(end - begin, PAGE)
-                    if low < high:
-                        columns = columns.clone()  # it may be a view or a copy
-                        columns[:, low:high] = states[
-                            row, :, begin + low - start : begin + high - start
-                        ]
-                        words.copy_(columns.view(words.shape))
-                    room = gathered[row, :, begin : begin + PAGE]
-                    room.copy_(columns[:, : room.shape[1]])
-            found.append(gathered)
-        return found[0], found[1]
+        pages, layer = self.of_layer(layer_idx)
+        at = layer, self._first, self._starts
+        return pages.write(*at, key_states, "keys"), pages.write(*at, value_states, "values")

@@ -159,6 +159,10 @@ class RestartingBackend(TransformersBackend):
         """Bytes of a saved row of `length` ids."""
         return super().row_bytes(length) + 8 * length
 
+    def least(self, row: int) -> int:
+        """See `Backend.least`."""
+        return len(self._consumed[row].ids)
+
     def drop(self, first: int) -> None:
         """Let go of the rows from `first` on."""
         super().drop(first)

@@ -94,6 +94,10 @@ class RowStates:
         for place, state in states.items():
             self._room(place, state)[row] = state
 
+    def least(self, row: int) -> int:
+        """Return the fewest ids to which a row can be cut back: all that it has consumed."""
+        return self._lengths[row] if self._states else 0
+
     def blank(self) -> None:
         """Erase all states, but keep the memory."""
         for state in self._states.values():

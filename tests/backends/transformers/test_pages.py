@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet.backends.transformers.backend import TransformersBackend, page_kind
+from amulet.backends.transformers import pages
+from amulet.backends.transformers.backend import TransformersBackend, page_kind, windows
 from amulet.backends.transformers.cache import RowCache
 from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.cpu.layers import are_native
@@ -123,12 +124,14 @@ def test_a_pass_without_memory_changes_no_row(fault: str) -> None:
 
     for place in allocations_of(pass_of, filled):
         cache = filled()
-        rows = [list(row) for row in cache._rows]
+        rows = [list(row) for row in cache.by_window[0].rows]
         with pytest.raises(type(FAULTS[fault]())), Allocations(place, FAULTS[fault]):
             pass_of(cache)
-        assert [list(row)[: len(had)] for row, had in zip(cache._rows, rows, strict=True)] == rows
+        assert [
+            list(row)[: len(had)] for row, had in zip(cache.by_window[0].rows, rows, strict=True)
+        ] == rows
         pass_of(cache)
-        assert cache.in_c.most == 4
+        assert cache.by_window[0].in_c.most == 4
 
 
 def test_a_pass_after_one_without_memory_knows_the_present_pages() -> None:
@@ -147,7 +150,9 @@ def test_a_pass_after_one_without_memory_knows_the_present_pages() -> None:
         with pytest.raises(RuntimeError), Allocations(place):
             pass_of(cache)
         pass_of(cache)
-        assert cache._held[0].tolist() == [[page.address for page in cache._rows[0]]]
+        assert cache.by_window[0]._held[0].tolist() == [
+            [page.address for page in cache.by_window[0].rows[0]]
+        ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -165,7 +170,7 @@ def test_a_row_does_not_take_over_what_is_behind_its_beginning(
     cache.write_row(1, cache.row(0, length + 9), length)
     after = write(cache, 1, [length], 1)
     assert torch.equal(after[0, :, :length], before[0])
-    for page in cache._rows[1]:
+    for page in cache.by_window[0].rows[1]:
         assert page.numbers.isfinite().all()
 
 
@@ -199,9 +204,69 @@ def test_rows_with_the_same_pages_are_one_task() -> None:
         cache.copy_row(0, row, BLOCK * PAGE + 1)
     write(cache, 3, [0], PAGE)
     cache.begin(0, [BLOCK * PAGE + 1] * 3 + [PAGE], 1)
-    _, tasks, following = cache._held
+    _, tasks, following = cache.by_window[0]._held
     assert tasks.tolist() == [[0, 0], [0, 3], [1, 0], [1, 1], [1, 2]]
     assert following.tolist() == [[1, 2, -1, -1], [-1] * 4]
+
+
+WINDOW = 100
+DROPPED = BLOCK * PAGE  # columns that are dropped together
+
+
+def behind_windows() -> PageCache:
+    """Return the cache of two layers, of which the second has a window."""
+    return PageCache(KIND, [0, WINDOW])
+
+
+def test_a_row_drops_what_its_windows_do_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "BEHIND", 50)
+    cache, whole = behind_windows(), PageCache(KIND)
+    one = KIND._replace(layers=1).nbytes
+    assert cache.row_bytes(DROPPED) == 4 * KIND.nbytes
+    length = DROPPED + WINDOW + 50  # of which the last sees as little as the first that drops
+    torch.manual_seed(0)
+    write(cache, 0, [0], length)
+    torch.manual_seed(0)
+    write(whole, 0, [0], length)
+    count = -(-length // PAGE)
+    assert cache.nbytes == 2 * count * one
+    assert cache.least(0) == 0
+    cache.begin(0, [length - 1], 1)
+    assert cache.nbytes == (2 * count - BLOCK) * one == cache.row_bytes(length)
+    least = DROPPED + WINDOW - 1
+    assert cache.least(0) == least
+    for start in (length, least):
+        torch.manual_seed(1)
+        found = write(cache, 0, [start], 9)
+        torch.manual_seed(1)
+        expected = write(whole, 0, [start], 9)
+        assert torch.equal(found[:, :, DROPPED:], expected[:, :, DROPPED:])
+        assert not found[:, :, :DROPPED].any()
+    with pytest.raises(AssertionError, match="dropped what"):
+        cache.begin(0, [DROPPED - 1], 1)
+    cache.begin(0, [0], 9)  # from its beginning on it is another row
+    assert cache.least(0) == 0
+
+
+def test_a_row_that_has_dropped_pages_is_copied_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "BEHIND", 0)
+    cache = behind_windows()
+    length = 2 * DROPPED + WINDOW
+    write(cache, 0, [0], length)
+    whole = cache.row(0, length)  # before it drops any
+    expected = write(cache, 0, [length], 1)[0]
+    kept = cache.row(0, length + 1)
+    assert sum(page is None for page in kept) == 2 * BLOCK
+    cache.copy_row(0, 1, length + 1)
+    cache.write_row(2, kept, length + 1)
+    cache.write_row(3, whole, length)
+    assert [cache.least(row) for row in range(4)] == [2 * DROPPED + WINDOW - 1] * 3 + [0]
+    after = write(cache, 0, [length + 1] * 3, 1)
+    for row in range(3):
+        assert torch.equal(after[row, :, :-1], expected)
+    begun = write(cache, 3, [DROPPED + WINDOW], 1)[0]
+    assert not begun[:, :DROPPED].any()
+    assert torch.equal(begun[:, 2 * DROPPED : -1], expected[:, 2 * DROPPED : begun.shape[1] - 1])
 
 
 # The C code
@@ -227,7 +292,7 @@ def attend(
         (ctypes.c_long * len(numbers))(*numbers),
         kind.dtype == torch.bfloat16,
         query.data_ptr(),
-        ctypes.addressof(cache.in_c),
+        ctypes.addressof(cache.of_layer(1)[0].in_c),
         layer,
         window,
         dim**-0.5,
@@ -247,6 +312,7 @@ def attend(
     own=st.lists(st.integers(0, 300), min_size=1, max_size=4),
     width=st.sampled_from([1, 3, 17]),
     window=st.sampled_from([0, 5, 64, 300]),
+    drops=st.booleans(),
     few=st.booleans(),
     seed=st.integers(0, 99),
 )
@@ -258,11 +324,30 @@ def test_attention_over_pages_is_exact(
     own: list[int],
     width: int,
     window: int,
+    drops: bool,
     few: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    cache = PageCache(PageKind(2, 2, dim, dtype))
+    cache = PageCache(PageKind(2, 2, dim, dtype), [0, window] if drops else [])
+    layer = 0 if drops and window else 1  # among the pages of the layer that is attended to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "BEHIND", 0)
+        _check_attention(cache, dim, groups, shared, own, width, window, layer, few)
+
+
+def _check_attention(
+    cache: PageCache,
+    dim: int,
+    groups: int,
+    shared: int,
+    own: list[int],
+    width: int,
+    window: int,
+    layer: int,
+    few: bool,
+) -> None:
+    dtype = cache.kind.dtype
     if shared:
         write(cache, 0, [0], shared)
     for row in range(len(own) - 1, -1, -1):
@@ -278,11 +363,11 @@ def test_attention_over_pages_is_exact(
     if window:
         seen &= column > places - window
     exact = bounds.attention(query.transpose(1, 2), keys, -keys, seen, dim**-0.5)
-    together = attend(cache, query, 1, window, few)
+    together = attend(cache, query, layer, window, few)
     bounds.check(together, exact)
     for row, start in enumerate(starts):  # alone, to the last bit
         cache.begin(row, [start], width)
-        alone = attend(cache, query[row : row + 1].contiguous(), 1, window, few)
+        alone = attend(cache, query[row : row + 1].contiguous(), layer, window, few)
         assert torch.equal(alone[0], together[row])
 
 
@@ -293,7 +378,7 @@ def over_pages(kind: Kind, dtype: torch.dtype) -> Engine:
     """Return an engine over pages whatever the model's layers are."""
     model = random_model(kind, dtype=dtype, head_dim=32)
     engine = engine_over(model, prefix_bytes=2**24)
-    engine.backend._cache = PageCache(page_kind(model))
+    engine.backend._cache = PageCache(page_kind(model), windows(model))
     return engine
 
 
@@ -360,3 +445,32 @@ def test_kept_rows_of_a_request_count_what_they_share_once() -> None:
     engine.admit(Generation(prompts=[[*prompt, 5], [*prompt, 7]], weights=[1.0], max_new_tokens=1))
     assert engine.running == []
     assert engine.prefixes.nbytes == (1000 // PAGE + 2) * page_kind(model).nbytes
+
+
+@needs_code
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_a_long_answer_holds_its_windows_only(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are as with all columns. The third prompt can begin where the first two part."""
+    monkeypatch.setattr(pages, "BEHIND", 0)
+    prompt = torch.randint(0, 256, (1200,), generator=torch.Generator().manual_seed(0)).tolist()
+    answers, held, cached = [], [], []
+    for drops in (True, False):
+        model = random_model(kind, dtype=torch.float32, head_dim=64)
+        model.config.max_position_embeddings = 4096
+        pack_linears(model)
+        engine = engine_over(model, prefix_bytes=2**26)
+        if not drops:
+            engine.backend._cache = PageCache(page_kind(model))
+        for ending in (5, 6, 7):
+            asked = Generation(prompts=[[*prompt, *[ending] * 300]], max_new_tokens=30)
+            engine.admit(asked)
+            engine.step()
+            held.append(engine.backend.nbytes)
+            while engine.running:
+                engine.step()
+            answers.append(asked.token_ids)
+            cached.append(asked.cached_tokens)
+    assert answers[:3] == answers[3:]
+    assert cached == [0, 0, 1200, 0, 1200, 1200]
+    share = {"mistral": 4 / 24, "gemma3": (4 / 24 + 1) / 2}[kind]
+    assert held[0] == held[2] == share * held[3]

@@ -306,16 +306,22 @@ class NativeLayer:
         cache: PageCache,
         part: int,
     ) -> _Pass:
-        expected = PageKind(cache.kind.layers, self._in_c.key_heads, self._dim, hidden.dtype)
-        if cache.kind != expected or cache.positions.shape != hidden.shape[:2]:
+        pages, layer = cache.of_layer(self._attention.layer_idx)
+        expected = PageKind(pages.kind.layers, self._in_c.key_heads, self._dim, hidden.dtype)
+        if (
+            pages.kind != expected
+            or pages.window not in (0, self._window)
+            or cache.positions.shape != hidden.shape[:2]
+        ):
             raise IndexError(
-                f"no room for {list(hidden.shape[:2])} tokens of {expected} in {cache.kind}"
+                f"no room for {list(hidden.shape[:2])} tokens of {expected} with a window of "
+                f"{self._window} in {pages.kind} with one of {pages.window}"
             )
         return _Pass(
             *(*hidden.shape[:2], part),
             *(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // self._dim),
-            ctypes.addressof(cache.in_c),
-            *(self._attention.layer_idx, self._window),
+            ctypes.addressof(pages.in_c),
+            *(layer, self._window),
         )
 
     def _run(self, function: Any, now: _Pass, *tensors: torch.Tensor) -> None:

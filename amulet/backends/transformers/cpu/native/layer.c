@@ -58,9 +58,11 @@ static int is_inside(const struct pass *in)
     int inside = in->rows > 0 && in->width > 0 && in->angles > 0 && in->layer >= 0
                  && in->layer < pages->layers;
     for (long i = 0; inside && i < in->rows * in->width; i++) {
-        long place = pages->places[i], row = i / in->width;
+        long place = pages->places[i], row = i / in->width, first = pages->places[row * in->width];
+        long unseen = in->window && first >= in->window ? first + 1 - in->window : 0;
+        long least = unseen / (PAGES_AT_ONCE * PAGE) * PAGES_AT_ONCE;
         inside = place >= 0 && place / PAGE < pages->most && place / (PAGES_AT_ONCE * PAGE) < pages->blocks;
-        for (long p = place / PAGE; inside && p >= 0 && i % in->width == in->width - 1; p--)
+        for (long p = place / PAGE; inside && p >= least && i % in->width == in->width - 1; p--)
             inside = pages->table[row * pages->most + p] != NULL;
     }
     return inside;
