@@ -245,7 +245,7 @@ def test_the_machine_sees_a_cache_that_is_not_right(
     kind: type[Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A test that can't fail is none: columns of a row that are lost must be found."""
-    own, begin = RowCache.copy_row, PageCache.begin
+    own, begin, had = RowCache.copy_row, PageCache.begin, PageCache.row
 
     def copy_short(cache: RowCache, source: int, target: int, length: int) -> None:
         own(cache, source, target, max(length - 2, 0))
@@ -255,12 +255,19 @@ def test_the_machine_sees_a_cache_that_is_not_right(
             page.shared = False
         begin(cache, first, starts, width)
 
+    def empty(cache: PageCache, row: int, length: int) -> tuple[pages.Page | None, ...]:
+        found = had(cache, row, length)
+        return tuple(page and pages.Page(torch.zeros_like(page.numbers)) for page in found)
+
     monkeypatch.setattr(RowCache, "copy_row", copy_short)
-    monkeypatch.setattr(PageCache, "begin", write_to_shared)
+    if kind is OverWindows:  # its pages are too small for two columns to change a token
+        monkeypatch.setattr(PageCache, "row", empty)
+    else:
+        monkeypatch.setattr(PageCache, "begin", write_to_shared)
     machine = kind()
     try:
         machine.ask_first()
-        machine.ask(BEGINNINGS[0], 38, [[200, 201]], 6)
+        machine.ask(BEGINNINGS[0], 40, [[200, 201]], 6)
         machine.decode(2)
         with pytest.raises(AssertionError):
             machine.every_token_is_the_reference_s()
