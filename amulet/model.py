@@ -539,8 +539,7 @@ class Amulet:
         streams: list[ReplyStream | AmuletError] = []
         for request in requests:
             try:
-                given = request if isinstance(request, Request) else Request(**request)
-                streams.append(self.prepare(given))
+                streams.append(self.prepare(Request.of(request)))
             except AmuletError as error:
                 if not return_exceptions:
                     raise

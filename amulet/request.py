@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from amulet.aliases import refuse_unnamed
 from amulet.errors import RequestError
@@ -27,6 +35,12 @@ from amulet.preference import (
 
 if TYPE_CHECKING:
     pass
+
+
+def _message(given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        raise ValueError('expected a dict, such as {"role": "user", "content": "Hello"}')
+    return given
 
 
 class Request(BaseModel):
@@ -69,7 +83,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    messages: tuple[dict[str, Any], ...] | None = None
+    messages: tuple[Annotated[dict[str, Any], BeforeValidator(_message)], ...] | None = None
     prompt: str | None = None
     preference: tuple[Preference, ...] = ()
     strength: Strength | None = None
@@ -103,6 +117,22 @@ class Request(BaseModel):
         except ValidationError as error:
             raise RequestError(describe(error, type(self).model_fields)) from None
 
+    @classmethod
+    def of(cls, given: Request | Mapping[str, Any]) -> Request:
+        """Return a request that may be given as a dict of its fields.
+
+        Raises:
+            RequestError: it is neither, or a field is not valid.
+        """
+        if isinstance(given, Request):
+            return given
+        if not isinstance(given, Mapping) or "role" in given:  # a message, or a list of them
+            raise RequestError(
+                f"a request of type {type(given).__name__}: expected a Request, or a dict of its "
+                'fields, such as {"messages": [...], "preference": "Be brief."}.'
+            )
+        return cls(**given)
+
     @field_validator("preference", mode="before")
     @classmethod
     def _normal_preference(cls, given: Any) -> tuple[Preference, ...]:
@@ -129,6 +159,16 @@ class Request(BaseModel):
         if not isinstance(processors, Iterable) or not all(map(callable, processors)):
             raise ValueError("expected callables (input_ids, scores) -> scores")
         return tuple(processors)
+
+    @field_validator("grammar", mode="before")
+    @classmethod
+    def _grammar_says_its_kind(cls, given: Any) -> Any:
+        is_json = isinstance(given, Mapping) and "kind" in given
+        if given is not None and not isinstance(given, Grammar) and not is_json:
+            raise ValueError(
+                'expected a Grammar, such as Grammar.json_schema({...}) or Grammar.regex("[0-9]+")'
+            )
+        return given
 
     @field_validator("messages", mode="before")
     @classmethod

@@ -193,8 +193,7 @@ class RemoteAmulet(Amulet):
 
         async def read(given: Request | dict[str, Any]) -> Reply | AmuletError:
             try:
-                request = given if isinstance(given, Request) else Request(**given)
-                async with places, self.astart(request) as stream:
+                async with places, self.astart(Request.of(given)) as stream:
                     return await stream.read()
             except AmuletError as error:
                 if not return_exceptions:

@@ -198,10 +198,19 @@ def with_memory(chain: Runnable[Any, Any], memory: PreferenceMemory) -> Runnable
     `user_id` and `session_id` (or `thread_id`) of `config["configurable"]`, and the settings stored
     for them reach every model in the chain by the same route. Settings of the call take precedence.
 
+    Raises:
+        RequestError: `memory` is no `PreferenceMemory`.
+
     >>> memory.set("Be brief.", thread_id="monday")
     >>> chat = with_memory(RunnableWithMessageHistory(chain, get_session_history, ...), memory)
     >>> chat.invoke({"question": "Hi!"}, {"configurable": {"session_id": "monday"}})
     """
+
+    if not isinstance(memory, PreferenceMemory):
+        raise RequestError(
+            f"with_memory: a memory of type {type(memory).__name__}: expected "
+            "with_memory(chain, PreferenceMemory(store))."
+        )
 
     def remembering(_: Any, config: RunnableConfig) -> Runnable[Any, Any]:
         call = config.get("configurable", {})

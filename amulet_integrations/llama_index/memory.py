@@ -11,11 +11,12 @@ from llama_index.core.memory import BaseMemoryBlock
 from llama_index.core.storage.chat_store import SimpleChatStore
 from llama_index.core.storage.chat_store.base import BaseChatStore
 from llama_index.core.storage.chat_store.base_db import AsyncDBChatStore
+from pydantic import ValidationError
 from typing_extensions import Unpack
 
 from amulet.aliases import refuse_unnamed
 from amulet.errors import RequestError
-from amulet.preference import PreferenceLike
+from amulet.preference import PreferenceLike, describe
 from amulet_integrations._preference import Push
 from amulet_integrations.llama_index.messages import preference_message, stated_in
 from amulet_integrations.llama_index.scope import Settings, stored
@@ -45,7 +46,10 @@ class PreferenceMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     def __init__(self, *unnamed: Any, **options: Any) -> None:
         refuse_unnamed(unnamed, "PreferenceMemoryBlock", "chat_store=...")
-        super().__init__(**options)
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise RequestError(f"PreferenceMemoryBlock: {describe(error)}") from None
 
     def set(
         self,

@@ -203,3 +203,26 @@ def test_a_reply_prints_as_its_text() -> None:
 def test_options_are_given_by_name(kind: Any) -> None:
     with pytest.raises(RequestError, match=rf"^{kind.__name__}\(0\.5\): expected every option by"):
         kind(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"messages": ["Hi"]}, r"^messages\.0='Hi': expected a dict, such as {\"role\": "),
+        ({"messages": [CHAT[0], 5]}, r"^messages\.1=5: expected a dict, such as "),
+        ({"grammar": {"type": "object"}}, r"expected a Grammar, such as Grammar\.json_schema\("),
+        ({"grammar": "[0-9]+"}, r"^grammar='\[0-9\]\+': expected a Grammar, such as .*regex\("),
+    ],
+)
+def test_a_form_that_is_meant_is_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        Request(**{"messages": CHAT, **options})
+
+
+def test_a_request_of_a_batch_is_one_or_a_dict_of_its_fields() -> None:
+    request = Request(messages=CHAT, seed=1)
+    assert Request.of(request) is request
+    assert Request.of({"messages": CHAT, "seed": 1}) == request
+    for given in (CHAT, CHAT[0], "Hi", None):  # messages, one of them, a text
+        with pytest.raises(RequestError, match=r"a request of type \w+: expected a Request, or a"):
+            Request.of(given)  # type: ignore[arg-type]

@@ -235,3 +235,10 @@ def test_with_memory_configures_the_chain(memory: PreferenceMemory) -> None:
     assert ask(user_id="anna", session_id="monday") == {"preference": ["monday"], "strength": 1.0}
     assert ask(thread_id="monday") == {"preference": ["monday"], "strength": None}
     assert ask(session_id="monday", preference="")["preference"] == ""
+
+
+def test_with_memory_takes_a_memory() -> None:
+    chain: Any = RunnableLambda(lambda text: text)
+    for arguments in ((chain, InMemoryStore()), (PreferenceMemory(InMemoryStore()), chain)):
+        with pytest.raises(RequestError, match=r"expected with_memory\(chain, PreferenceMemory\("):
+            with_memory(*arguments)

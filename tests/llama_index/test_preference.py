@@ -381,6 +381,8 @@ async def test_nothing_is_not_stored() -> None:
     assert await block.aget_settings("anna") == {"preference": ""}
     with pytest.raises(RequestError, match=r"as in PreferenceMemoryBlock\(chat_store=\.\.\.\)"):
         PreferenceMemoryBlock(SimpleChatStore())
+    with pytest.raises(RequestError, match=r"PreferenceMemoryBlock: chat_store.*BaseChatStore"):
+        PreferenceMemoryBlock(chat_store=5)
 
 
 def test_ids_are_checked() -> None:
