@@ -18,6 +18,8 @@ from amulet.serve.cli import Host, Hosts, Keys, Port, start
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+BODY = 16 * 2**20  # bytes of a request, which has the conversation's photographs
+
 
 def register(app: typer.Typer) -> None:
     """Add the command `playground`."""
@@ -59,7 +61,7 @@ def playground(
             api_keys=api_key or (),
             thumbs=thumbs or ":memory:",
             allowed_hosts=allowed_host,
-            limits={"max_tokens": max_tokens},
+            limits={"max_tokens": max_tokens, "body_bytes": BODY},
             around=_page,
             on_start=tell,
         )

@@ -19,7 +19,7 @@ POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' data:",  # those that the reader attaches; an answer's are never loaded
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",

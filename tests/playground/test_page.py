@@ -64,6 +64,8 @@ async def test_the_policy_lets_nothing_from_elsewhere_in(page: Page) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert "http" not in policy
+    assert "blob:" not in policy
+    assert [part for part in policy.split("; ") if "data:" in part] == ["img-src 'self' data:"]
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\son\w+=|\sstyle=", answer.text)
     assert answer.headers["x-content-type-options"] == "nosniff"
 
@@ -171,6 +173,7 @@ def test_the_command_puts_the_page_before_the_server(
     (server,) = started
     assert (server.config.host, server.config.port) == ("127.0.0.1", 8123)
     assert server._service.limits.max_tokens == 77
+    assert server._service.limits.body_bytes == 16 * 2**20
     page: Any = server.config.app
     assert "/v1/thumbs" in page._app.openapi()["paths"]  # also without --thumbs
     assert server._on_start is not None

@@ -40,7 +40,7 @@ export default defineConfig({
     outDir: "../static",
     emptyOutDir: true,
     target: "es2022",
-    assetsInlineLimit: 0, // the content security policy lets no data: address in
+    assetsInlineLimit: 0, // the content security policy lets data: addresses in for images alone
     modulePreload: false, // its polyfill is for browsers that are older than the target
   },
   server: { proxy: { "/v1": "http://127.0.0.1:8000", "/health": "http://127.0.0.1:8000" } },

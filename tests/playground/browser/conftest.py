@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -104,3 +106,33 @@ def answer(page: Page, column: str, state: str = "done", place: int = -1) -> str
     section = turn.locator(f"section.{column}[data-state={state}]")
     section.wait_for()
     return section.locator(".text").inner_text()
+
+
+def run(code: str) -> str:
+    """Run Python as a user would, and return what it prints."""
+
+    def execute() -> str:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile(code, "<playground>", "exec"), {"__name__": "__main__"})
+        return said.getvalue().removesuffix("\n")
+
+    with ThreadPoolExecutor(1) as pool:  # not where the browser's event loop runs
+        return pool.submit(execute).result()
+
+
+def shown_code(page: Page, column: str, language: str) -> str:
+    """Return what "As code" shows of a column's last answer."""
+    page.get_by_role("button", name=f"The {column} answer as code").last.click()
+    page.get_by_role("tab", name=language).click()
+    code = page.get_by_role("tabpanel").locator("code").text_content() or ""
+    page.get_by_role("button", name="Close").click()
+    return code
+
+
+def copied(page: Page, column: str) -> str:
+    """Return a column's last answer from the clipboard, which the page must be permitted to use."""
+    page.get_by_role("button", name=f"Copy the {column} answer").last.click()
+    page.get_by_text("Copied", exact=True).wait_for()
+    page.get_by_text("Copied", exact=True).wait_for(state="detached")
+    return str(page.evaluate("navigator.clipboard.readText()"))

@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,16 @@ from playwright.sync_api import Browser, Page
 
 from amulet import Amulet
 from amulet.serve.store import MEMORY
-from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, serving
+from tests.playground.browser.conftest import (
+    COLUMNS,
+    Open,
+    answer,
+    ask,
+    copied,
+    run,
+    serving,
+    shown_code,
+)
 
 NAME = "SmolLM2-135M-Instruct"
 WISH = "Explain it as to a child of six, with simple words."
@@ -34,34 +40,6 @@ def amulet() -> Amulet:
 def url(amulet: Amulet) -> Iterator[str]:
     with serving(amulet, name=NAME, thumbs=MEMORY) as (url, _):
         yield url
-
-
-def run(code: str) -> str:
-    """Run Python as a user would, and return what it prints."""
-
-    def execute() -> str:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(compile(code, "<playground>", "exec"), {"__name__": "__main__"})
-        return said.getvalue().removesuffix("\n")
-
-    with ThreadPoolExecutor(1) as pool:  # not where the browser's event loop runs
-        return pool.submit(execute).result()
-
-
-def shown_code(page: Page, column: str, language: str) -> str:
-    page.get_by_role("button", name=f"The {column} answer as code").last.click()
-    page.get_by_role("tab", name=language).click()
-    code = page.get_by_role("tabpanel").locator("code").text_content() or ""
-    page.get_by_role("button", name="Close").click()
-    return code
-
-
-def copied(page: Page, column: str) -> str:
-    page.get_by_role("button", name=f"Copy the {column} answer").last.click()
-    page.get_by_text("Copied", exact=True).wait_for()
-    page.get_by_text("Copied", exact=True).wait_for(state="detached")
-    return str(page.evaluate("navigator.clipboard.readText()"))
 
 
 def finished(page: Page) -> None:

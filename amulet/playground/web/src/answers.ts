@@ -5,7 +5,16 @@ import { signal } from "@preact/signals";
 import { ServerError, chatBody, streamChat, type Chunk } from "./api";
 import * as store from "./store";
 import { COLUMNS, NAMES } from "./columns";
-import type { Answer, Column, Conversation, Message, Settings, Token, Turn } from "./types";
+import type {
+  Answer,
+  Column,
+  Conversation,
+  Message,
+  Picture,
+  Settings,
+  Token,
+  Turn,
+} from "./types";
 
 /** The turn that is being answered; one at a time. */
 export const answering = signal<string | null>(null);
@@ -16,14 +25,18 @@ export function history(turns: Turn[], turn: Turn, column: Column): Message[] {
   const earlier = turns.slice(0, turns.indexOf(turn));
   return [
     ...earlier.flatMap((past): Message[] => [
-      { role: "user", content: past.question },
+      asking(past),
       { role: "assistant", content: (past[past.kept ?? column] ?? past.plain).text },
     ]),
-    { role: "user", content: turn.question },
+    asking(turn),
   ];
 }
 
-export function send(question: string): void {
+function asking({ question, images }: Turn): Message {
+  return { role: "user", content: question, images };
+}
+
+export function send(question: string, images: Picture[] = []): void {
   if (answering.value !== null) return;
   let conversation = store.current.value;
   if (conversation === null) {
@@ -37,7 +50,7 @@ export function send(question: string): void {
     store.add(conversation);
     store.fresh.value = store.defaults(store.model.value);
   }
-  ask(conversation, conversation.turns, question);
+  ask(conversation, conversation.turns, question, images);
 }
 
 /** Answer a turn again with the settings of now; later turns are dropped. */
@@ -45,7 +58,7 @@ export function regenerate(turn: Turn, question: string = turn.question): void {
   const conversation = store.current.value;
   if (conversation === null || answering.value !== null) return;
   const place = conversation.turns.findIndex(({ id }) => id === turn.id);
-  ask(conversation, conversation.turns.slice(0, place), question);
+  ask(conversation, conversation.turns.slice(0, place), question, turn.images);
 }
 
 export function stop(): void {
@@ -63,12 +76,18 @@ export function change(id: string, turnId: string, by: (turn: Turn) => Partial<T
   store.save(id);
 }
 
-function ask(conversation: Conversation, before: Turn[], question: string): void {
+function ask(
+  conversation: Conversation,
+  before: Turn[],
+  question: string,
+  images?: Picture[],
+): void {
   const settings = frozen(conversation.settings);
   const steers = settings.wishes.length > 0;
   const turn: Turn = {
     id: `${conversation.id}-${Date.now()}`,
     question,
+    images,
     settings,
     plain: empty(),
     prompted: steers ? empty() : null,

@@ -55,6 +55,8 @@ export async function fetchModel(): Promise<Model> {
     steering: facts.steering,
     maxTokens: facts.limits.max_tokens,
     maxWishes: facts.limits.preferences,
+    readsImages: facts.reads_images === true,
+    maxBytes: facts.limits.body_bytes,
     thumbs: facts.thumbs === true,
   };
 }
@@ -66,7 +68,11 @@ export function chatBody(
   settings: Settings,
   column: Column,
 ): Record<string, unknown> {
-  const body: Record<string, unknown> = { model, messages, max_tokens: settings.maxTokens };
+  const body: Record<string, unknown> = {
+    model,
+    messages: messages.map(wire),
+    max_tokens: settings.maxTokens,
+  };
   if (settings.temperature > 0) {
     body.temperature = settings.temperature;
     if (settings.seed !== null) body.seed = settings.seed;
@@ -76,6 +82,13 @@ export function chatBody(
   const strength = column === "prompted" ? 0 : settings.strength;
   const preference = preferenceOf(settings.wishes);
   return { ...body, preference, strength, floor, placement, focus, loop_guard: loopGuard };
+}
+
+/** A message as the server takes it: its images are parts of its content. */
+function wire({ role, content, images = [] }: Message): Record<string, unknown> {
+  if (images.length === 0) return { role, content };
+  const shown = images.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+  return { role, content: [...shown, { type: "text", text: content }] };
 }
 
 /** A single wish of weight 1 is a text; everything else is a list with weights. */

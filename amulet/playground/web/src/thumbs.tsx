@@ -85,10 +85,17 @@ async function rate(turn: Turn, column: Column, given: Thumb): Promise<void> {
   if (!done) show(turn.thumbs?.[column]);
 }
 
+/** Whether a turn's answers see images: no strength is fitted to such answers. */
+function isAboutImages(turn: Turn): boolean {
+  const turns = store.current.peek()?.turns ?? [];
+  const place = turns.findIndex(({ id }) => id === turn.id);
+  return turns.slice(0, place + 1).some(({ images }) => images?.length);
+}
+
 export function Thumbs({ turn, column }: { turn: Turn; column: Column }) {
   const answer = turn[column]!;
   const busy = answer.state === "waiting" || answer.state === "streaming";
-  if (!store.model.value?.thumbs || turn.steered === null) return null;
+  if (!store.model.value?.thumbs || turn.steered === null || isAboutImages(turn)) return null;
   return (
     <span class="thumbs">
       {(["up", "down"] as const).map((thumb) => {

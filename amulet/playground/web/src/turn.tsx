@@ -6,6 +6,7 @@ import { answering, keep, regenerate } from "./answers";
 import { COLUMNS, NAMES } from "./columns";
 import { Icon } from "./icons";
 import { Markdown } from "./markdown";
+import { Pictures } from "./pictures";
 import { announced } from "./store";
 import { Thumbs } from "./thumbs";
 import { Tokens, parting, partingWord } from "./tokens";
@@ -24,6 +25,7 @@ export const TurnView = memo(({ turn, before, last, onCode }: Given) => {
   return (
     <article class="turn" aria-label={`Question: ${turn.question}`}>
       <Question turn={turn} busy={busy} />
+      <Pictures images={turn.images ?? []} label="Images of the question" />
       {before !== undefined && (
         <p class="hint from">
           {before !== null

@@ -58,9 +58,17 @@ export type Column = "plain" | "prompted" | "steered";
 
 export type Thumb = "up" | "down";
 
+/** An image of a question: its file's name and content, as a data: URL. */
+export interface Picture {
+  name: string;
+  url: string;
+}
+
 export interface Turn {
   id: string;
   question: string;
+  /** An older page had none. */
+  images?: Picture[];
   settings: Settings;
   plain: Answer;
   /** null: there was no preference. */
@@ -82,6 +90,7 @@ export interface Conversation {
 export interface Message {
   role: "user" | "assistant";
   content: string;
+  images?: Picture[];
 }
 
 /** What the server tells of its model. */
@@ -97,6 +106,9 @@ export interface Model {
   };
   maxTokens: number;
   maxWishes: number;
+  readsImages: boolean;
+  /** Of a request's body. */
+  maxBytes: number;
   /** Whether the server keeps thumbs. */
   thumbs: boolean;
 }

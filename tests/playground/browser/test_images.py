@@ -1,0 +1,225 @@
+"""Images of a question: attached in three ways, sent, shown, kept, and written as code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from amulet import Amulet
+from amulet.serve.limits import Limits
+from amulet.serve.store import MEMORY
+from tests.models.images import data_url, image_model, png, processor
+from tests.playground.browser.conftest import (
+    Open,
+    answer,
+    ask,
+    copied,
+    prefer,
+    run,
+    serving,
+    shown_code,
+)
+from tests.serve.conftest import saying
+
+# Gives the page's event a file, as the browser does for a real one.
+GIVE = """([kind, type, name, bytes, text]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+    if (text) data.setData("text/plain", text);
+    const options = { bubbles: true, cancelable: true };
+    const event = kind === "paste"
+        ? new ClipboardEvent(kind, { ...options, clipboardData: data })
+        : new DragEvent(kind, { ...options, dataTransfer: data });
+    const target = kind === "paste" ? document.querySelector("textarea") : document.body;
+    return target.dispatchEvent(event);
+}"""
+
+
+@pytest.fixture(scope="module")
+def amulet() -> Amulet:
+    return Amulet(image_model("llava", torch.float32), processor("llava"))
+
+
+@pytest.fixture(scope="module")
+def url(amulet: Amulet) -> Iterator[str]:
+    with serving(amulet, name="llava", thumbs=MEMORY) as (url, _):
+        yield url
+
+
+def give(page: Page, kind: str, name: str, file: bytes, text: str = "") -> bool:
+    """Paste a file, or drop it; return whether the browser is to do what it does by itself."""
+    mime = "image/png" if name.endswith(".png") else "text/plain"
+    left: bool = page.evaluate(GIVE, [kind, mime, name, list(file), text])
+    return left
+
+
+def choose(page: Page, name: str, file: bytes) -> None:
+    """Attach a file by the button."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Attach images").click()
+    mime = "image/png" if name.endswith(".png") else "text/plain"
+    chooser.value.set_files([{"name": name, "mimeType": mime, "buffer": file}])
+
+
+def shorten(page: Page) -> None:
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Max tokens per answer").fill("6")
+    page.get_by_label("Max tokens per answer").press("Tab")
+
+
+def names(page: Page, label: str = "Attached images") -> list[str | None]:
+    images = page.get_by_label(label).locator("img")
+    for image in images.all():  # shown, and not refused by the policy
+        expect(image).to_have_js_property("naturalWidth", 40)
+    return [image.get_attribute("alt") for image in images.all()]
+
+
+def content(question: str, *seeds: int) -> list[dict[str, Any]]:
+    images = [{"type": "image_url", "image_url": {"url": data_url(seed)}} for seed in seeds]
+    return [*images, {"type": "text", "text": question}]
+
+
+def test_images_are_attached_sent_shown_and_kept(visit: Open, url: str) -> None:
+    page = visit(url)
+    sent: list[dict[str, Any]] = []
+    page.on(
+        "request",
+        lambda request: (
+            sent.append(json.loads(request.post_data or "null"))
+            if request.method == "POST"
+            else None
+        ),
+    )
+    shorten(page)
+    choose(page, "leaf.png", png(1))
+    page.get_by_label("Attached images").get_by_role("img", name="leaf.png").wait_for()
+    expect(page.get_by_role("status").last).to_have_text("leaf.png is attached.")
+    assert not give(page, "paste", "image.png", png(2))
+    page.get_by_role("img", name="image.png").wait_for()
+    assert give(page, "paste", "table.png", png(3), "a table as a text")  # the text is pasted
+    assert not give(page, "dragover", "image.png", png(3))
+    assert not give(page, "drop", "image.png", png(3))
+    page.get_by_role("img", name="image-2.png").wait_for()
+    assert names(page) == ["leaf.png", "image.png", "image-2.png"]
+
+    remove = page.get_by_role("button", name="Remove image.png")
+    remove.focus()
+    page.keyboard.press("Enter")
+    expect(remove).to_have_count(0)
+    expect(page.get_by_label("Your question")).to_be_focused()
+    expect(page.get_by_role("status").last).to_have_text("image.png is removed.")
+    assert names(page) == ["leaf.png", "image-2.png"]
+
+    ask(page, "Which tea?")
+    answer(page, "plain")
+    assert [body["messages"] for body in sent] == [
+        [{"role": "user", "content": content("Which tea?", 1, 3)}]
+    ]
+    expect(page.get_by_label("Attached images")).to_have_count(0)
+    assert names(page, "Images of the question") == ["leaf.png", "image-2.png"]
+
+    page.get_by_role("button", name="Regenerate").wait_for()
+    page.reload()
+    assert names(page, "Images of the question") == ["leaf.png", "image-2.png"]
+    page.get_by_role("button", name="Edit the question").click()
+    page.get_by_label("The question", exact=True).fill("Which one?")
+    page.get_by_role("button", name="Ask again").click()
+    page.locator(".question", has_text="Which one?").wait_for()
+    answer(page, "plain")
+    page.get_by_role("button", name="Regenerate").wait_for()
+    ask(page, "And where?")
+    page.locator("article.turn").nth(1).wait_for()
+    answer(page, "plain")
+    assert [body["messages"][0]["content"] for body in sent[1:]] == [
+        content("Which one?", 1, 3)
+    ] * 2
+    assert sent[2]["messages"][2] == {"role": "user", "content": "And where?"}
+
+
+def test_what_cannot_be_attached_is_told(visit: Open, amulet: Amulet) -> None:
+    limits = Limits(body_bytes=2**16 + 2 * len(data_url()) + 50)
+    with serving(amulet, name="llava", limits=limits) as (url, _):
+        page = visit(url)
+        told = page.get_by_role("alert")
+        page.get_by_role("button", name="Attach images").wait_for()
+        give(page, "drop", "leaf.txt", b"Green.")
+        expect(told).to_have_text("leaf.txt is not an image in PNG, JPEG, WebP, GIF or BMP.")
+        choose(page, "one.png", png())
+        page.get_by_role("img", name="one.png").wait_for()
+        expect(told).to_have_count(0)
+        choose(page, "one.png", png())
+        page.get_by_role("img", name="one-2.png").wait_for()
+        choose(page, "three.png", png())
+        expect(told).to_contain_text("three.png has 0.0 MB: a conversation's images may have")
+        expect(told).to_contain_text("together. Make it smaller, or save it as JPEG.")
+        page.get_by_role("button", name="Remove one.png").click()
+        choose(page, "three.png", png())
+        page.get_by_role("img", name="three.png").wait_for()
+        expect(told).to_have_count(0)
+        title = page.get_by_role("button", name="Attach images").get_attribute("title")
+        assert title == "PNG, JPEG, WebP, GIF or BMP, 0.0 MB in a conversation"
+
+
+def test_a_model_that_reads_no_images_is_offered_none(visit: Open, tokenizer: Any) -> None:
+    with serving(saying(tokenizer, "Fine.")) as (url, _):
+        page = visit(url)
+        page.locator(".server.ready").wait_for()
+        expect(page.get_by_role("button", name="Attach images")).to_have_count(0)
+        for kind in ("paste", "drop"):
+            assert give(page, kind, "leaf.png", png())
+        ask(page, "Which tea?")
+        assert answer(page, "plain") == "Fine."
+        expect(page.locator("img")).to_have_count(0)
+
+
+def test_the_code_reads_the_images_from_files(
+    visit: Open, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "it's a $leaf.png"
+    (tmp_path / name).write_bytes(png(1))
+    monkeypatch.chdir(tmp_path)
+    page = visit(url, permissions=["clipboard-read", "clipboard-write"])
+    shorten(page)
+    prefer(page, "Be brief.")
+    choose(page, name, png(1))
+    page.get_by_label("Attached images").locator("img").wait_for()
+    ask(page, 'Which `tea` for $5?\nOr \\ "none"?')
+    for column in ("plain", "prompted", "steered"):
+        answer(page, column)
+    page.get_by_role("button", name="Regenerate").wait_for()
+    expect(page.locator(".thumbs button")).to_have_count(0)  # no strength is fitted to these
+    said = copied(page, "steered")
+    for language in ("Python", "LangChain", "LlamaIndex"):
+        code = shown_code(page, "steered", language)
+        assert code.startswith("# The images are read from the current folder.\nfrom pathlib")
+        assert run(code) == said, language
+    shell = shown_code(page, "steered", "curl").replace("curl ", "curl --silent ", 1)
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == said
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_axe_finds_nothing_serious(visit: Open, url: str, width: int) -> None:
+    # axe itself is put into the page as a script: the policy is off for this visit alone.
+    size = {"width": width, "height": 800}
+    page = visit(url, viewport=size, bypass_csp=True, reduced_motion="reduce")
+    for name in ("leaf.png", "stem.png"):
+        choose(page, name, png())
+        page.get_by_role("img", name=name).wait_for()
+    give(page, "drop", "leaf.txt", b"Green.")
+    page.get_by_role("alert").wait_for()
+    for _ in range(2):
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        found = Axe().run(page).response["violations"]
+        assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
+        if page.locator("article.turn").count() == 0:
+            ask(page, "Which tea?")
+            page.locator("section.plain[data-state=done]").wait_for()
