@@ -25,9 +25,10 @@ ANSWERS = {
         r"carl: The Saturday market is a wonderful place",
     ],
     "langgraph-agent": [
+        r"anna> Keep it short, one sentence, from now on\.\nI will remember that\.\n",
         r"anna> How do I keep a houseplant alive\?\nMake sure to water them regularly",
         r"ben> How do I keep a houseplant alive\?\nKeeping a houseplant alive is a delicate",
-        r"anna> When is the library open\?\nThe .* open from 9 to 17, on Mondays from 13 to 17\.",
+        r"anna> When is the library open\?\nThe library is open from 9 to 17, on Mondays from 13",
     ],
     "llamaindex-chat": [r"Ctrl-D leaves\.\n(you> ){2}The sky .{20,160}\.\n(you> ){2}\S.{161,}"],
 }

@@ -3,6 +3,8 @@
 `python main.py` plays a short conversation with two users.
 """
 
+from typing import Literal
+
 from langchain.agents import create_agent
 from langgraph.checkpoint.memory import InMemorySaver  # or SqliteSaver, PostgresSaver
 from langgraph.store.memory import InMemoryStore  # or SqliteStore, PostgresStore
@@ -13,7 +15,7 @@ from amulet_integrations.langchain import ChatAmulet, PreferenceMiddleware, reme
 model = ChatAmulet.embedded(tools_prompt="fallback", max_tokens=64)
 
 
-def opening_hours(place: str) -> str:
+def opening_hours(place: Literal["library", "museum"]) -> str:
     """Look up when a place is open."""
     return f"The {place} is open from 9 to 17, on Mondays from 13 to 17."
 
@@ -21,15 +23,18 @@ def opening_hours(place: str) -> str:
 middleware = [PreferenceMiddleware()]  # reads a user's preference before each call of the model
 
 # ----------------------------------------------------------------------
-# SmolLM2 is too small to decide when to call a tool, so this code does. A larger model decides
-# by itself: delete everything between the two lines.
+# SmolLM2 is too small to decide when to call a tool, and what to say of a remembered preference,
+# so this code does. A larger model decides by itself: delete everything between the two lines.
 from langchain.agents.middleware import wrap_model_call
+from langchain_core.messages import AIMessage
 
 
 @wrap_model_call
 def choose_tool(request, handler):
     """Force a tool, or offer none, by the words of the user's turn."""
     last = request.messages[-1]
+    if last.type == "tool" and last.text == "Remembered.":
+        return AIMessage("I will remember that.")
     for words, name in [("from now on", "remember_preference"), ("open?", "opening_hours")]:
         if last.type == "human" and words in last.text:
             return handler(request.override(tool_choice=name))
