@@ -12,13 +12,14 @@ import copy
 import hashlib
 import struct
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
 from pathlib import Path, PurePath
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 16  # in one chat
 MOST_BYTES = 20 * 2**20  # of one image's file
+MOST_KEPT = 256 * 2**20  # bytes of images as models see them, for the next turns
 MOST_PIXELS = 50_000_000  # of one image: 150 MB once it is decoded
 # Those that models are usually asked about. Pillow's other decoders are less tried, and that of
 # PostScript starts a program.
@@ -249,6 +251,18 @@ def open_image(part: object) -> Image:
     )
 
 
+class _Read(NamedTuple):
+    """What a `PromptImage` is made of."""
+
+    text: str
+    ids: tuple[int, ...]
+    inputs: dict[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
+
 class ImageReader:
     """Reads images as a model's processor does.
 
@@ -269,13 +283,34 @@ class ImageReader:
         self.token: str = self._processor.image_token
         column = str(tokenizer.convert_ids_to_tokens(token_id))
         self.tokens = frozenset({self.token, column})
+        self._read: dict[bytes, _Read] = {}  # by digests of files, the least recently used first
+        self._lock = threading.Lock()
 
     def read(self, part: object) -> PromptImage:
         """Return what of a content part's image reaches the model.
 
+        A chat's later turns bring the same files again; the last ones are not processed again.
+
         Raises:
             RequestError: see `open_image`; or the processor refuses the image.
         """
+        file = image_file(part)
+        if not isinstance(file, bytes):
+            return PromptImage(*self._processed(file))
+        hasher = hashlib.sha256(repr(self._processor.image_processor).encode())
+        hasher.update(file)
+        key = hasher.digest()
+        with self._lock:
+            found = self._read.pop(key, None)
+        if found is None:
+            found = self._processed(file)
+        with self._lock:
+            self._read[key] = found
+            while sum(one.nbytes for one in self._read.values()) > MOST_KEPT:
+                del self._read[next(iter(self._read))]
+        return PromptImage(*found)
+
+    def _processed(self, part: bytes | Image) -> _Read:
         image = open_image(part)
         try:
             made = self._processor(
@@ -292,7 +327,7 @@ class ImageReader:
                 f"pixels: {error}"
             ) from None
         columns = list(ids).count(self.token_id)
-        return PromptImage(replaced["replacement"], column_ids(inputs, columns), inputs)
+        return _Read(replaced["replacement"], column_ids(inputs, columns), inputs)
 
 
 def column_ids(inputs: Mapping[str, torch.Tensor], columns: int) -> tuple[int, ...]:

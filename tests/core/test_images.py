@@ -233,21 +233,42 @@ def test_the_model_sees_an_image_once(kind: Kind, monkeypatch: pytest.MonkeyPatc
     """For all rows of a request, for requests that come together, and not again in later turns."""
     model: Any = image_model(kind, torch.float32)
     seen: list[dict[str, Any]] = []
+    opened: list[Any] = []
+    monkeypatch.setattr(images, "open_image", lambda part: opened.append(part) or open_image(part))
     look = model.get_image_features
     monkeypatch.setattr(
         model, "get_image_features", lambda **given: seen.append(given) or look(**given)
     )
     amulet = Amulet(model, processor(kind))
-    request: dict[str, Any] = {"messages": asks(picture(1), "Which tea?"), "max_new_tokens": 4}
+    request: dict[str, Any] = {"messages": asks(png(1), "Which tea?"), "max_new_tokens": 4}
     wished = {**request, "preference": "Be brief."}  # the preferred row, the one of focus, the base
     reply = amulet.batch([wished])[0]
     assert len(seen) == 1
     chat = [*request["messages"], {"role": "assistant", "content": reply.text}]
     amulet.chat([*chat, *asks("And where?")], preference="Be brief.", max_new_tokens=4)
     assert len(seen) == 1
-    fresh = {**request, "messages": asks(picture(2), "Which tea?")}
+    assert len(opened) == 1
+    fresh = {**request, "messages": asks(png(2), "Which tea?")}
     amulet.batch([fresh, {**fresh, "preference": "Be brief."}, {**fresh, "preference": "Be rude."}])
     assert len(seen) == 2
+
+
+def test_the_last_files_are_not_processed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: Any = processor("llava")
+    amulet = Amulet(image_model("llava", torch.float32), given, prefix_cache_bytes=0)
+    opened: list[Any] = []
+    monkeypatch.setattr(images, "open_image", lambda part: opened.append(part) or open_image(part))
+    first = amulet.chat(asks(png(1), "Which tea?"), max_new_tokens=6)
+    assert amulet.chat(asks(png(1), "Which tea?"), max_new_tokens=6) == first
+    assert len(opened) == 1
+    monkeypatch.setattr(images, "MOST_KEPT", 2 * 4 * 3 * 28 * 28)  # two images
+    for seed, count in ((2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
+        amulet.count_chat(asks(png(seed)))
+        assert len(opened) == count
+    given.image_processor.image_mean = [0.1, 0.2, 0.3]  # then the model sees another image
+    before, after = rows(amulet, asks(png(2)))[0], rows(amulet, asks(picture(2)))[0]
+    assert before == after
+    assert len(opened) == 6
 
 
 def test_a_mark_that_is_no_image_is_an_error(amulet: Amulet) -> None:
