@@ -66,6 +66,7 @@ Kind = Literal[
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "qwen3_vl_moe",
     "gemma3",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -78,7 +79,7 @@ TOKENS += ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "<img>", "<IMG_CONTEXT>", "</img
 # What a template writes for an image, and the token of an image's columns.
 SHOWN = {"gemma3": "<start_of_image>"}
 COLUMN = {"gemma3": "<image_soft_token>"}
-for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
     SHOWN[name] = "<|vision_start|><|image_pad|><|vision_end|>"
     COLUMN[name] = "<|image_pad|>"
 for name, token in {"pixtral": "[IMG]", "mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}.items():
@@ -169,7 +170,7 @@ def processor(kind: Kind) -> ProcessorMixin:
         return Gemma3Processor(images, tokenizer, template, image_seq_length=4)
     # Their images keep their shapes: 40x30 pixels are 3x2 columns.
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84})
-    made = Qwen3VLProcessor if kind == "qwen3_vl" else Qwen2VLProcessor
+    made = Qwen3VLProcessor if kind.startswith("qwen3_vl") else Qwen2VLProcessor
     return _without_videos(made)(images, tokenizer, chat_template=template)
 
 
@@ -196,7 +197,7 @@ def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -
         extra["image_grid_pinpoints"] = GRIDS
     if kind == "mistral3":
         extra["vision_config.image_size"] = 2 * SIDE
-    if kind == "qwen3_vl":
+    if kind.startswith("qwen3_vl"):
         extra |= {
             "vision_config.deepstack_visual_indexes": [0, 1],
             "vision_config.num_position_embeddings": 16,
@@ -211,6 +212,8 @@ def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -
     if kind == "qwen2_vl":  # its name for the size of what the tower returns
         extra["vision_config.hidden_size"] = TEXT["hidden_size"]
     model = build(Entry(kind, "llava" if kind == "pixtral" else kind, True, extra), seed, 2.5)
+    if kind == "qwen3_vl_moe":
+        model.set_experts_implementation("eager")  # the grouped product takes no float64
     model.generation_config.eos_token_id = IM_END
     return model.to(dtype)
 
