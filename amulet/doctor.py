@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -188,6 +189,9 @@ def _extras() -> list[Finding]:
     for extra, requirements in groups.items():
         if extra in ("all", "browser", "dev"):  # combinations of others, or for developing Amulet
             continue
+        # An extra may consist of another: the page's is the server's.
+        own = [groups[name] for r in requirements if r.name == DISTRIBUTION for name in r.extras]
+        requirements = [*chain(*own), *(r for r in requirements if r.name != DISTRIBUTION)]
         problems = [problem for r in requirements if (problem := _problem(r))]
         if problems:
             fix = f"pip install '{DISTRIBUTION}[{extra}]'"

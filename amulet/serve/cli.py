@@ -214,7 +214,7 @@ def start(
         from amulet.serve.server import Server
     except ImportError as error:
         raise MissingPackageError(
-            f'amulet serve needs the package {error.name}: pip install "amulet-integrations[serve]"'
+            f'The server needs the package {error.name}: pip install "amulet-integrations[serve]"'
         ) from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     servers: list[Server] = []

