@@ -30,7 +30,7 @@ from amulet.backends.transformers.cpu.products import FLOAT32
 from amulet.backends.transformers.masks import column_mask, layer_kinds, reach
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.support import cache_argument
-from amulet.backends.transformers.weights import weights_state
+from amulet.backends.transformers.weights import hooks, weights_state
 from amulet.errors import ModelError, is_out_of_memory
 
 logger = logging.getLogger("amulet")
@@ -229,9 +229,11 @@ class NativeLayer:
         self._cache = cache_argument(module)
         self._kind = _layer_kind(attention)
         self._window = reach(self._kind, attention.config) or 0
-        inner = [part for part in module.modules() if part is not module]
+        self._inner = [part for part in module.modules() if part is not module]
         self._hooks = [
-            hooks for part in inner for hooks in (part._forward_hooks, part._forward_pre_hooks)
+            of_kind
+            for part in self._inner
+            for of_kind in (part._forward_hooks, part._forward_pre_hooks)
         ]
         self._in_c = _Layer(
             self._dtype == torch.bfloat16,
@@ -263,7 +265,8 @@ class NativeLayer:
             or hidden.device.type != "cpu"
             or not (mask is None or mask.dtype == torch.bool)
             or any(not self._turns(angles, hidden) for angles in position_embeddings)
-            or any(self._hooks)  # a hook reads or changes something inside the layer
+            # a hook reads or changes something inside the layer
+            or (any(self._hooks) and any(map(hooks, self._inner)))
         ):
             return None
         rows, width = hidden.shape[:2]

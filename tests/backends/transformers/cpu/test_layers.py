@@ -323,6 +323,22 @@ def test_a_hook_inside_of_a_layer_is_called() -> None:
     assert len(seen) == 2
 
 
+def test_hooks_that_capture_outputs_are_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers leaves them on the attention for good once hidden states were asked for."""
+    model = random_model("llama", head_dim=32)
+    pack_linears(model)
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    outputs = []
+    whole = NativeLayer.__call__
+    monkeypatch.setattr(
+        NativeLayer, "__call__", lambda *given: outputs.append(whole(*given)) or outputs[-1]
+    )
+    logits_of(model, [3], 1)
+    assert outputs
+    assert all(output is not None for output in outputs)
+
+
 def test_a_model_is_freed_at_once() -> None:
     model = random_model("llama", head_dim=32)
     pack_linears(model)
