@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from amulet import Amulet, Grammar, Request, doctor
-from amulet.backends.llamacpp.backend import CELLS, LlamaBackend
+from amulet.backends.llamacpp.backend import CELLS, MOST_ROWS, LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel, library
 from amulet.cli import app
 from amulet.decoding.engine import Engine
@@ -305,6 +305,23 @@ def test_the_cache_grows_and_keeps_the_rows_that_share_it(tiny: Path) -> None:
     for row in range(2):
         expected = oracle.logits(model, [*beginning[:150], *more[row]])
         torch.testing.assert_close(after[row, 0], expected, rtol=0, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_sequences_are_added_with_the_rows_and_rows_kept(tiny: Path) -> None:
+    model = GGUFModel(tiny, threads=1, kv_type="f32")
+    backend = LlamaBackend(model)
+    beginning = [number % 250 for number in range(40)]
+    backend.reserve(2, 64)
+    backend.forward([beginning], [0], 0, [39])
+    for rows in (8, 9, MOST_ROWS):  # as many as there are at first, one more, and all
+        backend.reserve(rows, 64)
+        backend.copy_row(0, rows - 1, 30)
+        after = backend.forward([[rows % 250]], [30], rows - 1, [0])
+        expected = oracle.logits(model, [*beginning[:30], rows % 250])
+        torch.testing.assert_close(after[0, 0], expected, rtol=0, atol=1e-3)
+        saved = backend.save_row(rows - 1, 20)
+        backend.load_row(1, saved, 20)
 
 
 def causes(error: BaseException | None) -> str:

@@ -101,7 +101,7 @@ class LlamaBackend:
         context = self._context
         if context is None:
             self._context = self._make(max(tokens, self._ahead), rows)
-        elif rows >= context.rows:
+        elif rows > context.rows:
             self._replace(context.cells, rows)
 
     def working(self, tokens: int) -> AbstractContextManager[Any]:
@@ -330,8 +330,8 @@ class _Context:
 
     def __init__(self, model: GGUFModel, cells: int, rows: int) -> None:
         lib = model.lib
-        # Sequences cost next to nothing with attention, but each has a state in recurrent models.
-        self.rows = MOST_ROWS if model.any_length else max(8, 2 * rows)
+        # A context has room for the logits of all its sequences: 255 would take 25 ms to allocate.
+        self.rows = min(max(8, 2 * rows), MOST_ROWS)
         self.spare = self.rows
         threads = model.threads or torch.get_num_threads()
         parameters = lib.llama_context_default_params()
