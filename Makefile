@@ -35,9 +35,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install $(if $(filter gguf,$(MODEL)),$(VENV)/.gguf) ## Answer two people's questions from the same documents; MODEL=gguf by llama.cpp.
 	$(BIN)/python examples/rag_two_people.py $(MODEL)
 
-# One thread each: processes that share cores and wait for each other's threads crawl.
+# One thread each: processes that share cores and wait for each other's threads crawl. Each gets a half of the files in a row,
+# so that what a file's tests share is made once; who is done first takes of the other's.
 test: install ## Run the tests, offline, on all cores.
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # Draws of its own at every run, and twenty times as many.
 test-random: install ## Search long and at random for what the fixed examples of the tests miss.

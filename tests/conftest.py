@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from contextlib import suppress
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from amulet import Amulet, Request
+from amulet.prepare import Preparer
 from tests.models import byte_tokenizer
 
 with suppress(ImportError):  # the environment of vLLM's tests goes without Hypothesis
@@ -61,8 +64,34 @@ def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 @pytest.fixture(scope="session")
-def packed_smollm() -> PreTrainedModel:
-    """The same model with its weights packed, as `Amulet.embedded()` loads it on the CPU."""
+def packed_smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same as `Amulet.embedded()` loads it: its weights are packed, which is twice as fast."""
     from amulet.models.embedded import load_embedded
 
-    return load_embedded(dtype=torch.float32)[0]
+    model, tokenizer = load_embedded(dtype=torch.float32)
+    return model, tokenizer
+
+
+@pytest.fixture
+def embedded(
+    packed_smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let `Amulet.embedded()` find the model loaded, once for all tests."""
+
+    def load(cls: type[Amulet], dtype: str = "", **options: Any) -> Amulet:
+        return cls(*packed_smollm, **options)
+
+    monkeypatch.setattr(Amulet, "embedded", classmethod(load))
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut answers to eight tokens, but for those whose form is given: they would be broken."""
+    limit = Preparer._limit
+
+    def short(self: Preparer, request: Request, prompt_tokens: int) -> int:
+        is_whole = request.grammar is not None or request.tool_choice not in ("auto", "none")
+        tokens: int = limit(self, request, prompt_tokens)
+        return tokens if is_whole else min(tokens, 8)
+
+    monkeypatch.setattr(Preparer, "_limit", short)

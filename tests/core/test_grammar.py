@@ -173,9 +173,9 @@ def test_a_grammar_in_a_batch_is_its_own_rows_affair(tokenizer: PreTrainedTokeni
 
 @pytest.mark.slow
 def test_a_small_model_writes_valid_json(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    packed_smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
-    amulet = Amulet(*smollm)
+    amulet = Amulet(*packed_smollm)
     questions = ("Describe Ada Lovelace.", "Who is Tom Sawyer?", "Invent a person.")
     replies = amulet.batch(
         {

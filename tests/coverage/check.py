@@ -173,10 +173,14 @@ class _Told(LogitsProcessor):  # type: ignore[misc]
         return told
 
 
-def told(model: Any, prompts: list[list[int]]) -> list[int]:
-    """Return the same, each row by a `generate` of its own that is told the answer so far."""
+def told(model: Any, prompts: list[list[int]], guess: list[int]) -> list[int]:
+    """Return the same, each row by a `generate` of its own that is told the answer so far.
+
+    It is told all of a guess at once: as far as the guess is right, nothing need be repeated.
+    """
     answer: list[int] = []
     while len(answer) < TOKENS and END not in answer:
+        known = guess if guess[: len(answer)] == answer else list(answer)
         rows = []
         for prompt in prompts:
             ids = torch.tensor([prompt])
@@ -184,14 +188,17 @@ def told(model: Any, prompts: list[list[int]]) -> list[int]:
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=len(answer) + 1,
+                    max_new_tokens=min(len(known) + 1, TOKENS),
                     do_sample=False,
-                    logits_processor=[_Told(len(prompt), answer)],
+                    logits_processor=[_Told(len(prompt), known)],
                     output_logits=True,
                     return_dict_in_generate=True,
                 )
-            rows.append(out.logits[-1][0].double().log_softmax(-1))
-        answer.append(_guided(rows))
+            rows.append([logits[0].double().log_softmax(-1) for logits in out.logits])
+        for at in list(zip(*rows, strict=True))[len(answer) :]:
+            answer.append(_guided(list(at)))
+            if answer != known[: len(answer)]:
+                break
     return answer
 
 
@@ -218,6 +225,14 @@ def whole_passes(model: Any, prompts: list[list[int]], positions: bool = False) 
     return answer
 
 
+WAYS: list[Callable[..., list[int]]] = [
+    generate,
+    told,
+    whole_passes,
+    partial(whole_passes, positions=True),
+]
+
+
 class Reference:
     """What a model answers, as Transformers decodes it.
 
@@ -227,34 +242,41 @@ class Reference:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._known: dict[str, list[list[int]]] = {}  # by the prompts
+        self._known: dict[tuple[int, str], list[int] | None] = {}  # by the way and the prompts
         self.failed = ""
         self.answers([PLAIN])
 
-    def answers(self, prompts: list[list[int]], all_ways: bool = False) -> list[list[int]]:
-        """Return the answer to a prompt, or to a preferred and a base one, by each way.
+    def answers(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the answer to a prompt, or to a preferred and a base one, by the first way.
 
         Guidance drops the cache of some models (Mamba), hands others too few ids (CPM-Ant), leaves
         the positions to the model where `generate` doesn't (RoBERTa), or fails: a `generate` of
         each row then tells what is right, or passes without a cache.
         """
-        known = self._known.setdefault(repr((prompts, all_ways)), [])
-        for way in (generate, told, whole_passes, partial(whole_passes, positions=True)):
-            if known and not all_ways:
-                break
-            try:
-                known.append(way(self.model, prompts))
-            except Exception as error:
-                self.failed = self.failed or _said(error)
-        if known:
-            self.failed = ""
-        return known
+        ways = (self._by(number, prompts) for number in range(len(WAYS)))
+        found = next((answer for answer in ways if answer is not None), None)
+        if found is None:
+            return []
+        self.failed = ""
+        return [found]
 
-    def agrees(self, generation: Generation) -> bool:
-        """Whether an answer is the right one."""
-        prompts = generation.prompts
-        found = generation.token_ids
-        return found in self.answers(prompts) or found in self.answers(prompts, all_ways=True)
+    def agrees(self, prompts: list[list[int]], answer: list[int]) -> bool:
+        """Whether an answer is the right one, by any of the ways."""
+        return any(self._by(number, prompts, answer) == answer for number in range(len(WAYS)))
+
+    def _by(
+        self, number: int, prompts: list[list[int]], guess: list[int] | None = None
+    ) -> list[int] | None:
+        """Return the answer by one of the ways, which a guess only speeds up; None if it fails."""
+        key = number, repr(prompts)
+        if key not in self._known:
+            try:
+                options = {"guess": guess or []} if WAYS[number] is told else {}
+                self._known[key] = WAYS[number](self.model, prompts, **options)
+            except Exception as error:
+                self._known[key] = None
+                self.failed = self.failed or _said(error)
+        return self._known[key]
 
 
 def _asked(*prompts: list[int]) -> Generation:
@@ -272,7 +294,7 @@ def _alone(*prompts: list[int]) -> Callable[[Engine, Reference], bool]:
         generation = _asked(*prompts)
         engine.admit(generation)
         _run(engine)
-        return reference.agrees(generation)
+        return reference.agrees(generation.prompts, generation.token_ids)
 
     return check
 
@@ -283,7 +305,7 @@ def _batch(engine: Engine, reference: Reference) -> bool:
         engine.admit(generation)
         engine.step()
     _run(engine)
-    return all(reference.agrees(generation) for generation in asked)
+    return all(reference.agrees(one.prompts, one.token_ids) for one in asked)
 
 
 def _next_turn(engine: Engine, reference: Reference) -> bool:
@@ -293,7 +315,7 @@ def _next_turn(engine: Engine, reference: Reference) -> bool:
     second = _asked([*PLAIN, *first.token_ids, *SHORT])
     engine.admit(second)
     _run(engine)
-    return reference.agrees(second)
+    return reference.agrees(second.prompts, second.token_ids)
 
 
 def _run(engine: Engine) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.coverage.check import Result, examine
-from tests.coverage.models import entries
+from tests.coverage.check import BASE, PREFERRED, Result, examine, generate, told
+from tests.coverage.models import build, entries
 from tests.coverage.scan import page
 
 # Model types, and which way they are decoded.
@@ -70,6 +70,14 @@ def test_what_does_not_continue_a_text_is_refused(kind: str, why: str) -> None:
     assert result.verdict == "refused"
     assert why in result.note
     assert f"| {label} | refused |" in page([result])
+
+
+def test_a_guess_changes_no_answer() -> None:
+    model, prompts = build(BY_LABEL["llama"]).double(), [PREFERRED, BASE]
+    right = told(model, prompts, [])
+    wrong = [*right[:5], (right[5] + 1) % 256, *right[6:]]
+    assert right == told(model, prompts, right) == told(model, prompts, wrong)
+    assert right == generate(model, prompts)
 
 
 def test_the_page_says_what_was_not_compared_and_why() -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet import Amulet
 from amulet.evaluation.grounded import holds
 from benchmarks.demo_choice import faults
 
@@ -47,12 +45,8 @@ def test_minilm_finds_the_passage(demo: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_the_demo_runs_and_steering_shows(
-    demo: ModuleType,
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    demo: ModuleType, embedded: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls: cls(*smollm)))
     answers = demo.main()
     printed = capsys.readouterr().out
     assert "Passages: The Saturday market / What to eat" in printed

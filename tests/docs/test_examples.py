@@ -24,7 +24,7 @@ Run = Callable[[str], list[str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(embedded: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs an example as `python examples/<name>.py` would, and returns the lines it printed."""
 
     def run_example(name: str) -> list[str]:

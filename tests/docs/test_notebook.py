@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amulet import Amulet
 from tests.docs.pages import ROOT
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -42,10 +40,7 @@ def test_a_notebook_has_no_outputs(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_steps_run(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls: cls(*smollm)))
+def test_the_first_steps_run(embedded: None) -> None:
     (path,) = NOTEBOOKS
     namespace: dict[str, Any] = {"__name__": "__main__"}
     shown = [

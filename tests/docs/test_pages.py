@@ -15,7 +15,7 @@ import inspect
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,15 @@ import click
 import pytest
 import typer
 from llama_index.core import Settings
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import amulet.cli
-from amulet import Amulet, Request
+from amulet import Amulet
 from amulet.models.loading import load_pretrained
-from amulet.prepare import Preparer
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks
 from tests.models import random_model
 from tests.templates import family_tokenizer
 
 STAND_IN = "Qwen/Qwen3-0.6B"
-SHORT = 8  # tokens per answer, unless cutting it would break what is shown
 NOT_RUN = "# Not run here: "
 FRAMEWORKS = ("langchain.md", "llama_index.md")
 # What a print of a page gives at the end of its line: `print(...)  # ... word`.
@@ -66,27 +63,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def quick(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The embedded model out of the fixture, and short answers."""
-
-    def embedded(cls: type[Amulet], **options: Any) -> Amulet:
-        own = {name: value for name, value in options.items() if name != "dtype"}
-        return cls(*smollm, **own)
-
-    limit: Callable[..., int] = Preparer._limit
-
-    def short(self: Preparer, request: Request, prompt_tokens: int) -> int:
-        is_whole = request.grammar is not None or request.tool_choice not in ("auto", "none")
-        tokens = limit(self, request, prompt_tokens)
-        return tokens if is_whole else min(tokens, SHORT)
-
-    monkeypatch.setattr(Amulet, "embedded", classmethod(embedded))
-    monkeypatch.setattr(Preparer, "_limit", short)
-
-
 # LlamaIndex does not close the event loops and in-memory databases that it opens.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -94,7 +70,8 @@ def quick(
 def test_the_page_runs(
     page: Path,
     hub: None,
-    quick: None,
+    embedded: None,
+    short_answers: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

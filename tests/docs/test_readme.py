@@ -8,9 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from amulet import Amulet
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 WHOLE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -34,14 +31,9 @@ def test_only_downloads_are_left_out() -> None:
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1][:40])
 def test_snippet_runs(
     snippet: str,
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    monkeypatch: pytest.MonkeyPatch,
+    embedded: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def embedded(cls: type[Amulet], **options: object) -> Amulet:
-        return cls(*smollm, **options)  # type: ignore[arg-type]  # loaded once for all tests
-
-    monkeypatch.setattr(Amulet, "embedded", classmethod(embedded))
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
     asyncio.set_event_loop(None)  # let go of what it left,
     gc.collect()  # while this test's filter holds

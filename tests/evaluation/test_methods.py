@@ -241,10 +241,12 @@ def test_pairs_decode_what_the_library_decodes(
 
 
 def test_amulet_literal_and_collapsed_on_a_real_model(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], question_file: Path, tmp_path: Path
+    packed_smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    question_file: Path,
+    tmp_path: Path,
 ) -> None:
     """T = 60 run literally gives the collapsed form's answers, token for token, in float32."""
-    amulet = Amulet(*smollm, max_rows=12)
+    amulet = Amulet(*packed_smollm, max_rows=12)
     run = evaluate(
         amulet,
         tmp_path / "run",

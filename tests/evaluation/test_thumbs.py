@@ -269,9 +269,9 @@ MORE = (
 
 
 def test_on_a_real_model_brief_answers_pull_towards_brevity(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    packed_smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
-    amulet = Amulet(*smollm)
+    amulet = Amulet(*packed_smollm)
     brief = "Answer in one short sentence."
     pairs = [
         ("What is tea?", "Tea is a drink made of leaves.", f"Tea is a drink. {MORE}"),

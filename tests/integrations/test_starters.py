@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from amulet import Amulet, starter
+from amulet import starter
 from amulet.cli import app
 
 ANSWERS = {
@@ -56,14 +55,13 @@ def written(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", starter.NEEDS)
 def test_a_starter_runs(
     kind: str,
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    embedded: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = init(kind, tmp_path / "mine")
     assert result.exit_code == 0, result.output
-    monkeypatch.setattr(Amulet, "embedded", classmethod(lambda cls: cls(*smollm)))
     monkeypatch.setattr(sys, "argv", ["main.py"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
     runpy.run_path(str(tmp_path / "mine" / "main.py"), run_name="__main__")

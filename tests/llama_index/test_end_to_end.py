@@ -50,8 +50,8 @@ def minilm() -> Any:
 
 
 @pytest.fixture(scope="module")
-def llm(smollm: Any) -> AmuletLLM:
-    return AmuletLLM(amulet=Amulet(*smollm), max_tokens=12)
+def llm(packed_smollm: Any) -> AmuletLLM:
+    return AmuletLLM(amulet=Amulet(*packed_smollm), max_tokens=12)
 
 
 def nodes() -> list[TextNode]:
@@ -146,7 +146,7 @@ def test_a_required_call_on_a_real_model(llm: AmuletLLM) -> None:
     assert (call.tool_name, call.tool_kwargs) == ("ferry_times", {"day": "Monday"})
 
 
-def test_plain_answers_are_the_peers(llm: AmuletLLM, smollm: Any) -> None:
+def test_plain_answers_are_the_peers(smollm: Any) -> None:
     peer = pytest.importorskip("llama_index.llms.huggingface")
     model, tokenizer = smollm
     other = peer.HuggingFaceLLM(

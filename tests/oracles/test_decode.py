@@ -179,7 +179,7 @@ def test_several_preferences_equal_their_formula() -> None:
 @pytest.mark.parametrize("placement", ["system", "user"])
 def test_smollm_equals_guidance_in_float32(
     smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    packed_smollm: PreTrainedModel,
+    packed_smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     placement: str,
 ) -> None:
     model, tokenizer = smollm
@@ -217,7 +217,7 @@ def test_smollm_equals_guidance_in_float32(
             for g in generations
         ]
 
-    for engine_model in (model, packed_smollm):
+    for engine_model in (model, packed_smollm[0]):
         alone, together = copies()[1], copies()
         run(engine_over(engine_model), [alone])
         assert alone.token_ids == expected[1]

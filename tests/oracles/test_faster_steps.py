@@ -167,7 +167,7 @@ def test_a_compiled_step_decodes_what_transformers_does(
 ) -> None:
     """One graph for one row and many, level or not, short and long."""
     monkeypatch.setattr(native, "_libraries", [])  # nobody has looked for the C code before
-    model = random_model(kind, dtype=dtype)
+    model = random_model(kind, dtype=dtype, layers=2)  # one of each kind; each is compiled
     rng = random.Random(kind)
     engine = engine_over(model, compile=True)
     widths = _passes(engine)
@@ -183,7 +183,7 @@ def test_a_compiled_step_decodes_what_transformers_does(
 @needs_compiler
 @pytest.mark.slow
 def test_a_compiled_step_uses_packed_weights(caplog: pytest.LogCaptureFixture) -> None:
-    model = random_model("qwen2", head_dim=32)
+    model = random_model("qwen2", head_dim=32, layers=2)
     pack_linears(model)
     prompt = ids(random.Random(6), 30)
     eager, compiled = plain(prompt), plain(prompt)

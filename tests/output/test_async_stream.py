@@ -206,11 +206,19 @@ def test_a_loop_that_is_gone_ends_its_answers(tokenizer: PreTrainedTokenizerFast
 
 
 def test_the_process_ends_cleanly_while_an_answer_is_decoded() -> None:
-    """A thread inside PyTorch would abort the interpreter on its way down."""
+    """A thread inside PyTorch would abort the interpreter on its way down; not every time."""
     script = """
-import asyncio
+import asyncio, os, sys, warnings
 from amulet import Amulet
 from tests.models import byte_tokenizer, random_model
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of `fork` beside threads of libraries
+for _ in range(2):  # three processes, of which the others need not import all of it
+    if child := os.fork():
+        ended = os.waitpid(child, 0)[1]
+        assert ended == 0, ended
+    else:
+        break
 
 amulet = Amulet(random_model("llama"), byte_tokenizer())
 
@@ -220,9 +228,8 @@ async def main() -> None:
 
 asyncio.run(main())
 """
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_decode_thread_ends_before_the_interpreter() -> None:

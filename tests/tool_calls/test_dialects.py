@@ -615,9 +615,9 @@ def test_a_tokenizers_own_response_template_is_used(tokenizer: PreTrainedTokeniz
 
 @pytest.mark.slow
 def test_a_small_model_makes_valid_calls(
-    smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    packed_smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
-    amulet = Amulet(*smollm)
+    amulet = Amulet(*packed_smollm)
     options: dict[str, Any] = {"tools": TOOLS, "tools_prompt": "fallback", "max_new_tokens": 80}
     named = amulet.chat(user("How warm is Paris?"), tool_choice="get_weather", **options)
     assert named.tool_calls[0].arguments["city"] == "Paris"
