@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from amulet.output.detokenizer import Detokenizer, StopStrings, special_letters
+from amulet.output.detokenizer import Detokenizer
+from amulet.output.stop_sequences import StopStrings, special_letters
 
 
 class TextStream:

@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING
 
 from amulet.decoding.generation import Generation
 from amulet.grammar import Matcher
-from amulet.output.detokenizer import (
-    Detokenizer,
-    StopStrings,
-    special_letters,
-    without_letters,
-)
+from amulet.output.detokenizer import Detokenizer
 from amulet.output.sections import Scanner
 from amulet.output.steered_tokens import Policy
+from amulet.output.stop_sequences import StopStrings, special_letters, without_letters
 from amulet.reply import Event, InvalidToolCall, ToolCall
 from amulet.tool_calls.base import Piece
 

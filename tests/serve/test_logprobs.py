@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet import Amulet
-from amulet.output.detokenizer import StopStrings
+from amulet.output.stop_sequences import StopStrings
 from amulet.reply import Event, TokenTrace
 from amulet.serve.logprobs import Content, TokenBytes, Written
 from tests.models import byte_tokenizer
