@@ -283,50 +283,63 @@ class ImageReader:
         self.token: str = self._processor.image_token
         column = str(tokenizer.convert_ids_to_tokens(token_id))
         self.tokens = frozenset({self.token, column})
+        # LLaVA-OneVision's cuts an image into tiles only where the chat has no other one.
+        names = getattr(processor.image_processor, "model_input_names", ())
+        self._counts = "batch_num_images" in names
         self._read: dict[bytes, _Read] = {}  # by digests of files, the least recently used first
         self._lock = threading.Lock()
 
-    def read(self, part: object) -> PromptImage:
+    def read(self, part: object, is_only: bool = True) -> PromptImage:
         """Return what of a content part's image reaches the model.
 
         A chat's later turns bring the same files again; the last ones are not processed again.
+
+        Args:
+            part: the content part.
+            is_only: whether the chat has no other image.
 
         Raises:
             RequestError: see `open_image`; or the processor refuses the image.
         """
         file = image_file(part)
+        count = 2 if self._counts and not is_only else 1
         if not isinstance(file, bytes):
-            return PromptImage(*self._processed(file))
-        hasher = hashlib.sha256(repr(self._processor.image_processor).encode())
+            return PromptImage(*self._processed(file, count))
+        hasher = hashlib.sha256(f"{count} {self._processor.image_processor!r}".encode())
         hasher.update(file)
         key = hasher.digest()
         with self._lock:
             found = self._read.pop(key, None)
         if found is None:
-            found = self._processed(file)
+            found = self._processed(file, count)
         with self._lock:
             self._read[key] = found
             while sum(one.nbytes for one in self._read.values()) > MOST_KEPT:
                 del self._read[next(iter(self._read))]
         return PromptImage(*found)
 
-    def _processed(self, part: bytes | Image) -> _Read:
+    def _processed(self, part: bytes | Image, count: int) -> _Read:
+        """Return one of so many images alike in a chat."""
         image = open_image(part)
         try:
             made = self._processor(
-                images=[image], text=[self.token], return_text_replacement_offsets=True
+                images=[[image] * count],
+                text=[self.token * count],
+                return_text_replacement_offsets=True,
             )
-            ((replaced,),) = made.pop("text_replacement_offsets")
+            ((replaced, *_),) = made.pop("text_replacement_offsets")
             (ids,) = made.pop("input_ids")
             for unused in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
                 made.pop(unused, None)
             inputs = dict(made.convert_to_tensors("pt"))
+            if count > 1:
+                inputs = {name: tensor[:1] for name, tensor in inputs.items()}
         except Exception as error:  # another library's code, on an image of any shape
             raise RequestError(
                 f"The model's image processor refuses an image of {image.width}x{image.height} "
                 f"pixels: {error}"
             ) from None
-        columns = list(ids).count(self.token_id)
+        columns = list(ids).count(self.token_id) // count
         return _Read(replaced["replacement"], column_ids(inputs, columns), inputs)
 
 

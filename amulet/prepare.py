@@ -161,7 +161,9 @@ class Preparer:
                 f"The messages have an image, and {self.no_images}. Leave the image out, describe "
                 "it in words, or load a model that reads images."
             )
-        return normal_messages(messages), tuple(map(self.reader.read, parts))
+        is_only = len(parts) == 1
+        images = tuple(self.reader.read(part, is_only) for part in parts)
+        return normal_messages(messages), images
 
     def _seen(self, prompts: Prompts, images: Sequence[PromptImage]) -> Prompts:
         """Return the prompts of rows: with the images' own ids where the placeholders are."""

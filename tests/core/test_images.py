@@ -306,16 +306,11 @@ def test_a_text_model_names_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     assert amulet.count_chat(asks("Hi", png())) == amulet.count_chat(asks("Hi"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("llava_onevision", "of image models Amulet serves gemma3, .*, not llava_onevision"),
-        ("paligemma", "of image models Amulet serves gemma3, .*, not paligemma"),
-    ],
-)
+@pytest.mark.parametrize("kind", ["aya_vision", "paligemma"])
 def test_an_image_model_that_is_not_served_names_itself(
-    kind: str, why: str, tokenizer: PreTrainedTokenizerFast
+    kind: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    why = f"of image models Amulet serves gemma3, .*, not {kind}"
     amulet = Amulet(build(Entry(kind, kind, True)), tokenizer)
     assert not amulet.reads_images
     with pytest.raises(RequestError, match=f"an image, and {kind} takes none: {why}"):

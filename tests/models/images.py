@@ -24,6 +24,8 @@ from transformers import (
     InternVLProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PixtralImageProcessorPil,
     PixtralVisionConfig,
@@ -58,6 +60,7 @@ TEMPLATE = """\
 Kind = Literal[
     "llava",
     "llava_next",
+    "llava_onevision",
     "pixtral",
     "mistral3",
     "idefics3",
@@ -134,6 +137,15 @@ def processor(kind: Kind) -> ProcessorMixin:
             num_additional_image_tokens=1,
             chat_template=template,
         )
+    if kind == "llava_onevision":
+        images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=GRIDS)
+        return _without_videos(LlavaOnevisionProcessor)(
+            images,
+            tokenizer,
+            num_image_tokens=4,
+            vision_feature_select_strategy="full",
+            chat_template=template,
+        )
     if kind in ("pixtral", "mistral3"):  # their images keep their shapes, a row's end is a token
         images = PixtralImageProcessorPil(size={"longest_edge": 2 * SIDE}, patch_size=14)
         return _pixtral_processor()(
@@ -193,7 +205,7 @@ def image_model(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -
         "vision_config.patch_size": PATCH.get(kind, 14),
         "image_token_id": tokens.convert_tokens_to_ids(COLUMN.get(kind, "<image>")),
     }
-    if kind == "llava_next":
+    if kind in ("llava_next", "llava_onevision"):
         extra["image_grid_pinpoints"] = GRIDS
     if kind == "mistral3":
         extra["vision_config.image_size"] = 2 * SIDE

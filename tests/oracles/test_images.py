@@ -45,7 +45,7 @@ class Pair:
             messages, tokenize=False, add_generation_prompt=True
         )
         made = self.processor(
-            images=list(images) or None,
+            images=[list(images)] if images else None,  # of one chat
             text=[text],
             return_tensors="pt",
             add_special_tokens=False,

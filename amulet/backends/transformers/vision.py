@@ -16,8 +16,8 @@ from amulet.images import Place, PromptImage
 
 # Model types whose answers about images are the tokens of `generate`; a test decodes each of them.
 # Their images' columns are attended to as any other. The Qwens' have positions on several axes.
-READ = {"gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3"}
-READ |= {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm"}
+READ = {"gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"}
+READ |= {"mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm"}
 DEEP = {"qwen3_vl", "qwen3_vl_moe"}  # whose first layers each add vectors of the image (DeepStack)
 AT_ONCE = {"gemma3"}  # whose images' columns attend to all of their image's: they are one pass
 AXES = 3  # of a position there: time, height and width
