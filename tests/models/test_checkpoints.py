@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ CHAT = [{"role": "user", "content": "Which tea is it that they drink in the nort
 SHORT = [{"role": "user", "content": "Tea?"}]
 TORCHAO = Path(sys.prefix) / "torchao"
 TORCHAO_TESTS = Path(__file__).parent / "with_torchao.py"
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 QUIET = pytest.mark.filterwarnings("ignore")  # of what the libraries call
 
 
@@ -244,6 +246,56 @@ def test_mxfp4(pack: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     save_quantised(folder, tensors, {"quant_method": "mxfp4"}, dense)
     amulet = Amulet.from_pretrained(folder, device="cpu", dtype="float32", pack=pack)
     check(amulet, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def packed(numbers: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """Pack eight numbers of 4 bits, in this order, into each of the last dimension's."""
+    eights = numbers.long().unflatten(-1, (-1, 8))[..., list(order)] << torch.arange(0, 32, 4)
+    return eights.sum(-1).to(torch.int32).contiguous()  # the highest bit is the sign
+
+
+@QUIET
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_gptq_and_awq(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As AutoGPTQ and AutoAWQ write them, a scale and a zero for each 32 weights; by auto-round."""
+    pytest.importorskip("auto_round", reason="needs auto-round")
+    pytest.importorskip("auto_round_kernel", reason="needs auto-round-lib")
+    from transformers import AutoRoundConfig
+
+    folder = save(tmp_path, tokenizer)
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        groups = weight.unflatten(1, (-1, 32))
+        least, most = groups.aminmax(dim=-1)
+        scales = ((most - least) / 15).half().float()
+        zeros = (-least / scales).round()
+        numbers = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+        rounded = ((numbers - zeros[..., None]) * scales[..., None]).flatten(1)
+        dense.get_parameter(name).data.copy_(rounded)
+        layer = name.removesuffix("weight")
+        tensors[f"{layer}scales"] = scales.half().t().contiguous()
+        if kind == "gptq":
+            tensors[f"{layer}qweight"] = packed(numbers.flatten(1)).t().contiguous()
+            tensors[f"{layer}qzeros"] = packed((zeros - 1).t())
+            tensors[f"{layer}g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+        else:
+            tensors[f"{layer}qweight"] = packed(numbers.flatten(1).t(), AWQ_ORDER)
+            tensors[f"{layer}qzeros"] = packed(zeros.t(), AWQ_ORDER)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    method = {"quant_method": kind, "bits": 4, "group_size": 32, "sym": False}
+    method |= {"desc_act": False} if kind == "gptq" else {"zero_point": True, "version": "gemm"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
+    options: dict[str, Any] = {"quantization_config": AutoRoundConfig(), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **options)
+    layer = model.model.layers[1].mlp.down_proj
+    assert type(layer) is not torch.nn.Linear
+    expected = dense.model.layers[1].mlp.down_proj
+    hidden = torch.randn(2, expected.in_features, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(hidden), expected(hidden))
+    check(Amulet.from_pretrained(folder, device="cpu", **options), model)
 
 
 @pytest.mark.slow
