@@ -28,7 +28,10 @@ def refuse_unknown(
             called, similar = meant(name, names), close(name, names)
             hint = f"did you mean {similar}?" if similar else "leave it out"
             hint = f"use {called}" if called else hint
-        raise RequestError(f"{where} does not know the option {name}={options[name]!r}: {hint}.")
+        end = "" if hint.endswith("?") else "."
+        raise RequestError(
+            f"{where} does not know the option {name}={options[name]!r}: {hint}{end}"
+        )
 
 
 def template_options(given: Any, enable_thinking: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ CONVERSATION = {"configurable": {"preference": "B"}}
     [
         (
             {"temprature": 1},
-            "ChatAmulet does not know the option temprature=1: did you mean temperature?.",
+            "ChatAmulet does not know the option temprature=1: did you mean temperature?",
         ),
         ({"num_predict": 3}, "ChatAmulet does not know the option num_predict=3: use max_tokens."),
         ({"top_p": 3}, "ChatAmulet: top_p=3.0: input should be less than or equal to 1."),

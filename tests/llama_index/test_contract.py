@@ -285,11 +285,11 @@ def test_a_base_model_completes() -> None:
 
 UNKNOWN = [
     ({"temprature": 1}, "did you mean temperature?"),
-    ({"json_mode": True}, "use structured_predict() or as_structured_llm()"),
-    ({"do_sample": True}, "use temperature: 0 is greedy, above 0 samples"),
-    ({"n_predict": 3}, "use max_tokens"),
+    ({"json_mode": True}, "use structured_predict() or as_structured_llm()."),
+    ({"do_sample": True}, "use temperature: 0 is greedy, above 0 samples."),
+    ({"n_predict": 3}, "use max_tokens."),
     ({"preferance": "x"}, "did you mean preference?"),
-    ({"whatever": 3}, "leave it out"),
+    ({"whatever": 3}, "leave it out."),
 ]
 
 
@@ -313,7 +313,7 @@ def test_a_misspelt_setting_of_a_marked_message_is_refused() -> None:
 async def test_unknown_options_are_refused(given: dict[str, Any], hint: str) -> None:
     llm = scripted()
     (name, value), *_ = given.items()
-    expected = f"AmuletLLM does not know the option {name}={value!r}: {hint}."
+    expected = f"AmuletLLM does not know the option {name}={value!r}: {hint}"
     for call in (llm.chat, llm.stream_chat):
         with pytest.raises(RequestError) as refused:
             call([USER], **given)
