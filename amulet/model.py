@@ -18,7 +18,7 @@ from amulet.backends.llamacpp.model import GGUFModel
 from amulet.decoding.worker import Driver
 from amulet.errors import AmuletError, ModelError, RequestError
 from amulet.images import ImageReader, without_images
-from amulet.models.given import check_parts, checked_name
+from amulet.models.given import check_options, check_parts, checked_name
 from amulet.output.async_stream import AsyncReplyStream, read_all
 from amulet.output.comparison import Comparison, comparison_requests
 from amulet.output.curve import STRENGTHS, Point, StrengthCurve, curve_requests
@@ -175,6 +175,7 @@ class Amulet:
         from amulet.models.gguf import is_gguf, load_gguf
         from amulet.models.loading import load_pretrained
 
+        check_options(options)
         name = checked_name(name_or_path, "Amulet.from_pretrained")
         load: Any = load_gguf if is_gguf(name) else load_pretrained
         return cls(
@@ -213,6 +214,7 @@ class Amulet:
         """
         from amulet.models.gguf import load_gguf
 
+        check_options(options)
         return cls(
             *load_gguf(checked_name(source, "Amulet.from_gguf"), **options),
             steering=steering,
@@ -248,6 +250,7 @@ class Amulet:
 
         if backend not in ("transformers", "gguf"):
             raise RequestError(f'backend={backend!r}: expected "transformers" or "gguf".')
+        check_options(options)
         load: Any = load_embedded_gguf if backend == "gguf" else load_embedded
         return cls(
             *load(**options),

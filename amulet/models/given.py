@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from amulet.backends.llamacpp.model import GGUFModel
 from amulet.errors import RequestError
 from amulet.models.gguf import is_gguf
+from amulet.preference import Steering
+from amulet.request import Request
 
 HUB = "https://huggingface.co/"
 _EXAMPLE = "Qwen/Qwen3-0.6B"
@@ -67,6 +70,25 @@ def check_parts(model: Any, tokenizer: Any) -> None:
 def is_model(given: Any) -> bool:
     """Tell whether something is a loaded model: of Transformers, around one, or a GGUF file's."""
     return isinstance(given, GGUFModel) or hasattr(getattr(given, "config", None), "model_type")
+
+
+def check_options(options: Iterable[str]) -> None:
+    """Check that options for loading a model are not those of an answer.
+
+    Raises:
+        RequestError: one of them is; the message says where it is given.
+    """
+    for name in options:
+        if name in Steering.model_fields:
+            raise RequestError(
+                f"{name}: no option for loading a model. Use steering=Steering({name}=...), or "
+                f"give it with the call: chat(..., {name}=...)."
+            )
+        if name in Request.model_fields:
+            raise RequestError(
+                f"{name}: no option for loading a model. Give it with the call: "
+                f"chat(..., {name}=...)."
+            )
 
 
 def checked_name(given: Any, where: str) -> str:

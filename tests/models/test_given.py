@@ -73,6 +73,23 @@ def test_what_is_no_name_is_not_loaded(load: Any) -> None:
         load(BOTH)
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        Amulet.embedded,
+        lambda **options: Amulet.from_pretrained("a/b", **options),
+        lambda **options: Amulet.from_gguf("a.gguf", **options),
+    ],
+)
+def test_an_option_of_an_answer_is_no_option_for_loading(load: Any) -> None:
+    with pytest.raises(
+        RequestError, match=r"^strength: .* Use steering=Steering\(strength=\.\.\.\)"
+    ):
+        load(strength=0.5)
+    with pytest.raises(RequestError, match=r"^preference: .* the call: chat\(\.\.\., preference="):
+        load(preference="Be brief.")
+
+
 @pytest.mark.parametrize("name", ["embedded", "http://127.0.0.1:8000"])
 def test_a_name_of_another_call_is_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="is no folder and no hub name") as refused:
