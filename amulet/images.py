@@ -201,9 +201,11 @@ def _decoded(text: str, is_url: bool) -> bytes:
                 "data: URL (data:image/png;base64,...), or in Python its bytes."
             )
         if kind != "data" or not comma or not head.endswith(";base64"):
+            # The beginning of base64 is the image's, so only an address is shown.
+            shown = repr(head[:40]) if kind else "a text"
             raise RequestError(
-                f"An image is given as {head[:40]!r}: expected data:image/png;base64,... . A local "
-                "file can be given in Python, as a pathlib.Path."
+                f"An image is given as {shown}: expected data:image/png;base64,... . A local file "
+                "can be given in Python, as a pathlib.Path."
             )
     _check_size(3 * len(text) // 4)
     try:
@@ -221,7 +223,7 @@ def _check_size(size: int) -> None:
 
 
 def open_image(part: object) -> Image:
-    """Return the image of a content part, upright and in RGB.
+    """Return the image of a content part, upright, in RGB, and on white where it is transparent.
 
     Raises:
         RequestError: it is no image, or too large; that is found before it is decoded.
@@ -238,7 +240,8 @@ def open_image(part: object) -> Image:
         image = Image.open(BytesIO(found), formats=FORMATS) if isinstance(found, bytes) else found
         pixels = image.width * image.height
         if pixels <= MOST_PIXELS:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            wide = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+            return _in_rgb(ImageOps.exif_transpose(image), wide)
     except UnidentifiedImageError:
         raise RequestError(f"An image is in no format of {', '.join(FORMATS)}.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -249,6 +252,27 @@ def open_image(part: object) -> Image:
         f"An image has {f'{pixels / 1e6:.0f}' if pixels else 'far too many'} megapixels: at most "
         f"{MOST_PIXELS / 1e6:.0f} are read. Make it smaller."
     )
+
+
+def _in_rgb(image: Image, wide: bool) -> Image:
+    """Return an image in RGB.
+
+    Pillow's own conversion shows what is behind transparent pixels, black as a rule, and makes
+    almost every pixel of 16 bits white.
+
+    Args:
+        image: any.
+        wide: whether its pixels have one channel of 16 bits.
+    """
+    if wide:
+        image = image.point(lambda value: value / 256).convert("L")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = image.copy()
+        white.paste("white", (0, 0, *image.size))
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
 
 
 class _Read(NamedTuple):
@@ -333,7 +357,8 @@ class ImageReader:
                 made.pop(unused, None)
             inputs = dict(made.convert_to_tensors("pt"))
             if count > 1:
-                inputs = {name: tensor[:1] for name, tensor in inputs.items()}
+                # Copies, as a part would keep the memory of the whole.
+                inputs = {name: tensor[:1].clone() for name, tensor in inputs.items()}
         except Exception as error:  # another library's code, on an image of any shape
             raise RequestError(
                 f"The model's image processor refuses an image of {image.width}x{image.height} "

@@ -135,6 +135,43 @@ def test_images_are_upright_and_rgb() -> None:
     assert open_image(stored(picture().convert("L"), "PNG")).mode == "RGB"
 
 
+def test_transparent_images_are_on_white() -> None:
+    """As Transformers' own processors have them; what is behind the pixels is black."""
+    clear = Image.new("RGBA", (2, 1))
+    clear.putpixel((1, 0), (0, 0, 0, 255))
+    grey, palette = Image.new("LA", (2, 1)), Image.new("P", (2, 1))
+    grey.putpixel((1, 0), (0, 255))
+    palette.putpixel((1, 0), 1)
+    palette.putpalette([9, 9, 9, 0, 0, 0])
+    palette.info["transparency"] = 0
+    for image in (clear, grey, palette):
+        for part in (image, stored(image, "PNG"), stored(image, "WEBP")):
+            found = open_image(part)
+            assert (found.mode, found.getpixel((0, 0))) == ("RGB", (255, 255, 255))
+            assert found.getpixel((1, 0)) == (0, 0, 0)
+    assert open_image(Image.new("RGBA", (1, 1), (0, 0, 0, 128))).getpixel((0, 0)) == (127,) * 3
+
+
+def test_16_bits_of_grey_become_8() -> None:
+    image = Image.new("I;16", (3, 1))
+    for place, value in enumerate((0, 0x1234, 0xFFFF)):
+        image.putpixel((place, 0), value)
+    for part in (image, stored(image, "PNG")):
+        found = open_image(part)
+        assert [found.getpixel((place, 0)) for place in range(3)] == [
+            (0, 0, 0),
+            (0x12, 0x12, 0x12),
+            (255, 255, 255),
+        ]
+
+
+def test_errors_show_nothing_of_an_image(amulet: Amulet) -> None:
+    for part in ({"type": "image", "url": BASE64}, {"type": "image", "base64": f"!{BASE64}"}):
+        with pytest.raises(RequestError) as caught:
+            amulet.chat(asks(part))
+        assert BASE64[:8] not in str(caught.value)
+
+
 # ---- limits
 
 
@@ -269,6 +306,16 @@ def test_the_last_files_are_not_processed_again(monkeypatch: pytest.MonkeyPatch)
     before, after = rows(amulet, asks(png(2)))[0], rows(amulet, asks(picture(2)))[0]
     assert before == after
     assert len(opened) == 6
+
+
+def test_what_is_kept_of_a_file_is_all_that_takes_memory() -> None:
+    """LLaVA-OneVision's processor gets an image twice where the chat has others."""
+    given: Any = processor("llava_onevision")
+    reader = Amulet(image_model("llava_onevision", torch.float32), given)._reader
+    assert reader is not None
+    for is_only in (True, False):
+        for tensor in reader.read(png(), is_only).inputs.values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_a_mark_that_is_no_image_is_an_error(amulet: Amulet) -> None:
