@@ -39,7 +39,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)
-_NAMED = re.compile(r"([a-z_]+)(?=[\[ .=:(])")
+_NAMED = re.compile(r"\b([a-z_]+)(?=[\[ .=:(])")
 
 
 class ApiError(Exception):

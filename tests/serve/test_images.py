@@ -73,7 +73,9 @@ async def test_what_is_refused(reading: Amulet, image: Any, said: str) -> None:
         body = {"messages": [{"role": "user", "content": parts(image)}]}
         answer = await client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400
-    assert said in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert error["param"] is None  # and not "n", a part of the word "An"
 
 
 async def test_a_text_model_takes_none(tiny: Amulet) -> None:
