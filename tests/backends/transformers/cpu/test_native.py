@@ -33,6 +33,22 @@ def uncached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "_libraries", [])
 
 
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for these tests alone, with what was compiled for all."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "native").mkdir(mode=0o755)
+    if native.library() is not None:
+        shutil.copy2(native._built(), folder / "native")
+    return folder
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, builds: Path) -> None:
+    monkeypatch.setenv("AMULET_CACHE", str(builds))
+    monkeypatch.setattr(native, "_libraries", [])
+
+
 @pytest.mark.usefixtures("uncached")
 def test_without_a_compiler_pytorch_s_kernels_are_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -155,7 +171,7 @@ def test_with_a_compiler_the_code_compiles() -> None:
 
 @needs_code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("uncached")
+@pytest.mark.usefixtures("built")
 def test_avx_512_without_bfloat16_gives_the_same_results(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
@@ -203,7 +219,7 @@ def test_a_folder_that_anybody_may_write_is_not_built_in(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("compiler", ["  ", "cc '"])
-@pytest.mark.usefixtures("uncached")
+@pytest.mark.usefixtures("built")
 def test_a_strange_cc_is_no_error(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     monkeypatch.setenv("CC", compiler)
     assert native.library() is None or native.reason() == ""
@@ -211,7 +227,8 @@ def test_a_strange_cc_is_no_error(monkeypatch: pytest.MonkeyPatch, compiler: str
 
 @needs_code
 @pytest.mark.usefixtures("uncached")
-def test_code_that_anybody_may_have_written_is_not_loaded() -> None:
+def test_code_that_anybody_may_have_written_is_not_loaded(builds: Path, tmp_path: Path) -> None:
+    shutil.copytree(builds / "native", tmp_path / "native")
     path = native._built()
     os.chmod(path.parent, 0o777)
     native._libraries.clear()
@@ -242,7 +259,7 @@ def test_the_compiler_is_the_one_that_cc_names(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_code
 @pytest.mark.skipif(shutil.which("ldd") is None, reason="asks ldd")
-@pytest.mark.usefixtures("uncached")
+@pytest.mark.usefixtures("built")
 def test_it_brings_no_second_openmp() -> None:
     """Two of them would keep threads that compete for the cores."""
     needed = subprocess.run(["ldd", native._built()], capture_output=True, text=True, check=True)
