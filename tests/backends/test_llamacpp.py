@@ -324,6 +324,23 @@ def test_sequences_are_added_with_the_rows_and_rows_kept(tiny: Path) -> None:
         backend.load_row(1, saved, 20)
 
 
+def test_a_long_prompt_joins_short_ones_and_many_rows_share_a_pass(tiny: Path) -> None:
+    """A context of few cells takes few ids at once, or llama.cpp ends the process."""
+    model = GGUFModel(tiny, threads=1, kv_type="f32")
+    backend = LlamaBackend(model)
+    engine = Engine(backend)
+    engine.admit(Generation(prompts=[[1, 2, 3]], max_new_tokens=9))
+    assert backend._open().cells == CELLS
+    long = [number % 250 for number in range(CELLS + 50)]
+    rows = [[row, *long[:200]] for row in range(5)]
+    for prompts in ([long], rows):
+        asked = Generation(prompts=prompts, weights=[1.0] * (len(prompts) - 1), max_new_tokens=1)
+        engine.admit(asked)
+        *wanted, base = (oracle.logits(model, prompt).log_softmax(-1) for prompt in prompts)
+        whole = base + sum(row - base for row in wanted)
+        assert asked.token_ids == [int(whole.argmax())]
+
+
 def causes(error: BaseException | None) -> str:
     return f"{error}\n{causes(error.__cause__)}" if error is not None else ""
 

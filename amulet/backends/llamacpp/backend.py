@@ -143,13 +143,14 @@ class LlamaBackend:
         rows = np.repeat(np.arange(first, first + len(ids)), width)
         wanted = np.tile(flags, len(ids))
         found = []
-        for begin in range(0, len(tokens), BATCH):
-            part = slice(begin, begin + BATCH)
+        size = self._open().batch
+        for begin in range(0, len(tokens), size):
+            part = slice(begin, begin + size)
             self._decode(tokens[part], positions[part], rows[part], wanted[part])
             count = int(wanted[part].sum())
             if count:
                 found.append(self._logits(count))
-                if len(tokens) > BATCH:  # the next call overwrites the logits
+                if len(tokens) > size:  # the next call overwrites the logits
                     found[-1] = found[-1].clone()
         for row, start in enumerate(starts, first):
             self._lengths[row] = start + width
@@ -351,6 +352,7 @@ class _Context:
             if not self.pointer:
                 raise MemoryError(f"llama.cpp created no context of {cells} tokens: {reason()}")
         self.cells = int(lib.llama_n_ctx(self.pointer))
+        self.batch = int(lib.llama_n_batch(self.pointer))  # at most as many ids as cells
         self.memory = lib.llama_get_memory(self.pointer)
         self._model = model  # freed after this
         self._free = lib.llama_free
