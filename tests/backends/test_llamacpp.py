@@ -341,6 +341,16 @@ def test_a_long_prompt_joins_short_ones_and_many_rows_share_a_pass(tiny: Path) -
         assert asked.token_ids == [int(whole.argmax())]
 
 
+def test_a_longer_context_has_no_more_sequences(tiny: Path) -> None:
+    backend = LlamaBackend(GGUFModel(tiny, threads=1))
+    backend.reserve(5, CELLS)
+    assert backend._open().rows == 10
+    for length in (CELLS, 2 * CELLS, 4 * CELLS):  # the last two need more cells
+        backend.forward([[1] * length], [0], 0, [0])
+    assert backend._open().cells >= 4 * CELLS
+    assert backend._open().rows == 10
+
+
 def causes(error: BaseException | None) -> str:
     return f"{error}\n{causes(error.__cause__)}" if error is not None else ""
 

@@ -99,9 +99,13 @@ class LlamaBackend:
         if rows > MOST_ROWS:
             raise MemoryError(f"{rows} rows: llama.cpp has {MOST_ROWS} sequences")
         context = self._context
+        if context is not None and rows <= context.rows:
+            return
+        # A context has room for the logits of all its sequences: 255 would take 25 ms to allocate.
+        rows = min(max(8, 2 * rows), MOST_ROWS)
         if context is None:
             self._context = self._make(max(tokens, self._ahead), rows)
-        elif rows > context.rows:
+        else:
             self._replace(context.cells, rows)
 
     def working(self, tokens: int) -> AbstractContextManager[Any]:
@@ -304,7 +308,7 @@ class LlamaBackend:
     def _replace(self, cells: int, rows: int) -> None:
         """Move to a new context, with all rows and what they share."""
         old = self._open()
-        new = self._make(cells, max(rows, old.rows))
+        new = self._make(cells, rows)
         lib = self._lib
         if any(self._lengths.values()):
             size = lib.llama_state_get_size(old.pointer)
@@ -331,9 +335,7 @@ class _Context:
 
     def __init__(self, model: GGUFModel, cells: int, rows: int) -> None:
         lib = model.lib
-        # A context has room for the logits of all its sequences: 255 would take 25 ms to allocate.
-        self.rows = min(max(8, 2 * rows), MOST_ROWS)
-        self.spare = self.rows
+        self.rows = self.spare = rows
         threads = model.threads or torch.get_num_threads()
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = cells
