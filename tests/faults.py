@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ FAULTS: dict[str, Callable[[], Exception]] = {
 SHORTAGES = "gpu", "cpu"
 
 
+@cache  # a model's pass asks it thousands of times, of some dozens
+def makes_a_tensor(operation: Any) -> bool:
+    """Whether an operation returns a tensor that is no view of another."""
+    returns = operation._schema.returns
+    return any(r.alias_info is None and "Tensor" in str(r.type) for r in returns)
+
+
 class Allocations(TorchDispatchMode):
     """Counts the tensors that are made in the block, and may raise in place of making one.
 
@@ -43,8 +51,7 @@ class Allocations(TorchDispatchMode):
         self.fail_at, self.fault = fail_at, fault
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returns = func._schema.returns
-        if any(r.alias_info is None and "Tensor" in str(r.type) for r in returns):
+        if makes_a_tensor(func):
             self.count += 1
             if self.count == self.fail_at:
                 raise self.fault()
