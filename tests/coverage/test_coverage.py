@@ -1,4 +1,4 @@
-"""Thirty of the families that people run are decoded exactly; `make coverage` runs all."""
+"""Some thirty of the families that people run are decoded exactly; `make coverage` runs all."""
 
 from __future__ import annotations
 
