@@ -282,6 +282,24 @@ def test_a_cancelled_answer_leaves_the_others_as_they_are(subject: Subject) -> N
         assert each.token_ids == answer(subject, [prompt], 1.0, 6)
 
 
+def test_a_prompt_in_parts_joins_where_a_row_has_left(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject.backend, "chunk", 16, raising=False)
+    engine = Engine(subject.backend)
+    goes, stays, joins = (
+        generation([prompt], 1.0, tokens)
+        for prompt, tokens in zip([PROMPTS[2], PROMPTS[1], PROMPTS[0]], [2, 9, 3], strict=True)
+    )
+    for each in (stays, goes):
+        engine.admit(each)
+    engine.step()  # after which one of them has left
+    engine.admit(joins)
+    run(engine)
+    for each in (goes, stays, joins):
+        assert each.token_ids == answer(subject, each.prompts, 1.0, each.max_new_tokens)
+
+
 def test_nothing_that_other_weights_computed_is_used() -> None:
     backend = ScriptedBackend()
     engine = Engine(backend, prefix_bytes=2**20)

@@ -212,6 +212,7 @@ class LlamaBackend:
         """Free the cells of the rows from `first` on."""
         for row in [row for row, length in self._lengths.items() if row >= first and length]:
             self._cut(row, 0)
+        self._stepped = min(self._stepped, first)  # a step would empty rows that are filled since
 
     def load_row(self, row: int, snapshot: SavedRow, length: int) -> None:
         """Restore the first `length` ids of a saved row."""
