@@ -223,3 +223,92 @@ def test_axe_finds_nothing_serious(visit: Open, url: str, width: int) -> None:
         if page.locator("article.turn").count() == 0:
             ask(page, "Which tea?")
             page.locator("section.plain[data-state=done]").wait_for()
+
+
+# What is written to the browser's store: whether it has an image.
+WATCH = """() => {
+    const { put } = IDBObjectStore.prototype;
+    window.written = [];
+    IDBObjectStore.prototype.put = function (value, key) {
+        window.written.push(JSON.stringify(value).includes("base64"));
+        return put.call(this, value, key);
+    };
+}"""
+KEPT = """() => new Promise((done) => {
+    indexedDB.open("keyval-store").onsuccess = ({ target }) => {
+        const store = target.result.transaction("keyval").objectStore("keyval");
+        store.getAllKeys().onsuccess = ({ target }) => done(target.result.length);
+    };
+})"""
+
+
+def test_an_image_is_written_once_and_erased_with_what_it_belongs_to(visit: Open, url: str) -> None:
+    page = visit(url, viewport={"width": 1700, "height": 900})
+
+    def kept(count: int) -> None:
+        page.wait_for_function(f"async () => await ({KEPT})() === {count}")
+
+    page.evaluate(WATCH)
+    shorten(page)
+    choose(page, "leaf.png", png(1))
+    page.get_by_role("img", name="leaf.png").wait_for()
+    ask(page, "Which tea?")
+    page.get_by_role("button", name="Regenerate").wait_for()
+    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Regenerate").wait_for()
+    kept(2)  # the conversation and its image
+    choose(page, "stem.png", png(2))
+    page.get_by_role("img", name="stem.png").wait_for()
+    ask(page, "And this?")
+    page.locator("article.turn").nth(1).wait_for()
+    page.get_by_role("button", name="Regenerate").wait_for()
+    kept(3)
+    written = page.evaluate("window.written")
+    assert written.count(True) == 2
+    assert written.count(False) > 2
+    page.reload()
+    page.locator("article.turn").nth(1).wait_for()
+    assert names(page, "Images of the question") == ["leaf.png", "stem.png"]
+    page.get_by_role("button", name="Edit the question").first.click()
+    page.get_by_role("button", name="Ask again").click()  # the second question goes
+    page.get_by_role("button", name="Regenerate").wait_for()
+    kept(2)
+    page.get_by_role("button", name="Delete: Which tea?").click()
+    page.get_by_role("button", name="Really delete: Which tea?").click()
+    kept(0)
+
+
+def test_images_that_come_together_have_names_of_their_own(visit: Open, url: str) -> None:
+    page = visit(url)
+    page.get_by_role("button", name="Attach images").wait_for()
+    drop = ["drop", "image/png", "image.png", list(png(1)), ""]
+    page.get_by_label("Your question").fill("Which tea?")
+    page.evaluate(
+        f"""(drop) => {{
+            ({GIVE})(drop);
+            ({GIVE})(drop);
+            document.querySelector("form.composer").requestSubmit();  // before they are read
+        }}""",
+        drop,
+    )
+    page.get_by_role("img", name="image-2.png").wait_for()
+    assert names(page) == ["image.png", "image-2.png"]
+    expect(page.locator("article.turn")).to_have_count(0)
+
+
+def test_images_attached_before_another_conversation_is_opened(visit: Open, url: str) -> None:
+    """The code would name two images by one file."""
+    page = visit(url, viewport={"width": 1700, "height": 900})
+    shorten(page)
+    choose(page, "leaf.png", png(1))
+    page.get_by_role("img", name="leaf.png").wait_for()
+    ask(page, "Which tea?")
+    page.get_by_role("button", name="Regenerate").wait_for()
+    page.get_by_role("button", name="New conversation").click()
+    choose(page, "leaf.png", png(2))
+    page.get_by_role("img", name="leaf.png").wait_for()
+    page.locator(".conversations .open").click()
+    ask(page, "And this?")
+    page.locator("article.turn").nth(1).wait_for()
+    answer(page, "plain")
+    assert names(page, "Images of the question") == ["leaf.png", "leaf-2.png"]

@@ -41,7 +41,7 @@ export function send(question: string, images: Picture[] = []): void {
   let conversation = store.current.value;
   if (conversation === null) {
     conversation = {
-      id: crypto.randomUUID?.() ?? String(Math.random()).slice(2),
+      id: store.unique(),
       title: question.trim().replace(/\s+/g, " ").slice(0, 80),
       updated: Date.now(),
       settings: store.fresh.value,

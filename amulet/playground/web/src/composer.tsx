@@ -4,14 +4,14 @@ import { memo } from "preact/compat";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { answering, send, stop } from "./answers";
 import { Icon } from "./icons";
-import { KINDS, Pictures, allowed, attach, attached, refused } from "./pictures";
+import { KINDS, Pictures, allowed, attach, attached, attaching, refused, take } from "./pictures";
 import { currentId, model, server } from "./store";
 
 export const Composer = memo(() => {
   const [text, setText] = useState("");
   const area = useRef<HTMLTextAreaElement>(null);
   const busy = answering.value !== null;
-  const ready = server.value === "ready" && !busy;
+  const ready = server.value === "ready" && !busy && attaching.value === 0;
   const readsImages = model.value?.readsImages ?? false;
   const images = readsImages ? attached.value : [];
 
@@ -41,11 +41,10 @@ export const Composer = memo(() => {
 
   const submit = (event: Event) => {
     event.preventDefault();
-    if (!text.trim() || !ready) return;
-    send(text, images);
+    // An image that is just being read is not drawn yet.
+    if (!text.trim() || !ready || attaching.value > 0) return;
+    send(text, readsImages ? take() : []);
     setText("");
-    attached.value = [];
-    refused.value = "";
   };
   const key = (event: KeyboardEvent) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);

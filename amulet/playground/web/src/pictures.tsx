@@ -9,6 +9,9 @@ import type { Picture } from "./types";
 export const attached = signal<Picture[]>([]);
 /** Why a file was not attached. */
 export const refused = signal("");
+/** How many times files are being attached. */
+export const attaching = signal(0);
+let before: Promise<unknown> = Promise.resolve();
 
 export const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const FORMATS = "PNG, JPEG, WebP, GIF or BMP";
@@ -19,12 +22,19 @@ export function allowed(): string {
   return `${FORMATS}, ${megabytes((3 / 4) * room())} in a conversation`;
 }
 
-/** Attach files to the question, one after the other; those that can't be sent are refused. */
+/** Attach files to the question, after those from before; what can't be sent is refused. */
 export async function attach(files: File[]): Promise<void> {
+  if (files.length === 0) return;
   refused.value = "";
+  attaching.value++;
+  before = before.then(() => attachAll(files));
+  await before;
+  attaching.value--;
+}
+
+async function attachAll(files: File[]): Promise<void> {
   for (const file of files) {
-    const names = [...earlier(), ...attached.value].map(({ name }) => name);
-    const name = unused(file.name, names);
+    const name = unused(file.name, [...earlier(), ...attached.value]);
     // base64 has four characters for three bytes
     if (!KINDS.includes(file.type)) refused.value = `${name} is not an image in ${FORMATS}.`;
     else if (taken() + (4 / 3) * file.size > room())
@@ -34,13 +44,23 @@ export async function attach(files: File[]): Promise<void> {
     else {
       try {
         const url = await read(file);
-        attached.value = [...attached.value, { name, url }];
+        attached.value = [...attached.value, { id: store.unique(), name, url }];
         store.announced.value = `${name} is attached.`;
       } catch {
         refused.value = `${name} can't be read.`;
       }
     }
   }
+}
+
+/** The attached images for the conversation of now, which may be another than they were meant for. */
+export function take(): Picture[] {
+  const taken: Picture[] = [];
+  for (const picture of attached.value)
+    taken.push({ ...picture, name: unused(picture.name, [...earlier(), ...taken]) });
+  attached.value = [];
+  refused.value = "";
+  return taken;
 }
 
 export function detach(picture: Picture): void {
@@ -67,7 +87,8 @@ function megabytes(bytes: number): string {
 }
 
 /** A name that no other image of the conversation has: code names images by their files. */
-function unused(name: string, names: string[]): string {
+function unused(name: string, others: Picture[]): string {
+  const names = others.map((other) => other.name);
   const dot = name.lastIndexOf(".");
   const [stem, ending] = dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
   let found = name;
@@ -96,7 +117,7 @@ export function Pictures({ images, label, onRemoved }: Given) {
   return (
     <ul class="pictures" aria-label={label}>
       {images.map((picture) => (
-        <li key={picture.name}>
+        <li key={picture.id}>
           <img src={picture.url} alt={picture.name} title={picture.name} />
           {onRemoved && (
             <button

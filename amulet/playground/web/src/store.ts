@@ -1,9 +1,9 @@
 // The state of the page: conversations, kept in the browser's IndexedDB, and the server's state.
 
 import { computed, signal } from "@preact/signals";
-import { del, entries, set } from "idb-keyval";
+import { delMany, entries, keys, setMany } from "idb-keyval";
 import { ServerError, checkHealth, fetchModel } from "./api";
-import type { Answer, Conversation, Model, Settings } from "./types";
+import type { Answer, Conversation, Model, Picture, Settings } from "./types";
 
 export type ServerState = "connecting" | "ready" | "loading" | "down" | "locked";
 
@@ -44,13 +44,67 @@ export function defaults(known: Model | null): Settings {
 export async function restore(): Promise<void> {
   try {
     await Promise.all(deleted().map(forget)); // a reload may have come before the browser did it
-    const kept = (await entries<string, Conversation>()).map(([, value]) => interrupted(value));
-    conversations.value = kept.sort((one, other) => other.updated - one.updated);
+    const kept = new Map(await entries<string, Conversation | string>());
+    const found = [...kept.values()].filter((value) => typeof value !== "string");
+    conversations.value = found
+      .map((value) => interrupted(withImages(value, kept)))
+      .sort((one, other) => other.updated - one.updated);
   } catch {
     announced.value = "This browser keeps no data: conversations end with the page.";
   }
   const last = localStorage.getItem(CURRENT);
   if (conversations.value.some(({ id }) => id === last)) currentId.value = last;
+}
+
+/** A name that nothing else has. */
+export function unique(): string {
+  return crypto.randomUUID?.() ?? String(Math.random()).slice(2);
+}
+
+// Images are kept beside their conversation, each under its own key, so that they are written once
+// and not again with every piece of an answer.
+const written = new Set<string>();
+
+function imageKey(id: string, picture: Picture): string {
+  return `${id}/${picture.id}`;
+}
+
+/** Change a conversation's images; those that become null go. */
+function changeImages(
+  conversation: Conversation,
+  by: (picture: Picture) => Picture | null,
+): Conversation {
+  const turns = conversation.turns.map((turn) => ({
+    ...turn,
+    images: turn.images?.map(by).filter((picture) => picture !== null),
+  }));
+  return { ...conversation, turns };
+}
+
+function withImages(kept: Conversation, all: Map<string, unknown>): Conversation {
+  return changeImages(kept, (picture) => {
+    const key = imageKey(kept.id, picture);
+    const url = all.get(key) as string | undefined;
+    if (url !== undefined) written.add(key);
+    return url === undefined ? null : { ...picture, url };
+  });
+}
+
+/** Write a conversation, and of its images what has changed. */
+async function write(conversation: Conversation): Promise<void> {
+  const { id, turns } = conversation;
+  const images = new Map(
+    turns.flatMap((turn) =>
+      (turn.images ?? []).map((picture) => [imageKey(id, picture), picture.url]),
+    ),
+  );
+  const added = [...images].filter(([key]) => !written.has(key));
+  const gone = [...written].filter((key) => key.startsWith(`${id}/`) && !images.has(key));
+  for (const [key] of added) written.add(key);
+  for (const key of gone) written.delete(key);
+  const bare = changeImages(conversation, (picture) => ({ ...picture, url: "" }));
+  await setMany([[id, bare], ...added]);
+  if (gone.length > 0) await delMany(gone);
 }
 
 function interrupted(conversation: Conversation): Conversation {
@@ -94,7 +148,8 @@ function deleted(): string[] {
 }
 
 async function forget(id: string): Promise<void> {
-  await del(id);
+  const own = (await keys<string>()).filter((key) => key === id || key.startsWith(`${id}/`));
+  await delMany(own);
   localStorage.setItem(DELETED, JSON.stringify(deleted().filter((other) => other !== id)));
 }
 
@@ -142,7 +197,7 @@ export function saveNow(): void {
   saving = undefined;
   for (const id of unsaved) {
     const kept = conversations.value.find((conversation) => conversation.id === id);
-    if (kept) void set(id, kept).catch(() => undefined);
+    if (kept) void write(kept).catch(() => undefined);
   }
   unsaved.clear();
 }

@@ -60,6 +60,8 @@ export type Thumb = "up" | "down";
 
 /** An image of a question: its file's name and content, as a data: URL. */
 export interface Picture {
+  /** By which the browser keeps the content. */
+  id: string;
   name: string;
   url: string;
 }
