@@ -24,16 +24,23 @@ from amulet_integrations.langchain.structured import structured_output
 from amulet_integrations.langchain.tools import bound_tools
 
 
+def check_config(name: str, config: object) -> None:
+    """Raise `RequestError` if what stands in the place of a call's config is none."""
+    several = isinstance(config, Sequence) and "batch" in name  # one for each input
+    for one in cast("Sequence[object]", config) if several else [config]:
+        if not isinstance(one, Mapping | None):
+            raise RequestError(
+                f"{name}: config is a {type(one).__name__}: expected a dict. A preference is "
+                f"given by name: {name}(..., preference=...)."
+            )
+
+
 def _call(name: str) -> Any:
     """Return a method that calls a Runnable with the arguments of `_asked_as`."""
 
     @wraps(getattr(Runnable, name), updated=())  # without the mark of an abstract method
     def call(self: Composable, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        if not isinstance(config, Mapping | Sequence | None) or isinstance(config, str):
-            raise RequestError(
-                f"{name}: config is a {type(config).__name__}: expected a dict. A preference is "
-                f"given by name: {name}(..., preference=...)."
-            )
+        check_config(name, config)
         input, config, kwargs = self._asked_as(name, input, config, kwargs)
         return in_its_run(getattr(super(Composable, self), name)(input, config, **kwargs))
 

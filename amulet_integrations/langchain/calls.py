@@ -18,7 +18,7 @@ from amulet import Amulet
 from amulet.output.stream import ReplyStream
 from amulet.reply import Reply
 from amulet.request import Request
-from amulet_integrations.langchain.binding import AmuletBinding, Composable
+from amulet_integrations.langchain.binding import AmuletBinding, Composable, check_config
 from amulet_integrations.langchain.options import AmuletOptions
 from amulet_integrations.langchain.runs import in_its_run
 
@@ -68,6 +68,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         **kwargs: Any,
     ) -> list[Any]:
         """Answer many inputs in shared forward passes; each keeps its config, callbacks, cache."""
+        check_config("batch", config)
         answered = self._answered(list(inputs), config, return_exceptions, False, kwargs)
         return [answer for _, answer in sorted(answered, key=lambda one: one[0])]
 
@@ -80,6 +81,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         **kwargs: Any,
     ) -> Iterator[Any]:
         """As `batch`, but yields each answer with its position as soon as it is finished."""
+        check_config("batch_as_completed", config)
         configs: Any = config if config is None or isinstance(config, dict) else list(config)
         answers = self._answered(list(inputs), configs, return_exceptions, True, kwargs)
         return cast("Iterator[Any]", in_its_run(answers))
@@ -93,6 +95,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         **kwargs: Any,
     ) -> list[Any]:
         """See `batch`."""
+        check_config("abatch", config)
         listed = list(inputs)
         return await Runnable.abatch(
             self, listed, config, return_exceptions=return_exceptions, **kwargs

@@ -93,7 +93,7 @@ async def test_the_error_names_the_option(options: dict[str, Any], told: str) ->
         model.bind(**options).invoke("x")
 
 
-@pytest.mark.parametrize("config", ["Be brief.", Preference("Be brief."), 5])
+@pytest.mark.parametrize("config", ["Be brief.", Preference("Be brief."), 5, ["Be brief."], b"x"])
 @pytest.mark.parametrize(
     "way", [lambda it: it, lambda it: it.bind(seed=1), lambda it: it.with_retry()]
 )
@@ -108,6 +108,12 @@ async def test_a_preference_in_the_place_of_the_config_is_told(config: Any, way:
         model.stream("x", config)
     with pytest.raises(RequestError, match=f"^ainvoke: {told}"):
         await model.ainvoke("x", config)
+    with pytest.raises(RequestError, match=f"^batch: {told}"):
+        model.batch(["x"], config)
+    with pytest.raises(RequestError, match=f"^abatch: {told}"):
+        await model.abatch(["x"], config)
+    with pytest.raises(RequestError, match=f"^batch_as_completed: {told}"):
+        list(model.batch_as_completed(["x"], config))
 
 
 def test_no_tools_and_no_choice_of_one_are_fine() -> None:
