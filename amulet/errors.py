@@ -103,6 +103,25 @@ _NO_MEMORY = (
 )
 
 
+MOST_SHOWN = 120  # characters of a value in an error
+
+
+def shown(given: object) -> str:
+    """Return how an error shows what was given: itself, or its kind where that is long or bytes.
+
+    >>> shown("Be brief.")
+    "'Be brief.'"
+    >>> shown("Be brief." * 50)
+    '<str of 450 characters>'
+    """
+    kind = type(given).__name__
+    if isinstance(given, str) and len(given) > MOST_SHOWN:
+        return f"<{kind} of {len(given)} characters>"
+    if isinstance(given, bytes | bytearray) or len(text := repr(given)) > MOST_SHOWN:
+        return f"<{kind}>"
+    return text
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split())

@@ -362,6 +362,7 @@ class Amulet:
         Raises:
             RequestError: the input is not valid.
         """
+        request = Request.of(request)
         preparer = self._preparer
         generation, answer, steering = preparer.prepare(request)
         if self._missing_ids:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
-from amulet.errors import AmuletError, MissingPackageError, ModelError, RequestError
+from amulet.errors import AmuletError, MissingPackageError, ModelError, RequestError, shown
 from amulet.images import with_data_urls
 from amulet.model import Amulet
 from amulet.output.async_stream import AsyncReplyStream
@@ -56,7 +56,7 @@ def connect(
         ModelError: there is no such server, or it has no such model.
     """
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-        raise RequestError(f"url={url!r}: expected an address such as http://127.0.0.1:8000.")
+        raise RequestError(f"url={shown(url)}: expected an address such as http://127.0.0.1:8000.")
     base = url.rstrip("/").removesuffix("/v1")
     options: dict[str, Any] = {
         "base_url": f"{base}/v1",
@@ -143,6 +143,7 @@ class RemoteAmulet(Amulet):
         Raises:
             RequestError: it contains something that can't be sent.
         """
+        request = Request.of(request)
         body = to_body(request, self._name)
         return RemoteStream(lambda: self._send(self._client, body), request)
 
@@ -154,6 +155,7 @@ class RemoteAmulet(Amulet):
             raise RequestError(
                 "This stream belongs to another model; give one that this model prepared."
             )
+        request = Request.of(request)
         body = to_body(request, self._name)
 
         async def send() -> AsyncChunks:

@@ -58,6 +58,18 @@ def test_a_steered_answer_says_what_steered_it(tokenizer: PreTrainedTokenizerFas
     assert amulet.chat(user("hi"), preference="").text == "long answer"
 
 
+async def test_a_request_may_be_a_dict_of_its_fields(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet: Any = amulet_saying(tokenizer, "hello")
+    assert amulet.start({"messages": user("hi")}).read().text == "hello"
+    assert (await amulet.astart({"messages": user("hi")}).read()).text == "hello"
+    for given in ("hi", user("hi"), user("hi")[0], None):
+        for call in (amulet.start, amulet.prepare):
+            with pytest.raises(
+                RequestError, match=r"a request of type \w+: expected a Request, or"
+            ):
+                call(given)
+
+
 def test_strength_0_takes_one_row(tokenizer: PreTrainedTokenizerFast) -> None:
     model = ScriptedModel(tokenizer, {"Be brief.": "short", "": "long"})
     amulet = Amulet(model, tokenizer)  # type: ignore[arg-type]

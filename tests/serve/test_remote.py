@@ -41,6 +41,12 @@ def remote(tiny_url: str) -> Amulet:
     return connect(tiny_url)
 
 
+def test_a_request_of_the_wrong_form_is_told(remote: Any) -> None:
+    for call in (remote.start, remote.prepare, remote.astart):
+        with pytest.raises(RequestError, match=r"a request of type str: expected a Request, or"):
+            call("hi")
+
+
 REQUESTS: tuple[dict[str, Any], ...] = (
     {},
     {"preference": "Be brief.", "strength": 1.5, "floor": 0.05, "placement": "user"},
