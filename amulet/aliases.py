@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 
-from amulet.errors import RequestError
+from amulet.errors import RequestError, shown
 
 # Names of one option, ours first. `max_new_tokens` of a `Request` is `max_tokens` in a server's
 # body and, better known, in the frameworks' models.
@@ -51,5 +51,6 @@ def refuse_unnamed(unnamed: Sequence[object], kind: str, example: str) -> None:
     """Raise `RequestError` if a constructor of `kind` got arguments without a name."""
     if unnamed:
         raise RequestError(
-            f"{kind}({unnamed[0]!r}): expected every option by its name, as in {kind}({example})."
+            f"{kind}({shown(unnamed[0])}): expected every option by its name, as in "
+            f"{kind}({example})."
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from amulet.aliases import advice, refuse_unnamed
-from amulet.errors import RequestError
+from amulet.errors import RequestError, shown
 from amulet.game import game_gain
 
 Placement: TypeAlias = Literal["system", "user", "both"]
@@ -106,8 +106,13 @@ class Steering(BaseModel):
         """Read the JSON file that `amulet tune` writes.
 
         Raises:
-            RequestError: the file can't be read, or has other contents.
+            RequestError: the file can't be read, or has other contents; or it is no path.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(
+                f"steering is a {type(path).__name__}: expected Steering(strength=0.5), or the "
+                "path of the JSON file that `amulet tune` writes."
+            )
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -188,6 +193,9 @@ def guard_of(steering: Steering) -> int:
     return steering.loop_guard if steering.strength > 0 else 0
 
 
+MOST_FINDINGS = 8  # that one error tells
+
+
 def describe(error: ValidationError, known: Collection[str] = ()) -> str:
     """Return pydantic's errors as one sentence per field: name, value given, value expected.
 
@@ -196,12 +204,14 @@ def describe(error: ValidationError, known: Collection[str] = ()) -> str:
         known: names of the options that exist.
     """
     findings = []
-    for finding in error.errors(include_url=False):
+    for finding in error.errors(include_url=False)[:MOST_FINDINGS]:
         name = ".".join(str(part) for part in finding["loc"]) or "request"
         if finding["type"] == "extra_forbidden":
             findings.append(f"{name}: unknown option; {advice(name, known)}")
         else:
             message = finding["msg"].removeprefix("Value error, ").removesuffix(".")
-            given = f"={finding['input']!r}" if finding["loc"] else ""  # not the whole chat
+            given = f"={shown(finding['input'])}" if finding["loc"] else ""  # not the whole chat
             findings.append(f"{name}{given}: {message[:1].lower()}{message[1:]}")
+    if (more := error.error_count() - len(findings)) > 0:
+        findings.append(f"and {more} more")
     return "; ".join(findings) + "."

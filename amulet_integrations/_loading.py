@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from amulet import Amulet
-from amulet.errors import ModelError, RequestError
+from amulet.errors import ModelError, RequestError, shown
 from amulet.models.given import call_for, is_model
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -143,4 +143,4 @@ def refuse_source(options: Mapping[str, Any], where: str) -> None:
     """
     for name in ("model", "amulet"):
         if options.get(name) is not None:
-            raise RequestError(f"{where} takes no {name}={options[name]!r}: it has its own.")
+            raise RequestError(f"{where} takes no {name}={shown(options[name])}: it has its own.")

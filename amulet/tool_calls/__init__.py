@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from amulet.errors import RequestError, TemplateError
+from amulet.errors import RequestError, TemplateError, shown
 from amulet.grammar import Grammar
 from amulet.tool_calls import gemma, glm, harmony, hermes, llama, mistral, pythonic, qwen_coder
 from amulet.tool_calls.base import Dialect, Function, Schema
@@ -50,14 +50,15 @@ def _tool_schema(index: int, tool: Any) -> Schema:
             tool = get_json_schema(tool)
         except Exception as error:
             raise RequestError(
-                f"tools[{index}] ({tool!r}) has no readable schema: {error}; annotate and document "
-                "its arguments, or give its JSON schema."
+                f"tools[{index}] ({shown(tool)}) has no readable schema: {error}; annotate and "
+                "document its arguments, or give its JSON schema."
             ) from None
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(
-            f"tools[{index}]={tool!r}: expected {{'type': 'function', 'function': {{'name': ..., "
-            "'description': ..., 'parameters': <JSON schema>}} or a documented Python function."
+            f"tools[{index}]={shown(tool)}: expected {{'type': 'function', "
+            "'function': {'name': ..., 'description': ..., 'parameters': <JSON schema>}} or a "
+            "documented Python function."
         )
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise RequestError(f"tools[{index}]: parameters is not a JSON schema (a dict).")

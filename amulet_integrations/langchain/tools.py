@@ -9,7 +9,7 @@ from typing import Any
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import TypeAdapter
 
-from amulet.errors import RequestError
+from amulet.errors import RequestError, shown
 
 SAME_CHOICE = {"required": "any", True: "any", False: "none"}
 
@@ -29,7 +29,9 @@ def tool_schemas(tools: Any) -> list[dict[str, Any]]:
         RequestError: something is not a tool, or is a tool that only a provider's server runs.
     """
     if not isinstance(tools, Iterable) or isinstance(tools, str | bytes | Mapping | type):
-        raise RequestError(f"tools={tools!r}: expected a list of functions, classes or schemas.")
+        raise RequestError(
+            f"tools={shown(tools)}: expected a list of functions, classes or schemas."
+        )
     schemas = []
     for tool in tools:
         if isinstance(tool, Mapping) and tool.get("type") == "function" and "function" in tool:
@@ -38,10 +40,10 @@ def tool_schemas(tools: Any) -> list[dict[str, Any]]:
         try:
             schema = convert_to_openai_tool(tool)
         except (ValueError, TypeError) as error:
-            raise RequestError(f"tools: {tool!r} is not a tool: {error}") from None
+            raise RequestError(f"tools: {shown(tool)} is not a tool: {error}") from None
         if "function" not in schema:
             raise RequestError(
-                f"tools: {tool!r} runs on a provider's server; give a function or a schema."
+                f"tools: {shown(tool)} runs on a provider's server; give a function or a schema."
             )
         schemas.append(schema)
     return schemas

@@ -228,6 +228,9 @@ def test_steering_is_read_from_the_file_that_tune_writes(tmp_path: Path) -> None
         Steering.read(path)
     with pytest.raises(RequestError, match=r"missing\.json"):
         Steering.read(tmp_path / "missing.json")
+    for no_path in ({"strength": 0.5}, None, 0.5):
+        with pytest.raises(RequestError, match=r"^steering is a \w+: expected Steering\(strength="):
+            Steering.read(no_path)  # type: ignore[arg-type]
 
 
 def test_a_generator_that_was_read_already_is_no_silence() -> None:

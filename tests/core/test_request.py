@@ -12,6 +12,7 @@ from amulet.errors import AmuletError, RequestError
 from amulet.preference import Preference, Steering
 from amulet.reply import Reply, Usage
 from amulet.request import Request
+from amulet.tool_calls import tool_schemas
 
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -84,6 +85,33 @@ def test_a_bad_value_is_named_with_its_field(field: str, value: Any) -> None:
     assert message.endswith(".")
     assert not message.endswith("..")
     assert isinstance(raised.value, AmuletError)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["Be brief. " * 40, b"PNG", Preference("Be brief. " * 40), [{"text": "Be brief." * 20}]],
+)
+def test_what_is_long_or_bytes_is_named_by_its_kind(given: Any) -> None:
+    """It is a text of somebody, or an image."""
+    calls = (
+        lambda: Request(messages=CHAT, strength=given),
+        lambda: Request(given),
+        lambda: Steering(given),
+        lambda: tool_schemas([given]),
+    )
+    for call in calls:
+        with pytest.raises(
+            RequestError, match=rf"<{type(given).__name__}( of 400 char|>)"
+        ) as raised:
+            call()
+        assert "brief" not in str(raised.value)
+        assert len(str(raised.value)) < 400
+
+
+def test_an_error_tells_a_few_findings() -> None:
+    with pytest.raises(RequestError, match=r"messages\.7=5: .*; and 92 more\.") as raised:
+        Request(messages=[5] * 100)
+    assert "messages.8" not in str(raised.value)
 
 
 def test_a_message_that_is_no_dict_is_named_by_its_place() -> None:
