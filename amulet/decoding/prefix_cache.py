@@ -49,11 +49,20 @@ class Prefixes:
         """Add a row; rows that it replaces, then the least recently used, make room for it."""
         if not self.takes(len(row.ids), row.saved.nbytes):
             return
-        self._rows = [
-            kept
-            for kept in self._rows
-            if row.ids[: len(kept.ids)] != kept.ids or row.least > kept.least
-        ]
+        begun = [kept for kept in self._rows if row.ids[: len(kept.ids)] == kept.ids]
+        # Either the new row can be cut back as far, or a shorter one goes as far as it can be.
+        unneeded = {
+            id(kept)
+            for kept in begun
+            if row.least <= kept.least
+            or any(
+                len(other.ids) < len(kept.ids)
+                and other.least <= kept.least
+                and row.least <= len(other.ids) + 1
+                for other in begun
+            )
+        }
+        self._rows = [kept for kept in self._rows if id(kept) not in unneeded]
         self._rows.append(row)
         while self.nbytes > self.limit:
             self._rows.pop(0)

@@ -67,6 +67,18 @@ def test_a_row_replaces_those_it_continues_and_too_large_or_short_ones_are_not_k
     assert store.nbytes == 0
 
 
+def test_of_a_long_conversation_only_the_rows_that_cover_it_are_kept() -> None:
+    store, everything, behind = Prefixes(limit=2**30), list(range(1000)), 100
+    for length in range(20, 1000, 20):
+        least = max(length - behind, 0)
+        store.keep(KeptRow(tuple(everything[:length]), kept(*range(length)).saved, least))
+        for shared in range(LEAST, length + 1):  # any prompt that parts there finds all of it
+            found, used = store.find([*everything[:shared], -1])
+            assert found is not None
+            assert used == shared >= found.least
+    assert len(store._rows) <= 1000 / behind + 2
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_the_next_turn_computes_only_what_is_new(kind: Kind) -> None:
     model = random_model(kind, dtype=torch.float64)
