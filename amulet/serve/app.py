@@ -228,7 +228,9 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
         """Return the token ids of a text, or of a chat rendered by the model's template."""
         _check_model(service, body.model)
         try:
-            ids = await asyncio.to_thread(_tokens, service.amulet, body)
+            # Not in any thread: reading an image of 50 megapixels takes some 700 MB meanwhile.
+            loop = asyncio.get_running_loop()
+            ids = await loop.run_in_executor(service.preparing, _tokens, service.amulet, body)
         except AmuletError as error:
             raise from_amulet(error, list(TokenizeBody.model_fields)) from None
         return {"count": len(ids), "max_model_len": service.amulet.window, "tokens": ids}

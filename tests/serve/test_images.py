@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from amulet import Amulet, RequestError
+from amulet import Amulet, RequestError, images
+from amulet.images import open_image
 from amulet.remote import connect
 from amulet.serve.app import create_app
 from amulet_integrations.langchain import ChatAmulet
@@ -43,6 +45,25 @@ async def test_chat_completions(reading: Amulet, expected: str) -> None:
         counted = await client.post("/tokenize", json={"messages": body["messages"]})
         assert counted.json()["count"] == reading.count_chat(asks(SAID, picture()))
         assert (await client.get(f"/v1/models/{answer['model']}")).json()["reads_images"]
+
+
+async def test_few_images_are_read_at_once(
+    reading: Amulet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one takes memory; a client has no more threads for it by asking for token counts."""
+    threads: list[str] = []
+
+    def opened(part: object) -> Any:
+        threads.append(threading.current_thread().name)
+        return open_image(part)
+
+    monkeypatch.setattr(images, "open_image", opened)
+    async with asking(create_app(reading)) as client:
+        for place, route in enumerate(("/tokenize", "/v1/chat/completions")):
+            image = {"type": "image_url", "image_url": {"url": data_url(50 + place)}}
+            body = {"messages": [{"role": "user", "content": parts(image)}]}
+            assert (await client.post(route, json=body)).status_code == 200
+    assert [name.rpartition("_")[0] for name in threads] == ["amulet-prepare"] * 2
 
 
 async def test_responses(reading: Amulet, expected: str) -> None:
