@@ -83,8 +83,8 @@ def _part_text(index: int, part: object) -> str:
     key = "text" if kind in TEXT_PARTS else "refusal" if kind == "refusal" else None
     if not isinstance(part, Mapping) or key is None:
         raise RequestError(
-            f"messages[{index}] has a content part of type {kind!r}: only text is read; "
-            "leave it out or describe it in words."
+            f"messages[{index}] has a content part of type {kind!r}: only text and images are "
+            "read; leave it out or describe it in words."
         )
     text = part.get(key)
     if not isinstance(text, str):

@@ -101,6 +101,7 @@ def test_no_address_is_fetched(amulet: Amulet, url: str) -> None:
         ({"type": "image", "base64": "AA=A"}, "is not base64"),
         ({"type": "image", "base64": "é"}, "is not base64"),
         ({"type": "image", "image": 5}, "is a int: expected"),
+        ({"type": "input_audio", "input_audio": {}}, "only text and images are read"),
         ({"type": "image", "url": "data:image/png,abc"}, "given as 'data:image/png': expected"),
         (b"<svg/>", "in no format of PNG, JPEG"),
         (b"", "in no format of PNG, JPEG"),
