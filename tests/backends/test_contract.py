@@ -373,6 +373,22 @@ def test_a_growth_that_fails_leaves_the_memory_as_it_was(monkeypatch: pytest.Mon
     assert torch.equal(found, torch.ones(2, 4))
 
 
+def test_bytes_are_told_while_a_first_pass_makes_states() -> None:
+    """Metrics are read in another thread than the decode thread."""
+    held = states.RowStates()
+    held.reserve(1)
+
+    class Interrupted:
+        @property
+        def nbytes(self) -> int:
+            held.update(states.Place("conv", 1, 0), torch.ones(1, 4))
+            return 16
+
+    held._states[states.Place("conv", 0, 0)] = Interrupted()  # type: ignore[assignment]
+    held.begin(0, [0], 1)
+    assert held.nbytes == 16
+
+
 def test_a_shared_beginning_is_computed_once() -> None:
     backend = ScriptedBackend()
     Engine(backend).admit(generation([PROMPTS[0], PROMPTS[1]], 1.0, 1))

@@ -76,8 +76,8 @@ class LlamaBackend:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        cells = self._context.cells if self._context is not None else 0
-        return int(cells * self._per_id)
+        context = self._context  # the decode thread may close it meanwhile
+        return int(context.cells * self._per_id) if context is not None else 0
 
     def queued(self) -> None:
         """Do nothing: llama.cpp has its own threads."""

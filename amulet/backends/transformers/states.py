@@ -106,7 +106,7 @@ class RowStates:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(state.nbytes for state in self._states.values())
+        return sum(state.nbytes for state in list(self._states.values()))  # a pass may add some
 
     def _check(self, row: int, length: int) -> None:
         consumed = self._lengths.get(row, 0)
