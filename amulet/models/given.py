@@ -14,6 +14,7 @@ from amulet.request import Request
 
 HUB = "https://huggingface.co/"
 _EXAMPLE = "Qwen/Qwen3-0.6B"
+MOST_NAME = 255  # bytes of a file's name: the system's own error would repeat a longer one
 
 
 def call_for(name: str) -> str:
@@ -95,10 +96,17 @@ def checked_name(given: Any, where: str) -> str:
     """Return the name or path of a model that is to be loaded.
 
     Raises:
-        RequestError: it is neither; `where` is the call that got it.
+        RequestError: it is neither, or too long for one; `where` is the call that got it.
     """
     if isinstance(given, str | os.PathLike):
-        return os.fspath(given)
+        name = os.fspath(given)
+        if any(len(os.fsencode(part)) > MOST_NAME for part in name.split("/")):
+            raise RequestError(
+                f"{where} has a name of {len(name)} characters: expected a hub id such as "
+                f"{_EXAMPLE!r}, a folder or a GGUF file. A preference belongs to a call, as in "
+                'amulet.chat(messages, preference="...").'
+            )
+        return name
     use = "Use Amulet(model, tokenizer)." if is_model(given) else _parts_of(given)
     raise RequestError(
         f"{where} has a name of type {type(given).__name__}: expected a hub id such as "

@@ -112,3 +112,12 @@ async def test_the_preference_may_be_the_second_argument(
     assert (await amulet.astream(chat, wish).read()).text == "short"
     assert (await amulet.astream_complete("Hi", wish).read()).text == "short"
     assert amulet.chat(chat).text == "long"
+
+
+@pytest.mark.parametrize("load", [Amulet.from_pretrained, Amulet.from_gguf])
+def test_a_text_in_a_names_place_is_not_repeated(load: Any) -> None:
+    with pytest.raises(
+        RequestError, match=r"a name of 400 characters: expected a hub id"
+    ) as raised:
+        load("Be brief. " * 40)
+    assert "Be brief" not in str(raised.value)
