@@ -293,7 +293,7 @@ class PageCache(RowsInPass):
     def begin(self, first: int, starts: Sequence[int], width: int) -> None:
         """Set where the next pass writes, and give its rows pages there; see `RowsInPass.begin`.
 
-        All or nothing: after an error no row has changed.
+        After an error no row has lost a token before its start in the pass, or got one.
         """
         for pages in self.by_window:
             pages.rows += [[] for _ in range(first + len(starts) - len(pages.rows))]
