@@ -84,7 +84,11 @@ def test_what_is_no_config_is_said(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_cache_are_refused() -> None:
-    from transformers import DeepseekV3Config
+    from transformers import DeepseekV3Config, Qwen2Config
+
+    indexed = Qwen2Config(num_hidden_layers=2, layer_types=["indexed_attention"] * 2)
+    with pytest.raises(ModelError, match="layers of the kind indexed_attention don't store"):
+        shape_of(indexed, "indexed")
 
     with pytest.raises(ModelError, match="latent attention don't store"):
         shape_of(DeepseekV3Config(), "deepseek")

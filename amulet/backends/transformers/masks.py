@@ -16,7 +16,7 @@ def by_kind(config: PretrainedConfig, mask: Callable[[str], torch.Tensor | None]
     kinds = set(layer_kinds(config))
     if kinds == {"linear_attention"}:
         return None
-    made = {kind: mask(kind) if kind in ATTENTION_KINDS else None for kind in kinds}
+    made = {kind: mask(kind) if kind in ATTENTION_KINDS | {INDEXED} else None for kind in kinds}
     if has_states(config):  # its forward looks these up, whatever its layers are called
         made = {"full_attention": mask("full_attention"), "linear_attention": None} | made
     if getattr(config, "layer_types", None):
@@ -81,8 +81,8 @@ def additive_dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype 
     return dtype if attention_kind(config) == "eager" else None
 
 
-INDEXED = "indexed_attention"  # an indexer chooses which columns each token attends to
-ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", INDEXED}
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+INDEXED = "indexed_attention"  # an indexer, with keys of its own, chooses what tokens attend to
 STATE_KINDS = {"linear_attention", "conv", "hybrid"}  # a hybrid layer attends as well
 OTHER_KINDS = {"moe", "mlp"}  # which need no mask and keep nothing
 

@@ -48,8 +48,8 @@ RESTARTING = {"falcon_mamba", "jamba", "mamba", "zamba"}  # and those that begin
 if not hasattr(Cache, "get_conv_state"):
     CARRYING = RESTARTING = set()
 KNOWN = ATTENTION_KINDS | STATE_KINDS | OTHER_KINDS  # kinds of layers
-if not hasattr(Cache, "update_indexer"):
-    KNOWN -= {INDEXED}
+if hasattr(Cache, "update_indexer"):
+    KNOWN |= {INDEXED}
 WITH_IMAGES = {"idefics", "kosmos-2"}  # model types that fail without one
 # Model types whose forward does what its signature and config don't tell.
 OF_ITS_OWN = {
