@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from amulet import Amulet
-from amulet.errors import ModelError, RequestError, shown
+from amulet.errors import MOST_SHOWN, ModelError, RequestError, shown
 from amulet.models.given import call_for, is_model
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -104,7 +104,8 @@ def _call(given: Any, kind: type) -> str:
         name = os.fspath(given)
         if call_for(name).startswith("Amulet.connect"):
             return f"{where}(amulet={call_for(name)})"
-        return f"{where}.embedded()" if name == "embedded" else f"{where}(model={name!r})"
+        if len(name) <= MOST_SHOWN:
+            return f"{where}.embedded()" if name == "embedded" else f"{where}(model={name!r})"
     if is_model(given):
         return f"{where}(amulet=Amulet(model, tokenizer))"
     takes = next(name for name in ("from_pipeline", "from_huggingface") if hasattr(kind, name))
@@ -115,7 +116,7 @@ def _call(given: Any, kind: type) -> str:
 
 def _shown(given: Any) -> str:
     """Return a name as it was given, and of another object its kind: a model's repr is long."""
-    return repr(given) if isinstance(given, str) else f"<{type(given).__name__}>"
+    return shown(given) if isinstance(given, str) else f"<{type(given).__name__}>"
 
 
 def check_given(amulet: Amulet, model: str | None, options: Mapping[str, Any], where: str) -> None:

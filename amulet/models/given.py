@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from amulet.backends.llamacpp.model import GGUFModel
-from amulet.errors import RequestError
+from amulet.errors import MOST_SHOWN, RequestError, shown
 from amulet.models.gguf import is_gguf
 from amulet.preference import Steering
 from amulet.request import Request
@@ -27,6 +27,8 @@ def call_for(name: str) -> str:
         return "Amulet.embedded()"
     if name.startswith(HUB):  # the address of a model's page
         name = "/".join(name.removeprefix(HUB).split("/")[:2])
+    if len(name) > MOST_SHOWN:  # somebody's text, which no error repeats
+        name = _EXAMPLE
     if name.startswith(("http://", "https://")):
         return f"Amulet.connect({name!r})"
     return f"Amulet.{'from_gguf' if is_gguf(name) else 'from_pretrained'}({name!r})"
@@ -46,7 +48,7 @@ def check_parts(model: Any, tokenizer: Any) -> None:
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         raise RequestError(
-            f"Amulet({name!r}) has a name: expected a loaded model and its tokenizer. Use "
+            f"Amulet({shown(name)}) has a name: expected a loaded model and its tokenizer. Use "
             f"{call_for(name)}."
         )
     if not is_model(model):

@@ -110,6 +110,15 @@ def test_a_model_may_be_a_path(kind: Any, loaded: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_text_in_a_models_place_is_not_repeated(kind: Any) -> None:
+    text = "Be brief. " * 40
+    for wrong in (lambda: kind(text), lambda: kind(amulet=text)):
+        with pytest.raises(RequestError, match="<str of 400 characters>") as raised:
+            wrong()
+        assert "Be brief" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_constructors_that_bring_a_model_take_no_other(kind: Any) -> None:
     with pytest.raises(RequestError, match=r"embedded\(\) takes no model='x'"):
         kind.embedded(model="x")

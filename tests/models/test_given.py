@@ -114,6 +114,13 @@ async def test_the_preference_may_be_the_second_argument(
     assert amulet.chat(chat).text == "long"
 
 
+def test_a_text_in_a_models_place_is_not_repeated() -> None:
+    with pytest.raises(RequestError, match="<str of 400 characters>") as raised:
+        Amulet("Be brief. " * 40)  # type: ignore[arg-type]
+    assert "Be brief" not in str(raised.value)
+    assert call_for("Qwen/Qwen3-0.6B") in str(raised.value)
+
+
 @pytest.mark.parametrize("load", [Amulet.from_pretrained, Amulet.from_gguf])
 def test_a_text_in_a_names_place_is_not_repeated(load: Any) -> None:
     with pytest.raises(
