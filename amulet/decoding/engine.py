@@ -337,8 +337,7 @@ class Engine:
         A row is saved there, for the next prompt that begins alike.
         """
         length = min(self.prefixes.seen(prompt), len(prompt) - 1)
-        worth = max(self.backend.worth_sharing, LEAST)
-        return length if length - filled >= worth else 0
+        return length if length - filled >= self.backend.worth_sharing else 0
 
     def _reuse(self, prompt: list[int], row: int) -> int:
         """Copy the prompt's longest prefix from a running or kept row; return its length.

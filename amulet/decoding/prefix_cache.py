@@ -84,8 +84,9 @@ class Prefixes:
         return best, length
 
     def seen(self, ids: Sequence[int]) -> int:
-        """Return how many of a prompt's first ids a row begins with, be it usable or not."""
-        return max((shared_length(row.ids, ids) for row in self._rows), default=0)
+        """Return how many of a prompt's first ids a row begins with that may be unusable there."""
+        rows = (row for row in self._rows if row.least)  # `find` finds all others
+        return max((shared_length(row.ids, ids) for row in rows), default=0)
 
     def clear(self) -> None:
         """Discard all rows."""
