@@ -28,7 +28,7 @@ from amulet.backends.transformers.cpu import native
 from amulet.backends.transformers.cpu.layers import are_native
 from amulet.backends.transformers.cpu.packed_layers import native_rows
 from amulet.backends.transformers.cuda.graphs import StepGraphs
-from amulet.backends.transformers.masks import has_indexer, has_states, layer_kinds, reach
+from amulet.backends.transformers.masks import has_indexer, has_states, kind_of_layer, reach
 from amulet.backends.transformers.model_backend import ModelBackend
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.states import Place
@@ -271,5 +271,5 @@ def page_kind(model: PreTrainedModel) -> PageKind:
 def windows(model: PreTrainedModel) -> list[int]:
     """Return how many columns each of a model's layers sees at most, 0 for all."""
     text = model.config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or layer_kinds(text) * text.num_hidden_layers
+    kinds = (kind_of_layer(text, layer) for layer in range(text.num_hidden_layers))
     return [reach(kind, text) or 0 for kind in kinds]

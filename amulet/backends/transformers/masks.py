@@ -97,6 +97,12 @@ def has_states(config: PretrainedConfig) -> bool:
     return bool(STATE_KINDS & set(layer_kinds(config)))
 
 
+def kind_of_layer(config: PretrainedConfig, layer: int) -> str:
+    """Return the kind of a text model's layer, one of `layer_kinds`."""
+    kinds = getattr(config, "layer_types", None)
+    return str(kinds[layer] if kinds else layer_kinds(config)[0])
+
+
 def layer_kinds(config: PretrainedConfig) -> list[str]:
     """Return the kinds of attention that a text model's layers have, each once."""
     kinds = getattr(config, "layer_types", None)

@@ -27,7 +27,7 @@ from amulet.backends.transformers.attention import (
 from amulet.backends.transformers.cpu import native, rowwise
 from amulet.backends.transformers.cpu.packed_layers import PackedLayer, PackedLinear
 from amulet.backends.transformers.cpu.products import FLOAT32
-from amulet.backends.transformers.masks import column_mask, layer_kinds, reach
+from amulet.backends.transformers.masks import column_mask, kind_of_layer, reach
 from amulet.backends.transformers.pages import PageCache, PageKind
 from amulet.backends.transformers.support import cache_argument
 from amulet.backends.transformers.weights import hooks, weights_state
@@ -227,7 +227,7 @@ class NativeLayer:
         self._epsilon: float = norm.eps if self._plus_one else norm.variance_epsilon
         self._dtype, self._dim = norm.weight.dtype, attention.head_dim
         self._cache = cache_argument(module)
-        self._kind = _layer_kind(attention)
+        self._kind = kind_of_layer(attention.config, attention.layer_idx)
         self._window = reach(self._kind, attention.config) or 0
         self._inner = [part for part in module.modules() if part is not module]
         self._hooks = [
@@ -426,12 +426,6 @@ class NativeLayer:
         cache.begin(0, [0] * len(starts), max(starts))  # gives the rows their pages
         cache.begin(0, starts, 1)
         return cache
-
-
-def _layer_kind(attention: Any) -> str:
-    """Return the kind of a layer's attention, one of `layer_kinds`."""
-    kinds = getattr(attention.config, "layer_types", None)
-    return str(kinds[attention.layer_idx] if kinds else layer_kinds(attention.config)[0])
 
 
 def _norms(module: Any) -> dict[str, torch.Tensor | None]:
