@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -106,6 +107,18 @@ def answer(page: Page, column: str, state: str = "done", place: int = -1) -> str
     section = turn.locator(f"section.{column}[data-state={state}]")
     section.wait_for()
     return section.locator(".text").inner_text()
+
+
+def posted(page: Page) -> list[Any]:
+    """Return a list of the bodies that the page posts from now on."""
+    bodies: list[Any] = []
+
+    def note(request: Any) -> None:
+        if request.method == "POST":
+            bodies.append(json.loads(request.post_data or "null"))
+
+    page.on("request", note)
+    return bodies
 
 
 def run(code: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from amulet import Amulet, Steering
 from tests.models import ScriptedModel
-from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, prefer, serving
+from tests.playground.browser.conftest import COLUMNS, Open, answer, ask, posted, prefer, serving
 from tests.serve.conftest import saying
 
 LONG = "A black hole is a region of space from which nothing escapes, not even light."
@@ -40,17 +39,10 @@ def answers(page: Page) -> list[str]:
 
 def histories(page: Page, question: str) -> list[list[str]]:
     """Ask, and return what each column sent of the conversation before the question."""
-    sent: list[dict[str, Any]] = []
-
-    def note(request: Any) -> None:
-        if request.method == "POST":
-            sent.append(json.loads(request.post_data or "null"))
-
-    page.on("request", note)
+    sent = posted(page)
     ask(page, question)
     answers(page)
     settled(page)
-    page.remove_listener("request", note)
     sent.sort(key=lambda body: ("strength" in body, "trace" in body))
     for body in sent:
         assert body["messages"][-1] == {"role": "user", "content": question}
@@ -139,15 +131,7 @@ def test_what_is_sent(visit: Open, url: str) -> None:
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Seed").fill("11")
     page.get_by_label("Seed").press("Tab")
-    sent: list[dict[str, Any]] = []
-    page.on(
-        "request",
-        lambda request: (
-            sent.append(json.loads(request.post_data or "null"))
-            if request.method == "POST"
-            else None
-        ),
-    )
+    sent = posted(page)
     ask(page, "What is a black hole?")
     answer(page, "steered")
     page.locator("section.prompted[data-state=done]").wait_for()

@@ -22,6 +22,7 @@ from tests.playground.browser.conftest import (
     answer,
     ask,
     copied,
+    posted,
     prefer,
     run,
     serving,
@@ -89,15 +90,7 @@ def content(question: str, *seeds: int) -> list[dict[str, Any]]:
 
 def test_images_are_attached_sent_shown_and_kept(visit: Open, url: str) -> None:
     page = visit(url)
-    sent: list[dict[str, Any]] = []
-    page.on(
-        "request",
-        lambda request: (
-            sent.append(json.loads(request.post_data or "null"))
-            if request.method == "POST"
-            else None
-        ),
-    )
+    sent = posted(page)
     shorten(page)
     choose(page, "leaf.png", png(1))
     page.get_by_label("Attached images").get_by_role("img", name="leaf.png").wait_for()
