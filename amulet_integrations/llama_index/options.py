@@ -57,12 +57,12 @@ class PreparedCall:
     Attributes:
         request: the request.
         raw: reported in the response: model, stage, source of the preference.
-        react: the answer starts with thoughts and actions, which are decoded plainly.
+        marker: the text before or after which the answer is decoded plainly; None without one.
     """
 
     request: Request
     raw: dict[str, Any] = field(default_factory=dict)
-    react: bool = False
+    marker: str | None = None
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Iterable[str], where: str) -> None:

@@ -34,6 +34,7 @@ from amulet_integrations.llama_index.messages import (
 from amulet_integrations.llama_index.options import SAMPLING, PreparedCall
 from amulet_integrations.llama_index.scope import checked, scopes
 from amulet_integrations.llama_index.stage import Stage, stage_of_call
+from amulet_integrations.llama_index.streams import MARKERS
 
 RESERVED = 256  # tokens of the window; of a small window, an eighth
 
@@ -207,7 +208,7 @@ class AmuletSettings(FunctionCallingLLM):
             chosen = Chosen()
         raw = {"model": self.model, "stage": stage, "preference_source": chosen.source}
         request = Request(**source, **fields, **chosen.as_dict())
-        return PreparedCall(request, raw, stage == "react" and bool(request.preference))
+        return PreparedCall(request, raw, MARKERS.get(stage) if request.preference else None)
 
     def _chosen(self, kwargs: Mapping[str, Any], stated: Mapping[str, Any]) -> Chosen:
         call = {name: kwargs[name] for name in SETTINGS if kwargs.get(name) is not None}

@@ -8,7 +8,7 @@ of messages. The prompt's type (`PROMPT_TYPES`) and the caller
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from llama_index.core.prompts import BasePromptTemplate, PromptType
 from llama_index.core.prompts.default_prompts import DEFAULT_SUMMARY_PROMPT
@@ -22,8 +22,8 @@ from amulet_integrations.llama_index.askers import (
     watch,
 )
 
-Stage: TypeAlias = Literal["answer", "internal", "react"]
-"""Read by the user; read by the program; thoughts and actions first, then an answer."""
+Stage: TypeAlias = Literal["answer", "internal", "react", "code"]
+"""Read by the user; read by the program; thoughts first, then an answer; prose first, then code."""
 
 Use: TypeAlias = Literal["answer", "synthesis", "internal"]
 
@@ -116,22 +116,25 @@ def _use(prompt: BasePromptTemplate) -> Use:
 
 
 def _stage_of_agent(found: list[Asker]) -> Stage:
-    """Return the stage of an agent's call: its own turn, a ReAct turn, or an internal one."""
-    from llama_index.core.agent.workflow import AgentSetup, ReActAgent
+    """Return the stage of an agent's call: its own turn, its last word, or an internal one."""
+    from llama_index.core.agent.workflow import AgentOutput, AgentSetup, CodeActAgent, ReActAgent
 
-    step: Any = None
-    for asker in found:
-        step = step or asker.arguments.get("ev")
-        if asker.role != "agent":
-            continue
-        if step is not None and not isinstance(step, AgentSetup):
-            return "internal"
-        agents = getattr(asker.instance, "agents", {})
-        name = getattr(step, "current_agent_name", None)
-        if isinstance(agents.get(name, asker.instance), ReActAgent):
-            return "react"
+    first = next(index for index, asker in enumerate(found) if asker.role == "agent")
+    events = [
+        (index, asker.arguments["ev"])
+        for index, asker in enumerate(found)
+        if asker.arguments.get("ev") is not None
+    ]
+    index, step = next(iter(events), (first, None))
+    if index <= first and not isinstance(step, AgentSetup | None):
+        return "internal"
+    if isinstance(step, AgentOutput):  # `early_stopping_method="generate"`: an answer in prose
         return "answer"
-    return "answer"
+    agents = getattr(found[first].instance, "agents", {})
+    agent = agents.get(getattr(step, "current_agent_name", None), found[first].instance)
+    if isinstance(agent, ReActAgent):
+        return "react"
+    return "code" if isinstance(agent, CodeActAgent) else "answer"
 
 
 def _is_last(call: Asker, found: list[Asker]) -> bool:

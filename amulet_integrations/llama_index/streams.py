@@ -1,4 +1,4 @@
-"""Converts decode events to LlamaIndex's response streams; a ReAct answer in two steps."""
+"""Converts decode events to LlamaIndex's response streams; some agents' answers in two parts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,26 @@ from amulet_integrations.llama_index.messages import (
     to_completion_response,
 )
 from amulet_integrations.llama_index.options import PreparedCall
+from amulet_integrations.llama_index.stage import Stage
 
-ANSWER = "Answer:"  # after it, a ReAct agent writes what the user reads
+ANSWER = "Answer:"  # after it, a ReAct agent writes what the user reads,
+ACTION = "Action:"  # unless this is before it
+CODE = "<execute>"  # after it, a CodeAct agent writes what it runs
+MARKERS: dict[Stage, str] = {"react": ANSWER, "code": CODE}
 
 
-def start(amulet: Amulet, plan: PreparedCall) -> ReplyStream | ReactStream:
+def start(amulet: Amulet, plan: PreparedCall) -> ReplyStream | PartsStream:
     """Start decoding."""
-    return ReactStream(amulet, plan.request) if plan.react else amulet.start(plan.request)
+    if plan.marker is None:
+        return amulet.start(plan.request)
+    return PartsStream(amulet, plan.request, plan.marker)
 
 
-def astart(amulet: Amulet, plan: PreparedCall) -> AsyncReplyStream | AsyncReactStream:
+def astart(amulet: Amulet, plan: PreparedCall) -> AsyncReplyStream | AsyncPartsStream:
     """Start decoding in the running event loop."""
-    return AsyncReactStream(amulet, plan.request) if plan.react else amulet.astart(plan.request)
+    if plan.marker is None:
+        return amulet.astart(plan.request)
+    return AsyncPartsStream(amulet, plan.request, plan.marker)
 
 
 def read(amulet: Amulet, plan: PreparedCall) -> Reply:
@@ -53,7 +61,7 @@ async def aread(amulet: Amulet, plan: PreparedCall) -> Reply:
 
 
 def chat_responses(
-    stream: ReplyStream | ReactStream, raw: dict[str, Any]
+    stream: ReplyStream | PartsStream, raw: dict[str, Any]
 ) -> Generator[ChatResponse, None, None]:
     """Yield the answer so far after each event, then the whole answer with its usage."""
     partial = Partial(raw)
@@ -65,7 +73,7 @@ def chat_responses(
 
 
 async def achat_responses(
-    stream: AsyncReplyStream | AsyncReactStream, raw: dict[str, Any]
+    stream: AsyncReplyStream | AsyncPartsStream, raw: dict[str, Any]
 ) -> AsyncGenerator[ChatResponse, None]:
     """The asynchronous `chat_responses`."""
     partial = Partial(raw)
@@ -77,7 +85,7 @@ async def achat_responses(
 
 
 def completion_responses(
-    stream: ReplyStream | ReactStream, raw: dict[str, Any]
+    stream: ReplyStream | PartsStream, raw: dict[str, Any]
 ) -> Generator[CompletionResponse, None, None]:
     """Yield the text so far after each piece, then the whole text with its usage."""
     text = ""
@@ -90,7 +98,7 @@ def completion_responses(
 
 
 async def acompletion_responses(
-    stream: AsyncReplyStream | AsyncReactStream, raw: dict[str, Any]
+    stream: AsyncReplyStream | AsyncPartsStream, raw: dict[str, Any]
 ) -> AsyncGenerator[CompletionResponse, None]:
     """The asynchronous `completion_responses`."""
     text = ""
@@ -153,87 +161,104 @@ def _arguments(written: str) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-# ---- ReAct: thoughts and actions are read by the agent's parser, the answer by the user ----
+# ---- agents that write for their parser and for the user in one text ----
 
 
-class _React:
-    def __init__(self, amulet: Amulet, request: Request) -> None:
+class _Parts:
+    def __init__(self, amulet: Amulet, request: Request, marker: str) -> None:
         self._amulet = amulet
         self._request = request
+        self._marker = marker
         self._current: Any = None
         self.reply: Reply
 
 
-class ReactStream(_React):
-    """Decodes plainly up to "Answer:", and from there on with the preference."""
+class PartsStream(_Parts):
+    """Decodes up to a marker and on from there: one part plainly, one with the preference."""
 
     def events(self) -> Iterator[Event]:
-        self._current = self._amulet.start(_thoughts(self._request))
+        self._current = self._amulet.start(_until(self._request, self._marker))
         yield from self._current.events()
         self.reply = self._current.reply
-        follow = _answer(self._request, self.reply)
-        if follow is None:
+        rest = _after(self._request, self._marker, self.reply)
+        if rest is None:
             return
-        yield Event("text", ANSWER)
-        self._current = self._amulet.start(follow)
+        yield Event("text", self._marker)
+        self._current = self._amulet.start(rest)
         yield from self._current.events()
-        self.reply = _joined(self.reply, self._current.reply)
+        self.reply = _joined(self.reply, self._marker, self._current.reply)
 
     def close(self) -> None:
         if self._current is not None:
             self._current.close()
 
 
-class AsyncReactStream(_React):
-    """The asynchronous `ReactStream`."""
+class AsyncPartsStream(_Parts):
+    """The asynchronous `PartsStream`."""
 
     async def events(self) -> AsyncIterator[Event]:
-        self._current = self._amulet.astart(_thoughts(self._request))
+        self._current = self._amulet.astart(_until(self._request, self._marker))
         async for event in self._current.events():
             yield event
         self.reply = self._current.reply
-        follow = _answer(self._request, self.reply)
-        if follow is None:
+        rest = _after(self._request, self._marker, self.reply)
+        if rest is None:
             return
-        yield Event("text", ANSWER)
-        self._current = self._amulet.astart(follow)
+        yield Event("text", self._marker)
+        self._current = self._amulet.astart(rest)
         async for event in self._current.events():
             yield event
-        self.reply = _joined(self.reply, self._current.reply)
+        self.reply = _joined(self.reply, self._marker, self._current.reply)
 
     async def aclose(self) -> None:
         if self._current is not None:
             await self._current.aclose()
 
 
-def _thoughts(request: Request) -> Request:
-    return request.model_copy(update={"preference": (), "stop": (*request.stop, ANSWER)})
+def _until(request: Request, marker: str) -> Request:
+    """Return the request of what precedes the marker: thoughts are plain, prose is steered."""
+    update: dict[str, Any] = {"stop": (*request.stop, marker)}
+    if marker == ANSWER:
+        update["preference"] = ()
+    return request.model_copy(update=update)
 
 
-def _answer(request: Request, thoughts: Reply) -> Request | None:
-    """Return the request of the answer, or None if the thoughts led to no answer."""
-    room = request.max_new_tokens - thoughts.usage.completion_tokens
-    if thoughts.stop_string != ANSWER or ANSWER in request.stop or room < 1:
+def _after(request: Request, marker: str, first: Reply) -> Request | None:
+    """Return the request of what follows the marker, or None if the answer ended before it."""
+    room = request.max_new_tokens - first.usage.completion_tokens
+    if first.stop_string != marker or marker in request.stop or room < 1:
         return None
-    so_far = {"role": "assistant", "content": thoughts.text + ANSWER}
-    messages = (*(request.messages or ()), so_far)
-    return request.model_copy(update={"messages": messages, "max_new_tokens": room})
+    written = first.text + marker
+    update: dict[str, Any] = {"max_new_tokens": room}
+    if request.prompt is not None:
+        update["prompt"] = request.prompt + written
+    else:
+        so_far = {"role": "assistant", "content": written}
+        if first.reasoning:
+            so_far["reasoning_content"] = first.reasoning
+        update["messages"] = (*(request.messages or ()), so_far)
+    if marker == CODE or ACTION in first.text:  # in an action, "Answer:" is part of its input
+        update["preference"] = ()
+    return request.model_copy(update=update)
 
 
-def _joined(thoughts: Reply, answer: Reply) -> Reply:
+def _joined(first: Reply, marker: str, rest: Reply) -> Reply:
     usage = Usage(
-        thoughts.usage.prompt_tokens,
-        thoughts.usage.completion_tokens + answer.usage.completion_tokens,
-        answer.usage.base_prompt_tokens,
+        first.usage.prompt_tokens,
+        first.usage.completion_tokens + rest.usage.completion_tokens,
+        first.usage.base_prompt_tokens or rest.usage.base_prompt_tokens,
     )
     trace = None
-    if thoughts.trace is not None and answer.trace is not None:
-        trace = thoughts.trace + answer.trace
+    if first.trace is not None and rest.trace is not None:
+        trace = first.trace + rest.trace
     return replace(
-        answer,
-        text=thoughts.text + ANSWER + answer.text,
-        token_ids=thoughts.token_ids + answer.token_ids,
-        reasoning=thoughts.reasoning + answer.reasoning,
+        rest,
+        text=first.text + marker + rest.text,
+        token_ids=first.token_ids + rest.token_ids,
+        reasoning=first.reasoning + rest.reasoning,
+        steering=first.steering or rest.steering,
+        tool_calls=first.tool_calls + rest.tool_calls,
+        invalid_tool_calls=first.invalid_tool_calls + rest.invalid_tool_calls,
         usage=usage,
         trace=trace,
     )

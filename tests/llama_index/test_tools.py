@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 from llama_index.core import PromptTemplate
-from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.agent.workflow import (
+    AgentWorkflow,
+    CodeActAgent,
+    FunctionAgent,
+    ReActAgent,
+)
 from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
 from llama_index.core.memory import Memory
 from llama_index.core.program import FunctionCallingProgram
@@ -24,6 +29,7 @@ from amulet_integrations.llama_index import (
     set_preference,
 )
 from tests.llama_index.doubles import PLAIN, STEERED, WISH, calling, scripted
+from tests.models import byte_tokenizer
 
 
 def add(a: int, b: int) -> int:
@@ -209,6 +215,78 @@ async def test_react_agent_takes_the_preference_of_its_memory() -> None:
     memory = Memory.from_defaults(session_id="anna", memory_blocks=[block])
     agent = ReActAgent(tools=TOOLS, llm=llm)
     assert str(await agent.run("2 + 3?", memory=memory)) == "Five."
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_an_action_with_answer_in_its_input_is_plain(streaming: bool) -> None:
+    """LlamaIndex's parser takes the action: what follows "Answer:" is the tool's."""
+    action = 'Thought: Noted.\nAction: weather\nAction Input: {"city": "Answer: Rome"}'
+    llm = scripted({"Observation: Sun": FINAL, WISH: ' Oslo"}', "": action}, preference=WISH)
+    result = await ReActAgent(tools=TOOLS, llm=llm, streaming=streaming).run("Where?")
+    assert [call.tool_kwargs for call in result.tool_calls] == [{"city": "Answer: Rome"}]
+    assert llm.amulet.steered == [False, False, False, True]
+
+
+def without_template() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    return {"tokenizer": tokenizer}
+
+
+@pytest.mark.parametrize(
+    "options", [{"messages_to_prompt": lambda said: f"<{said[-1].content}> "}, without_template()]
+)
+async def test_react_agent_of_a_raw_prompt_goes_on_from_its_thoughts(options: Any) -> None:
+    llm = scripted({WISH: " Five.", "": FINAL}, preference=WISH, **options)
+    assert str(await ReActAgent(tools=TOOLS, llm=llm).run("2 + 3?")) == "Five."
+    thoughts, answer = llm.amulet.requests
+    assert answer.prompt == thoughts.prompt + "Thought: I can answer.\nAnswer:"
+    assert answer.messages is None
+
+
+async def test_react_agent_answers_with_its_thinking_before_it() -> None:
+    llm = calling({WISH: " Five.", "": f"<think>\nHm.\n</think>\n\n{FINAL}"}, preference=WISH)
+    assert str(await ReActAgent(tools=TOOLS, llm=llm).run("2 + 3?")) == "Five."
+    assert llm.amulet.last.messages[-1] == {
+        "role": "assistant",
+        "content": "Thought: I can answer.\nAnswer:",
+        "reasoning_content": "Hm.",
+    }
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_code_of_a_code_act_agent_is_plain(streaming: bool) -> None:
+    def run(code: str) -> str:
+        return f"Ran {code}"
+
+    code = "<execute>\nprint(2 + 3)\n</execute>"
+    said = {"Ran print": PLAIN, WISH: "Sum: <execute>\nprint(6)\n</execute>", "": code}
+    for wish, prose in (("", ""), (WISH, "Sum: ")):
+        llm = scripted(said, preference=wish)
+        agent = CodeActAgent(code_execute_fn=run, llm=llm, streaming=streaming)
+        result = await agent.run("2 + 3?")
+        assert [call.tool_kwargs for call in result.tool_calls] == [{"code": "print(2 + 3)"}]
+        assert str(result) == PLAIN
+        assert llm.amulet.steered == ([True, False, True] if wish else [False, False])
+        assert llm.amulet.requests[-1].messages[2]["content"].startswith(f"{prose}<execute>")
+
+
+REACHED = "You have reached the maximum number of iterations"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", [FunctionAgent, ReActAgent])
+async def test_the_last_word_of_an_agent_that_is_stopped_is_steered(
+    kind: Any, streaming: bool
+) -> None:
+    llm = calling({WISH: STEERED, REACHED: PLAIN, "": THOUGHT}, preference=WISH)
+    agent = kind(name="adder", tools=TOOLS, llm=llm, streaming=streaming)
+    agent.early_stopping_method = "generate"
+    workflow = AgentWorkflow(agents=[agent], early_stopping_method="generate")
+    for asked in (agent, workflow):
+        assert str(await asked.run("2 + 3?", max_iterations=1)) == STEERED
+        assert REACHED in llm.amulet.last.messages[-1]["content"]
+        assert llm.amulet.last.stop == ()
 
 
 async def test_agent_workflow_hands_off() -> None:
