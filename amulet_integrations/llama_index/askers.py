@@ -66,6 +66,7 @@ ROLES: dict[str, Role | None] = {
     "llama_index.core.query_engine": "query",
     "llama_index.core.query_engine.flare": "plain",  # its answers carry searches to parse
     "llama_index.core.query_engine.multistep_query_engine": "parts",
+    "llama_index.core.query_engine.sql_join_query_engine.SQLAugmentQueryTransform": "plain",
     "llama_index.core.query_engine.sub_question_query_engine": "parts",
     "llama_index.core.question_gen": "plain",
     "llama_index.core.response_synthesizers": "synthesizer",

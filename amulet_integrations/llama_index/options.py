@@ -25,7 +25,9 @@ PASSED_ON = (
     "grammar",
     "steer_grammar",
 )
-CALL = (*SETTINGS, "max_tokens", "max_new_tokens", "enable_thinking", *PASSED_ON)
+# `DocumentContextExtractor` gives every LLM the headers of one service; here no request has any.
+UNUSED = ("extra_headers",)
+CALL = (*SETTINGS, "max_tokens", "max_new_tokens", "enable_thinking", *PASSED_ON, *UNUSED)
 
 HINTS = {
     "model_name": "use model",

@@ -31,6 +31,7 @@ from llama_index.core.evaluation import (
     RelevancyEvaluator,
 )
 from llama_index.core.extractors import (
+    DocumentContextExtractor,
     KeywordExtractor,
     QuestionsAnsweredExtractor,
     SummaryExtractor,
@@ -38,6 +39,7 @@ from llama_index.core.extractors import (
 )
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.llms import ChatMessage
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import LLMRerank
 from llama_index.core.prompts import PromptType
 from llama_index.core.query_engine import (
@@ -47,11 +49,13 @@ from llama_index.core.query_engine import (
     SubQuestionQueryEngine,
     TransformQueryEngine,
 )
+from llama_index.core.query_engine.sql_join_query_engine import SQLAugmentQueryTransform
 from llama_index.core.question_gen.llm_generators import LLMQuestionGenerator
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import Document, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.selectors import LLMMultiSelector, LLMSingleSelector
+from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 
 from amulet_integrations.llama_index import AmuletLLM, preference
@@ -275,6 +279,14 @@ def test_steps_of_a_multi_step_query_are_plain() -> None:
     assert llm.amulet.steered == [False, False, True]
 
 
+def test_the_question_after_a_table_is_plain() -> None:
+    llm = wishing()
+    transform = SQLAugmentQueryTransform(llm=llm)
+    asked = transform.run("Where?", {"sql_query": "SELECT 1", "sql_query_response": "1"})
+    assert asked.query_str == PLAIN
+    assert llm.amulet.steered == [False]
+
+
 def test_hypothetical_documents_are_plain() -> None:
     llm = wishing()
     engine: BaseQueryEngine = index().as_query_engine(llm=llm)
@@ -378,6 +390,19 @@ def test_extractors_are_plain() -> None:
         extractor.extract(nodes)
         assert len(llm.amulet.requests) > before
     assert not any(llm.amulet.steered)
+
+
+async def test_the_context_of_a_chunk_is_plain() -> None:
+    """It comes with the headers of another service."""
+    llm = wishing()
+    store = SimpleDocumentStore()
+    store.add_documents(DOCUMENTS[:1])
+    extractor = DocumentContextExtractor(
+        docstore=store, llm=llm, max_context_length=1000, max_output_tokens=4
+    )
+    nodes = SentenceSplitter().get_nodes_from_documents(DOCUMENTS[:1])
+    assert await extractor.aextract(nodes) == [{"context": PLAIN[:4]}]
+    assert llm.amulet.steered == [False]
 
 
 def test_evaluators_are_plain() -> None:
