@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Generator
 from contextvars import Context
 from functools import partial
@@ -43,10 +44,26 @@ async def _apieces(
 ) -> AsyncGenerator[Any, None]:
     with set_config_context(config) as run:
         try:
-            while (piece := await _within(run, anext(stream, _END))) is not _END:
+            piece = await _within(run, _first(stream))
+            while piece is not _END:
                 yield piece
+                piece = await _within(run, anext(stream, _END))
         finally:
             await _within(run, stream.aclose())
+
+
+def _first(stream: AsyncGenerator[Any, None]) -> Awaitable[Any]:
+    """Return the awaitable of a stream's first piece, and keep the stream from the event loop.
+
+    An event loop that ends closes all generators that it knows at the same time. It knows the
+    reader, which closes the stream; closed twice, the stream would raise.
+    """
+    known = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(firstiter=None)
+    try:
+        return anext(stream, _END)
+    finally:
+        sys.set_asyncgen_hooks(firstiter=known.firstiter)
 
 
 @coroutine

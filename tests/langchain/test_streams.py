@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from langchain_core.runnables import ConfigurableField, RunnableLambda
 
 from amulet import Amulet
 from amulet_integrations.langchain import AmuletLLM
+from amulet_integrations.langchain.binding import unbound
 from tests.langchain.scripted import preferring
 from tests.models import ScriptedModel, byte_tokenizer
 
@@ -114,3 +116,18 @@ def test_a_stream_that_is_left_half_read_ends() -> None:
     stream.close()
     assert chat.invoke("hi").content == "plain"
     assert chat.engine.rows == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_event_loop_closes_what_is_left_without_complaints(form: str, caplog: Any) -> None:
+    model = FORMS[form]()
+    left = []
+
+    async def leave() -> None:
+        for _ in range(4):
+            left.append(model.astream("hi"))
+            await anext(left[-1])
+
+    asyncio.run(leave())
+    assert [record.getMessage() for record in caplog.records] == []
+    assert unbound(model)[0].engine.rows == 0
