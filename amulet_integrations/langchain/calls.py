@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial, wraps
 from itertools import islice
 from typing import Any, cast
 
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel, BaseLanguageModel, LanguageModelInput
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
-from amulet import Amulet
+from amulet import Amulet, errors
 from amulet.output.stream import ReplyStream
 from amulet.reply import Reply
 from amulet.request import Request
@@ -28,6 +30,19 @@ CONNECTIONS = 16  # concurrent connections of one batch to a server
 _under_way: ContextVar[list[tuple[Amulet, Request, ReplyStream]] | None] = ContextVar(
     "under_way", default=None
 )
+
+
+class PromptTooLongError(errors.PromptTooLongError, ContextOverflowError):
+    """Amulet's error and LangChain's: its middleware then shortens the prompt."""
+
+
+@contextmanager
+def overflow_told() -> Iterator[None]:
+    """Raise Amulet's error for a prompt that is too long as one that LangChain knows."""
+    try:
+        yield
+    except errors.PromptTooLongError as error:
+        raise PromptTooLongError(str(error)) from None
 
 
 def _bound(name: str) -> Any:
@@ -199,6 +214,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
             return []
         return begun
 
+    @overflow_told()
     def _replies(self, requests: Sequence[Request]) -> list[Reply]:
         """Decode requests together, except those already running."""
         streams = [self._begun_earlier(request) for request in requests]
@@ -211,6 +227,11 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         finally:
             for stream in started:
                 stream.close()
+
+    async def _areplies(self, requests: Sequence[Request]) -> list[Reply]:
+        """Decode requests together."""
+        with overflow_told():
+            return cast("list[Reply]", await self.engine.abatch(requests))
 
     def _begun_earlier(self, request: Request) -> ReplyStream | None:
         """Return the stream of a running request; calls made by callbacks have other streams."""

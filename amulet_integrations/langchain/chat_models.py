@@ -25,7 +25,7 @@ from amulet_integrations import _options
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
 from amulet_integrations.langchain.binding import ChatBinding
-from amulet_integrations.langchain.calls import AmuletCalls
+from amulet_integrations.langchain.calls import AmuletCalls, overflow_told
 from amulet_integrations.langchain.messages import countable, to_chat
 from amulet_integrations.langchain.options import CHAT_OPTIONS, given, refuse_unknown
 from amulet_integrations.langchain.structured import structured_output
@@ -152,7 +152,7 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         requests, chosen = self._requests(messages, stop, kwargs)
-        return self._result(await self.engine.abatch(requests), chosen)
+        return self._result(await self._areplies(requests), chosen)
 
     def _stream(
         self,
@@ -162,7 +162,8 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         requests, chosen = self._requests(messages, stop, kwargs, streaming=True)
-        with self._begun_earlier(requests[0]) or self.engine.start(requests[0]) as stream:
+        begun = self._begun_earlier(requests[0])
+        with overflow_told(), begun or self.engine.start(requests[0]) as stream:
             for event in stream.events():
                 if replies.says_something(event):
                     yield replies.chunk(event, self.output_version)
@@ -176,11 +177,12 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         requests, chosen = self._requests(messages, stop, kwargs, streaming=True)
-        async with self.engine.astart(requests[0]) as stream:
-            async for event in stream.events():
-                if replies.says_something(event):
-                    yield replies.chunk(event, self.output_version)
-            yield replies.last_chunk(stream.reply, str(self.model), chosen)
+        with overflow_told():
+            async with self.engine.astart(requests[0]) as stream:
+                async for event in stream.events():
+                    if replies.says_something(event):
+                        yield replies.chunk(event, self.output_version)
+                yield replies.last_chunk(stream.reply, str(self.model), chosen)
 
     def _requests(
         self,

@@ -17,7 +17,7 @@ from amulet.reply import Reply
 from amulet.request import Request
 from amulet_integrations._preference import Chosen
 from amulet_integrations.langchain import replies
-from amulet_integrations.langchain.calls import AmuletCalls
+from amulet_integrations.langchain.calls import AmuletCalls, overflow_told
 from amulet_integrations.langchain.options import LLM_OPTIONS, refuse_unknown
 
 TRACING = ("tags", "metadata", "run_name", "run_id")
@@ -77,7 +77,7 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         requests, chosen, choices = self._requests(prompts, stop, kwargs)
-        return self._result(await self.engine.abatch(requests), chosen, choices)
+        return self._result(await self._areplies(requests), chosen, choices)
 
     def _stream(
         self,
@@ -87,7 +87,8 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         (request,), chosen, _ = self._requests([prompt], stop, kwargs, streaming=True)
-        with self._begun_earlier(request) or self.engine.start(request) as stream:
+        begun = self._begun_earlier(request)
+        with overflow_told(), begun or self.engine.start(request) as stream:
             for event in filter(replies.says_something, stream.events()):
                 piece = replies.text_chunk(event)
                 if run_manager is not None:
@@ -104,16 +105,17 @@ class AmuletLLM(AmuletCalls, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         (request,), chosen, _ = self._requests([prompt], stop, kwargs, streaming=True)
-        async with self.engine.astart(request) as stream:
-            async for event in stream.events():
-                if not replies.says_something(event):
-                    continue
-                piece = replies.text_chunk(event)
-                if run_manager is not None:
-                    await run_manager.on_llm_new_token(piece.text, chunk=piece)
-                yield piece
-            info = replies.llm_metadata(stream.reply, str(self.model), chosen)
-            yield GenerationChunk(text="", generation_info=info)
+        with overflow_told():
+            async with self.engine.astart(request) as stream:
+                async for event in stream.events():
+                    if not replies.says_something(event):
+                        continue
+                    piece = replies.text_chunk(event)
+                    if run_manager is not None:
+                        await run_manager.on_llm_new_token(piece.text, chunk=piece)
+                    yield piece
+                info = replies.llm_metadata(stream.reply, str(self.model), chosen)
+                yield GenerationChunk(text="", generation_info=info)
 
     def _requests(
         self,

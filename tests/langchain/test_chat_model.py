@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_callback
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -19,8 +20,8 @@ from langchain_core.runnables import (
     RunnablePassthrough,
 )
 
-from amulet import Amulet, Preference, RequestError
-from amulet_integrations.langchain import ChatAmulet
+from amulet import Amulet, Preference, PromptTooLongError, RequestError
+from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.langchain.scripted import preferring, scripted_chat
 from tests.models import ScriptedModel, byte_tokenizer
 
@@ -434,3 +435,26 @@ def test_a_preference_that_claims_to_be_the_constructors_is_the_farthest() -> No
     assert chat.invoke("Say.", **farthest).content == "Wish.!"
     off = {"configurable": {"preference": ""}}
     assert chat.invoke("Say.", off, **farthest).content == "plain"
+
+
+@pytest.mark.parametrize("kind", [ChatAmulet, AmuletLLM])
+async def test_a_prompt_that_is_too_long_is_an_error_of_both_libraries(kind: Any) -> None:
+    model = kind(amulet=scripted_chat("Hi").amulet)
+    long = "x" * model.engine.window
+    asked = [
+        lambda: model.invoke(long),
+        lambda: list(model.stream(long)),
+        lambda: model.batch([long, long]),
+        lambda: model.generate_prompt([ChatPromptTemplate.from_template(long).invoke({})]),
+    ]
+    for ask in asked:
+        with pytest.raises(ContextOverflowError, match="shorten the prompt") as caught:
+            ask()
+        assert isinstance(caught.value, PromptTooLongError)
+        assert caught.value.help_page == PromptTooLongError.help_page
+    with pytest.raises(ContextOverflowError):
+        await model.ainvoke(long)
+    with pytest.raises(ContextOverflowError):
+        await model.abatch([long])
+    with pytest.raises(ContextOverflowError):
+        await anext(model.astream(long))

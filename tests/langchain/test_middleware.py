@@ -363,6 +363,25 @@ def test_summarising_is_not_steered(source: str) -> None:
     assert last(result).content == "Pirate!"
 
 
+async def test_a_history_too_long_to_summarise_is_cut() -> None:
+    """LangChain's middleware does so when the model raises LangChain's error."""
+    model = scripted_chat({"Messages to summarize": "summary", "": "answer"})
+    window = model.engine.window
+    assert window is not None
+    summariser = SummarizationMiddleware(
+        *(model,),
+        trigger=("messages", 3),
+        keep=("messages", 1),
+        trim_tokens_to_summarize=None,
+        summary_prompt="Messages to summarize: {messages}",
+    )
+    answering: Any = create_agent(model, middleware=[summariser])
+    long = {"messages": [HumanMessage("One " * (window // 3)), AIMessage("Two"), HumanMessage("3")]}
+    for result in (answering.invoke(long), await answering.ainvoke(long)):
+        assert result["messages"][0].content.endswith("summary")
+        assert last(result).content == "answer"
+
+
 @pytest.mark.parametrize("pinned", ["call", ""])
 @pytest.mark.parametrize("form", ["model", "bound", "retried"])
 def test_what_is_pinned_to_the_model_counts_like_the_call(pinned: str, form: str) -> None:
