@@ -256,8 +256,8 @@ class ChatAmulet(AmuletCalls, BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        chat = {"tools_prompt": self.tools_prompt, "template_options": self.template_options}
-        return {**super()._identifying_params, **chat}
+        names = ("tools_prompt", "template_options", "output_version")
+        return {**super()._identifying_params, **{name: getattr(self, name) for name in names}}
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, ensure_config
@@ -339,7 +339,12 @@ class AmuletOptions(BaseModel):
         return found
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Return the token ids of a text by the model's tokenizer, without special tokens."""
+        """Return the token ids of a text by the model's tokenizer, without special tokens.
+
+        If LangChain's option `custom_get_token_ids` is given, that function counts instead.
+        """
+        if custom := getattr(self, "custom_get_token_ids", None):
+            return cast("list[int]", custom(text))
         ids: list[int] = self.engine.encode(text)
         return ids
 

@@ -18,7 +18,7 @@ from langchain_core.messages import (
 )
 
 from amulet import Amulet
-from amulet_integrations.langchain import ChatAmulet
+from amulet_integrations.langchain import AmuletLLM, ChatAmulet
 from tests.langchain.scripted import scripted_chat
 from tests.models import ScriptedModel
 from tests.templates import FAMILIES, family_tokenizer
@@ -116,3 +116,11 @@ def test_tools_that_the_template_does_not_know_are_counted() -> None:
     chat = model("chatml" if "chatml" in FAMILIES else "qwen")
     without = chat.get_num_tokens_from_messages(HISTORY)
     assert chat.get_num_tokens_from_messages(HISTORY, [lookup]) >= without
+
+
+@pytest.mark.parametrize("kind", [ChatAmulet, AmuletLLM])
+def test_a_function_of_yours_counts_instead(kind: Any) -> None:
+    amulet = scripted_chat("Hi").amulet
+    model = kind(amulet=amulet, custom_get_token_ids=lambda text: [0] * len(text.split()))
+    assert model.get_num_tokens("two words") == 2
+    assert model.get_token_ids("two words") == [0, 0]
