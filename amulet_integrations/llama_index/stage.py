@@ -72,7 +72,7 @@ def stage_of_call(kind: Literal["chat", "complete"]) -> Stage:
     wish = prompt.metadata.get("steer") if prompt is not None else None
     if isinstance(wish, bool):
         return "answer" if wish else "internal"
-    use = _use(prompt) if prompt is not None else "answer"
+    use = _use(call) if call is not None else "answer"
     plain = reads_plain()
     if use == "internal" or plain or (plain is None and is_plain(found)):
         return "internal"
@@ -108,7 +108,10 @@ def _prompt_call(found: list[Asker]) -> Asker | None:
     return None
 
 
-def _use(prompt: BasePromptTemplate) -> Use:
+def _use(call: Asker) -> Use:
+    prompt = call.arguments["prompt"]
+    if prompt.output_parser is not None or getattr(call.instance, "output_parser", None):
+        return "internal"
     try:
         return PROMPT_TYPES[PromptType(prompt.metadata.get("prompt_type", PromptType.CUSTOM))]
     except (ValueError, KeyError):  # a user-defined type

@@ -40,6 +40,7 @@ from llama_index.core.extractors import (
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.llms import ChatMessage
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.postprocessor import LLMRerank
 from llama_index.core.prompts import PromptType
 from llama_index.core.query_engine import (
@@ -57,6 +58,7 @@ from llama_index.core.schema import Document, NodeWithScore, QueryBundle, TextNo
 from llama_index.core.selectors import LLMMultiSelector, LLMSingleSelector
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
+from pydantic import BaseModel
 
 from amulet_integrations.llama_index import AmuletLLM, preference
 from amulet_integrations.llama_index.stage import PROMPT_TYPES
@@ -102,6 +104,28 @@ async def test_a_prompt_can_say_which_it_is(
     assert "".join(llm.stream(prompt, x="a")) == said
     assert await llm.apredict(prompt, x="a") == said
     assert "".join([piece async for piece in await llm.astream(prompt, x="a")]) == said
+
+
+class Person(BaseModel):
+    name: str
+
+
+async def test_what_an_output_parser_reads_is_plain() -> None:
+    said = {WISH: STEERED, "": '{"name": "Anna"}'}
+    prompt = PromptTemplate("Who?", output_parser=PydanticOutputParser(Person))
+    asked = scripted(said, preference=WISH)
+    parsing = scripted(said, preference=WISH, output_parser=PydanticOutputParser(Person))
+    for llm, who, read in (
+        (asked, prompt, said[""]),
+        (parsing, PromptTemplate("Who?"), "name='Anna'"),
+    ):
+        assert llm.predict(who) == read
+        assert await llm.apredict(who) == read
+        assert llm.amulet.steered == [False, False]
+        assert llm.complete("Who?").text == STEERED  # nothing parses it
+    assert str(index().as_query_engine(llm=parsing).query("moss?")) == "name='Anna'"
+    prompt.metadata["steer"] = True
+    assert asked.predict(prompt) == STEERED
 
 
 def test_a_type_of_the_users_own_counts_as_custom() -> None:
