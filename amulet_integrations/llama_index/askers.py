@@ -220,12 +220,11 @@ def _open_spans(id_: str | None) -> Iterator[_Span]:
 def _asked_about(piece: str, span: _Span | None) -> None:
     """Note a chunk at the synthesizer that asks about it."""
     for outer in _open_spans(span.id_ if span else None):
-        seen = outer.asker.seen
         if outer.asker.chunks:
-            if not seen or seen[-1] is not piece:  # a program and its LLM both have a span
-                seen.append(piece)
+            outer.asker.seen.append(piece)
             return
-        if outer.asker.role not in ("llm", "synthesizer"):
+        # A program and its LLM both have a span about one chunk.
+        if outer.asker.role not in ("llm", "synthesizer") or outer.asker.piece == piece:
             return
 
 

@@ -155,6 +155,17 @@ async def test_only_the_last_pass_over_chunks_that_were_cut(kind: Any, streaming
     assert llm.amulet.steered == [False] * (len(llm.amulet.requests) - 1) + [True]
 
 
+async def test_only_the_last_pass_over_equal_chunks(kind: Any) -> None:
+    llm = scripted(kind=kind, preference=WISH)
+    for streaming in (False, True):
+        synthesizer = get_response_synthesizer(
+            llm=llm, response_mode=ResponseMode.REFINE, streaming=streaming
+        )
+        llm.amulet.requests.clear()
+        assert str(synthesizer.synthesize("Where is moss?", NODES[:1] * 3)) == STEERED
+        assert llm.amulet.steered == [False, False, True]
+
+
 async def test_only_the_root_of_a_summary_tree(kind: Any) -> None:
     for use_async in (False, True):
         llm = scripted(kind=kind, preference=WISH, window=400, max_tokens=40)
