@@ -153,7 +153,13 @@ def pairs(
             "eight steered users together / eight plain in turn",
             target,
             8,
-        )
+        ),
+        (
+            direct(theirs, amulet, [[{"role": "user", "content": text}] for _, text in USERS]),
+            "the same, questions without passages",
+            None,
+            8,
+        ),
     ]
     if compiled is not None:
         claim = "the same, compiled"

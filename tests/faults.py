@@ -58,12 +58,15 @@ class Allocations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def admit(engine: Engine, generation: Generation) -> None:
-    """Admit a generation; a failure is its own, as with a driver."""
+def admit(engine: Engine, *generations: Generation) -> None:
+    """Admit generations together, and each alone if that fails, as a driver does."""
     try:
-        engine.admit(generation)
+        engine.admit(*generations)
     except Exception as error:
-        generation.error = error
+        if len(generations) == 1:
+            generations[0].error = error
+        for generation in generations if len(generations) > 1 else ():
+            admit(engine, generation)
     engine.sweep()
 
 

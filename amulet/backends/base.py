@@ -35,12 +35,14 @@ class Backend(Protocol):
             recurrent state, all rows of a pass get the same number of ids; see `least`.
         chunk: ids in one pass of a prefill.
         images_at_once: whether the columns of an image must be in one pass.
+        pass_cost: how many ids more in a pass take as long as another pass.
         worth_sharing: the number of ids saved from which a shared prefix is worth its own pass.
     """
 
     any_length: bool
     chunk: int
     images_at_once: bool
+    pass_cost: int
     worth_sharing: int
 
     @property

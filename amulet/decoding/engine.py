@@ -7,7 +7,7 @@ combined into one distribution; one token is chosen from it and appended to all 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from traceback import clear_frames
 from typing import Any
@@ -24,8 +24,7 @@ from amulet.errors import OutOfMemoryError, is_out_of_memory, one_line
 logger = logging.getLogger("amulet")
 
 DRAFT_TOKENS = 24  # limit on all rows' tokens in a step that checks drafts; more is not cheap
-TOGETHER = 256  # up to this many tokens per row, any number of rows share a prefill pass
-WORTH_PADDING = 0.6  # rows of uneven length share a pass if at least this share is not padding
+TOGETHER = 8  # times a pass's cost: so many tokens of several generations are prefilled together
 AHEAD = 512  # tokens of an answer for which memory is planned in advance
 
 
@@ -45,62 +44,97 @@ class Engine:
         self.running: list[Generation] = []
         # Held while tokens are appended; a reader that holds it never sees a partial update.
         self.handing_over: AbstractContextManager[Any] = nullcontext()
+        # Called after each step for which a prefill pauses.
+        self.paused: Callable[[], object] = lambda: None
         self.prefixes = Prefixes(prefix_bytes)
         self._state = backend.state()  # the weights with which the kept rows were computed
         self._owners: list[tuple[Generation, int]] = []  # row i's generation, and its prompt
-        self._filling = False  # a prefill is running in rows after those of `_owners`
+        # Those whose prompts are being prefilled, in rows after those of `_owners`.
+        self._filling: Sequence[Generation] = ()
         self._waited_for = 0  # tokens prefilled since the last step
 
     @torch.inference_mode()
-    def admit(self, generation: Generation) -> None:
-        """Prefill a generation's prompts, decode its first token, and add it to the batch.
+    def admit(self, *generations: Generation) -> None:
+        """Prefill prompts, decode the generations' first tokens, and add them to the batch.
 
-        Prefixes that its rows share with each other, with a running row or with a kept row are
-        copied. While other generations run, the prefill pauses for a decode step every
-        `Backend.chunk` tokens.
+        Prefixes that a generation's rows share with each other, with a running row or with a kept
+        row are copied. While other generations run, the prefill pauses for a decode step every
+        `Backend.chunk` tokens. After an error none of the generations has a token.
+
+        Args:
+            generations: one, or several without images; see `together`.
 
         Raises:
             OutOfMemoryError: out of memory; the running generations are not affected.
         """
-        first, rows = len(self._owners), len(generation.prompts)
-        longest = max(map(len, generation.prompts))
-        joined, self._filling = False, True
+        first, prompts = len(self._owners), [p for g in generations for p in g.prompts]
+        longest = max(map(len, prompts))
+        joined, self._filling = False, generations
         try:
-            with self._naming_shortage(first + rows, longest):
-                self._renew(generation, longest)
-                self.backend.reserve(first + rows, longest + 1)
-                logits = self._prefill(generation, first)
+            with self._naming_shortage(first + len(prompts), longest):
+                ahead = min(max(g.max_new_tokens for g in generations), AHEAD)
+                self.backend.renew(longest + ahead, idle=not self.running)
+                self._notice_weights()
+                for generation in generations:
+                    generation.computed_with = self._state
+                self.backend.reserve(first + len(prompts), longest + 1)
+                logits = self._prefill(prompts, first)
                 if logits is not None:
-                    self._join(generation, first, logits)
+                    self._join(first, logits)
                     joined = True
         finally:
-            self._filling = False
+            self._filling = ()
             self.backend.drop(len(self._owners))
             if not joined:  # it failed, or was cancelled meanwhile
                 self._clear_if_idle(failed=True)
         self.sweep()
 
-    def _renew(self, generation: Generation, longest: int) -> None:
-        """Discard what the next answer can't use; `longest` is the length of its longest prompt."""
-        ahead = min(generation.max_new_tokens, AHEAD)
-        self.backend.renew(longest + ahead, idle=not self.running)
-        self._notice_weights()
-        generation.computed_with = self._state
+    def together(self, waiting: Sequence[Generation]) -> int:
+        """Return how many of the first waiting generations are best admitted together.
 
-    def _join(self, generation: Generation, first: int, logits: torch.Tensor) -> None:
-        """Add a prefilled generation to the batch and decode its first token; undone on error."""
-        rows = len(generation.prompts)
-        self._prepare(generation, logits)
+        A pass has a cost of its own, which short prompts share; long prompts would only delay the
+        first tokens of others. A prompt that begins like one before it is admitted later and copies
+        that beginning.
+        """
+        cost, tokens, bases = self.backend.pass_cost, 0, list[list[int]]()
+        if not self.backend.any_length:  # rows of uneven length can't share a pass
+            return 1
+        for count, generation in enumerate(waiting):
+            base = generation.prompts[-1]
+            found = [self._find(prompt)[1] for prompt in generation.prompts]
+            tokens += sum(map(len, generation.prompts)) - sum(found)
+            repeats = any(shared_length(base, other) >= found[-1] + cost for other in bases)
+            if tokens > TOGETHER * cost or generation.images or repeats:
+                return max(count, 1)
+            bases.append(base)
+        return len(waiting)
+
+    def _join(self, first: int, logits: torch.Tensor) -> None:
+        """Add the prefilled generations to the batch and decode their first tokens.
+
+        Undone on error.
+
+        Args:
+            first: their first row.
+            logits: after each of their prompts, `[rows, vocab]`.
+        """
         place = len(self._owners)  # rows before `first` may have left during the prefill
-        for i in range(rows if place < first else 0):
-            self.backend.copy_row(first + i, place + i, len(generation.prompts[i]))
-        self._owners += [(generation, i) for i in range(rows)]
-        self.running.append(generation)
+        joining = [generation for generation in self._filling if not generation.done]
+        owners = [(g, i) for g in self._filling for i in range(len(g.prompts))]
+        order = [row for row, (generation, _) in enumerate(owners) if generation in joining]
+        for target, row in enumerate(order, place):
+            if target < first + row:
+                generation, i = owners[row]
+                self.backend.copy_row(first + row, target, len(generation.prompts[i]))
+        for generation in joining:
+            self._prepare(generation, logits)
+        self._owners += [owners[row] for row in order]
+        self.running += joining
         try:
-            self._decide([generation], logits, list(range(rows)))
+            self._decide(joining, logits, order)
         except BaseException:
             del self._owners[place:]
-            self.running.remove(generation)
+            self.running = [g for g in self.running if g not in joining]
             raise
 
     @torch.inference_mode()
@@ -240,7 +274,7 @@ class Engine:
         for generation in self.running:
             generation.fail(error)
         self.running, self._owners = [], []
-        self._filling = False
+        self._filling = ()
         self.backend.clear()
 
     def _prepare(self, generation: Generation, logits: torch.Tensor) -> None:
@@ -256,10 +290,46 @@ class Engine:
             seen[torch.tensor(plain, device=logits.device)] = True
             generation.seen = seen
 
-    def _prefill(self, generation: Generation, first: int) -> torch.Tensor | None:
+    def _prefill(self, prompts: Sequence[list[int]], first: int) -> torch.Tensor | None:
         """Fill the rows from `first` on; return the logits after each prompt, `[rows, vocab]`.
 
-        Return None if the generation was cancelled during the prefill.
+        Return None if all of the generations were cancelled during the prefill.
+        """
+        filled: list[int] = []
+        for generation in self._filling:
+            begun = self._begin(generation, first + len(filled))
+            if begun is None:
+                return None
+            filled += begun
+        left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
+        logits: dict[int, torch.Tensor] = {}
+        for rows in share_passes(left, self.backend):
+            while any(filled[i] < len(prompts[i]) for i in rows):
+                width = self._width(max(len(prompts[i]) - filled[i] for i in rows))
+                chunks = [prompts[i][filled[i] : filled[i] + width] for i in rows]
+                keep = sorted({len(chunk) - 1 for chunk in chunks})
+                if not self._give_way(width * len(rows)):
+                    return None
+                self.backend.reserve(first + len(prompts), max(filled) + width)
+                # Padding on the right is harmless: its columns are beyond the row's end.
+                out = self.backend.forward(
+                    [chunk + [0] * (width - len(chunk)) for chunk in chunks],
+                    [filled[i] for i in rows],
+                    first + rows[0],
+                    keep,
+                    self._filling[0].images,
+                )
+                for place, (i, chunk) in enumerate(zip(rows, chunks, strict=True)):
+                    filled[i] += len(chunk)
+                    logits[i] = out[place, keep.index(len(chunk) - 1)]
+        for generation in self._filling:
+            generation.images = ()  # their columns are computed
+        return torch.stack([logits[i] for i in range(len(prompts))])
+
+    def _begin(self, generation: Generation, first: int) -> list[int] | None:
+        """Copy what a generation's rows share with others and with each other.
+
+        Return how many ids of each prompt its row has then; None as for `_prefill`.
         """
         prompts = generation.prompts
         filled = [self._reuse(prompt, first + i) for i, prompt in enumerate(prompts)]
@@ -288,8 +358,8 @@ class Engine:
         for stop in sorted(stops):
             computes = filled[-1] < stop
             while filled[-1] < stop:
-                width = self._width(stop - filled[-1], generation)
-                if not self._give_way(generation, width):
+                width = self._width(stop - filled[-1])
+                if not self._give_way(width):
                     return None
                 chunk = prompts[-1][filled[-1] : filled[-1] + width]
                 self.backend.forward(
@@ -304,32 +374,7 @@ class Engine:
                 if filled[i] < length and self.backend.least(first + base) <= length:
                     self.backend.copy_row(first + base, first + i, length)
                     filled[i] = length
-        logits: dict[int, torch.Tensor] = {}
-        while len(logits) < len(prompts):
-            left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-            width = self._width(max(left), generation)
-            taken = [min(width, n) for n in left]
-            rows = range(len(prompts))
-            together = max(TOGETHER, self.backend.chunk // len(prompts))
-            worth = WORTH_PADDING if self.backend.any_length else 1.0  # padding can't be removed
-            if width > together or sum(taken) < worth * width * len(prompts):
-                rows = range(left.index(max(left)), left.index(max(left)) + 1)  # the longest alone
-            # Padding on the right is harmless: its columns are beyond the row's end.
-            ids = [prompts[i][filled[i] : filled[i] + taken[i]] for i in rows]
-            ids = [chunk + [0] * (width - len(chunk)) for chunk in ids]
-            keep = sorted({max(taken[i] - 1, 0) for i in rows})
-            if not self._give_way(generation, width * len(rows)):
-                return None
-            self.backend.reserve(first + len(prompts), max(filled) + width)
-            out = self.backend.forward(
-                ids, [filled[i] for i in rows], first + rows[0], keep, generation.images
-            )
-            for i in rows:
-                if 0 < left[i] <= width:
-                    logits[i] = out[i - rows[0], keep.index(taken[i] - 1)]
-                filled[i] += taken[i]
-        generation.images = ()  # their columns are computed
-        return torch.stack([logits[i] for i in range(len(prompts))])
+        return filled
 
     def _branch(self, prompt: list[int], filled: int) -> int:
         """Return where a prompt parts from a kept row that can't be cut back to there, or 0.
@@ -340,13 +385,22 @@ class Engine:
         return length if length - filled >= self.backend.worth_sharing else 0
 
     def _reuse(self, prompt: list[int], row: int) -> int:
-        """Copy the prompt's longest prefix from a running or kept row; return its length.
+        """Copy the prompt's longest prefix from a running or kept row; return its length."""
+        source, length = self._find(prompt)
+        if isinstance(source, KeptRow):
+            self.backend.load_row(row, source.saved, length)
+        elif source is not None:
+            self.backend.copy_row(source, row, length)
+        return length
 
-        The prompt's last id is never copied: its logits are needed.
+    def _find(self, prompt: list[int]) -> tuple[KeptRow | int | None, int]:
+        """Return the kept row, or the number of the running one, to copy a prompt's prefix from.
+
+        Also its length. The prompt's last id is never copied: its logits are needed.
         """
         if not self.prefixes.limit:
-            return 0
-        source, length = self.prefixes.find(prompt)
+            return None, 0
+        kept, length = self.prefixes.find(prompt)
         length = min(length, len(prompt) - 1)
         running, longest = None, 0
         for other, (generation, i) in enumerate(self._owners):
@@ -356,19 +410,16 @@ class Engine:
             if shared > longest and shared >= self.backend.least(other):
                 running, longest = other, shared
         if running is not None and longest > max(length, LEAST):
-            self.backend.copy_row(running, row, longest)
-            return longest
-        if source is not None and length:
-            self.backend.load_row(row, source.saved, length)
-        return length
+            return running, longest
+        return (kept, length) if length else (None, 0)
 
-    def _give_way(self, filling: Generation, tokens: int) -> bool:
+    def _give_way(self, tokens: int) -> bool:
         """Before a pass of `tokens` tokens, decode a step of the running generations if it is due.
 
         At most `Backend.chunk` tokens are prefilled between two steps, of one or several prompts.
 
         Returns:
-            False if the generation being prefilled was cancelled during the step.
+            False if all generations being prefilled were cancelled during the step.
         """
         if self._waited_for + tokens > self.backend.chunk:
             try:
@@ -376,8 +427,9 @@ class Engine:
             except Exception as error:
                 self.fail_all(error)
                 raise
+            self.paused()
         self._waited_for += tokens
-        return not filling.done
+        return not all(generation.done for generation in self._filling)
 
     def _decide(
         self, generations: Sequence[Generation], logits: torch.Tensor, order: Sequence[int]
@@ -414,15 +466,37 @@ class Engine:
                 "smaller dtype."
             ) from error
 
-    def _width(self, left: int, generation: Generation) -> int:
+    def _width(self, left: int) -> int:
         """Return how many of the `left` tokens of a prefill a row gets in the next pass.
 
         Passes have equal width, so the memory that one pass's activations free fits the next's.
         """
-        if generation.images and self.backend.images_at_once:
+        if self._filling[0].images and self.backend.images_at_once:
             return left
         passes = -(-left // self.backend.chunk)
         return -(-left // passes)
+
+
+def share_passes(left: Sequence[int], backend: Backend) -> list[range]:
+    """Group consecutive rows into passes so that the passes and their padding cost least.
+
+    Args:
+        left: how many ids each row lacks, at least 1.
+        backend: tells what a pass costs, how many ids it may have, and whether some may be padding.
+    """
+    best: list[tuple[int, list[range]]] = [(0, [])]  # for the first rows: none, one, two, ...
+    for end in range(1, len(left) + 1):
+        options, widest = [], 0
+        for start in reversed(range(end)):
+            widest = max(widest, left[start])
+            ids = widest * (end - start)
+            uneven = sum(left[start:end]) < ids
+            if start < end - 1 and (ids > backend.chunk or (uneven and not backend.any_length)):
+                break
+            cost, before = best[start]
+            options.append((cost + ids + backend.pass_cost, [*before, range(start, end)]))
+        best.append(min(options, key=lambda option: option[0]))
+    return best[-1][1]
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

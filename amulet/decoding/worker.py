@@ -155,11 +155,13 @@ class Driver:
         self.busy = False
         self._max_rows = max_rows
         self._waiting: deque[Generation] = deque()
-        self._admitting: Generation | None = None
+        self._admitting: list[Generation] = []
         self._watches: list[_Watch] = []
         with _registry_lock:
             self._thread = _threads.setdefault(id(engine.backend.model), DecodeThread())
         self._changed = engine.handing_over = self._thread.changed
+        pause = weakref.WeakMethod(self._pause)  # the engine doesn't keep its driver alive
+        engine.paused = lambda: (to_pause := pause()) and to_pause()
         self._thread.add(self)
 
     @classmethod
@@ -268,14 +270,13 @@ class Driver:
             for generation in self._all():
                 generation.fail(error)
             self._waiting.clear()
-            self._admitting = None
+            self._admitting = []
             self.engine.fail_all(error)
             self._tell()
 
     def _all(self) -> list[Generation]:
         """All generations that are waiting, being prefilled or running."""
-        filling = [] if self._admitting is None else [self._admitting]
-        return [*self._waiting, *filling, *self.engine.running]
+        return [*self._waiting, *self._admitting, *self.engine.running]
 
     @property
     def is_wanted(self) -> bool:
@@ -310,27 +311,50 @@ class Driver:
             except RuntimeError:  # its event loop is closed
                 self.cancel(watch.generation)
 
+    def _pause(self) -> None:
+        """Wake callers in the middle of a prefill."""
+        with self._changed:
+            self._tell()
+
     def _admit_waiting(self) -> bool:
         """Prefill waiting generations while there is room; return whether one was admitted."""
         admitted = False
-        while (generation := self._next_waiting()) is not None:
+        while generations := self._next_waiting():
             admitted = True
-            try:
-                self.engine.admit(generation)
-            except BaseException as error:
-                generation.fail(error)
+            self._admit(generations)
         return admitted
 
-    def _next_waiting(self) -> Generation | None:
+    def _admit(self, generations: list[Generation]) -> None:
+        try:
+            self.engine.admit(*generations)
+        except BaseException as error:
+            if len(generations) == 1:
+                generations[0].fail(error)
+                return
+            for generation in generations:  # each fails for its own reasons only
+                self._admit([generation])
+
+    def _next_waiting(self) -> list[Generation]:
+        """Return the next generations to be prefilled together, or none."""
         with self._changed:
-            self._admitting = None
+            self._admitting = []
             if not self._waiting:
-                return None
-            rows = sum(len(generation.prompts) for generation in self.engine.running)
-            if rows and rows + len(self._waiting[0].prompts) > self._max_rows:
-                return None
-            self._admitting = self._waiting.popleft()
-            self._admitting.admitted_at = time.time_ns()
+                return []
+            self._tell()  # the tokens that are there don't wait for the next prefill
+            room = self._max_rows - sum(len(g.prompts) for g in self.engine.running)
+            fitting: list[Generation] = []
+            for generation in self._waiting:
+                room -= len(generation.prompts)
+                if room < 0 and (fitting or self.engine.running):
+                    break
+                fitting.append(generation)
+        count = self.engine.together(fitting) if len(fitting) > 1 else len(fitting)
+        with self._changed:
+            # Others may have been cancelled meanwhile.
+            self._admitting = [g for g in fitting[:count] if g in self._waiting]
+            for generation in self._admitting:
+                self._waiting.remove(generation)
+                generation.admitted_at = time.time_ns()
             return self._admitting
 
 

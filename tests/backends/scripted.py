@@ -53,6 +53,7 @@ class ScriptedBackend:
     chunk = 24
     images_at_once = False
     worth_sharing = 4
+    pass_cost = 4
     device = torch.device("cpu")
 
     def __init__(

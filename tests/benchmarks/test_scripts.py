@@ -85,6 +85,7 @@ CLAIMS: list[tuple[ModuleType, list[tuple[str, str]]]] = [
             (f"tiny, bfloat16, tokens per second: {what}", bound)
             for what, bound in (
                 ("eight steered users together / eight plain in turn", "≥ 5"),
+                ("the same, questions without passages", "shown"),
                 ("ChatAmulet.batch, eight steered / ChatHuggingFace.batch, plain", "≥ 4"),
                 ("AmuletLLM, one steered / HuggingFaceLLM, plain", "shown"),
             )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from amulet.backends.transformers.cache import COLUMN_STEP, RowCache
 from amulet.backends.transformers.model_backend import WORTH_SHARING
-from amulet.decoding.engine import Engine, common_prefix
+from amulet.decoding.engine import Engine, common_prefix, share_passes
 from amulet.decoding.generation import Generation
 from amulet.decoding.sampling import Sampling
 from amulet.errors import ModelError, OutOfMemoryError
+from tests.backends.scripted import ScriptedBackend
 from tests.engines import engine_over
 from tests.models import ScriptedModel, random_model
 
@@ -279,3 +285,105 @@ def test_unsupported_models_are_refused_with_the_way_out() -> None:
     model.config.layer_types = ["linear_attention"] * 4
     with pytest.raises(ModelError, match="does not carry its recurrent state"):
         engine_over(model)
+
+
+def cost_of(passes: Sequence[Sequence[int]], each: int) -> int:
+    return sum(len(ids) * max(ids) + each for ids in passes)
+
+
+def partitions(left: list[int]) -> Iterator[list[list[int]]]:
+    for cuts in itertools.product([False, True], repeat=len(left) - 1):
+        parts = [[left[0]]]
+        for cut, ids in zip(cuts, left[1:], strict=True):
+            if cut:
+                parts.append([ids])
+            else:
+                parts[-1].append(ids)
+        yield parts
+
+
+@given(
+    left=st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    cost=st.integers(0, 50),
+    any_length=st.booleans(),
+)
+def test_passes_cost_as_little_as_any_way_of_grouping_rows(
+    left: list[int], cost: int, any_length: bool
+) -> None:
+    backend = ScriptedBackend(any_length)
+    backend.chunk, backend.pass_cost = 60, cost
+    found = share_passes(left, backend)
+    assert [i for rows in found for i in rows] == list(range(len(left)))
+
+    def is_possible(ids: list[int]) -> bool:
+        fits = len(ids) * max(ids) <= 60
+        return len(ids) == 1 or (fits and (any_length or len(set(ids)) == 1))
+
+    possible = [cost_of(p, cost) for p in partitions(left) if all(map(is_possible, p))]
+    assert cost_of([[left[i] for i in rows] for rows in found], cost) == min(possible)
+
+
+def asked(*prompts: list[int], **options: Any) -> Generation:
+    return Generation(prompts=list(prompts), weights=[0.5] * (len(prompts) - 1), **options)
+
+
+def test_short_prompts_that_wait_together_share_passes() -> None:
+    prompts = [[[i, 1], [i]] for i in range(1, 5)]
+    alone, together = ScriptedBackend(), ScriptedBackend()
+    expected, found = [[asked(*rows, max_new_tokens=4) for rows in prompts] for _ in range(2)]
+    for backend, generations in ((alone, expected), (together, found)):
+        engine = Engine(backend)
+        while generations_left := [g for g in generations if not g.token_ids]:
+            count = engine.together(generations_left) if backend is together else 1
+            engine.admit(*generations_left[:count])
+        drain(engine)
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert (together.passes[0], alone.passes[0]) == ((8, 2), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count"),
+    [([8, 8, 8, 8, 8], 4), ([40, 2, 2], 1), ([2, 40, 2], 1), ([2, 2, 40], 2)],
+    ids=["as many as a pass is worth", "long first", "long second", "long last"],
+)
+def test_long_prompts_delay_no_others(lengths: list[int], count: int) -> None:
+    engine = Engine(ScriptedBackend())  # a pass costs 4 ids, so 32 ids are worth one
+    waiting = [asked([i] * length) for i, length in enumerate(lengths)]
+    assert engine.together(waiting) == count
+
+
+def test_a_prompt_waits_for_the_one_that_it_can_copy_from() -> None:
+    engine = Engine(ScriptedBackend(), prefix_bytes=2**20)
+    beginning = list(range(20))
+    waiting = [asked([*beginning, i], max_new_tokens=9) for i in range(30, 34)]
+    assert engine.together(waiting) == 1
+    engine.admit(waiting[0])
+    assert engine.together(waiting[1:]) == 3  # all the rest of them is one id each
+    engine.admit(*waiting[1:])
+    assert engine.backend.passes[-1] == (3, 1)  # type: ignore[attr-defined]
+    assert [g.cached_tokens for g in waiting] == [0, 20, 20, 20]
+
+
+def test_rows_that_cant_be_padded_and_prompts_with_images_are_prefilled_alone() -> None:
+    assert Engine(ScriptedBackend(any_length=False)).together([asked([1]), asked([2])]) == 1
+    image: Any = object()
+    engine = Engine(ScriptedBackend())
+    assert engine.together([asked([1], images=[image]), asked([2])]) == 1
+    assert engine.together([asked([1]), asked([2]), asked([3], images=[image])]) == 2
+
+
+def test_one_of_several_may_be_cancelled_while_all_are_prefilled() -> None:
+    backend = ScriptedBackend()
+    engine = Engine(backend)
+    running = asked([7] * 10, max_new_tokens=50)
+    engine.admit(running)
+    waiting = [asked([i] * 6, [i] * 5, max_new_tokens=5) for i in range(1, 4)]
+    running.on_token = lambda _: engine.retire(waiting[1]) or True  # type: ignore[func-returns-value]
+    engine.admit(*waiting)  # a step is due, in which the second is cancelled and the first row ends
+    drain(engine)
+    assert (waiting[1].token_ids, waiting[1].finish_reason) == ([], "cancelled")
+    for generation in (waiting[0], waiting[2]):
+        expected = asked(*generation.prompts, max_new_tokens=5)
+        Engine(other := ScriptedBackend()).admit(expected)
+        assert generation.token_ids[0] == expected.token_ids[0], other
+        assert generation.finish_reason == "length"

@@ -102,16 +102,24 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def ask_first(self) -> None:
-        self._ask([BEGINNINGS[0][:40]], 3)
+        self._ask([BEGINNINGS[0][:40]], tokens=3)
 
-    def _ask(self, prompts: Sequence[list[int]], tokens: int) -> None:
-        weights = [1.5, 0.5][: len(prompts) - 1]
-        generation = Generation(
-            prompts=prompts, weights=weights, max_new_tokens=tokens, end_ids=ENDS
-        )
-        self.asked.append(generation)
+    def _ask(self, *asked: Sequence[list[int]], tokens: int) -> None:
+        generations = [
+            Generation(
+                prompts=prompts,
+                weights=[1.5, 0.5][: len(prompts) - 1],
+                max_new_tokens=tokens,
+                end_ids=ENDS,
+            )
+            for prompts in asked
+        ]
+        self.asked += generations
         with self.allocations:
-            admit(self.engine, generation)
+            while generations:
+                count = self.engine.together(generations)
+                admit(self.engine, *generations[:count])
+                generations = generations[count:]
 
     @rule(
         beginning=st.sampled_from(BEGINNINGS),
@@ -120,7 +128,20 @@ class Machine(RuleBasedStateMachine):
         tokens=st.integers(1, 8),
     )
     def ask(self, beginning: list[int], shared: int, own: list[list[int]], tokens: int) -> None:
-        self._ask([[*beginning[:shared], *ids] for ids in own], tokens)
+        self._ask([[*beginning[:shared], *ids] for ids in own], tokens=tokens)
+
+    @rule(
+        asked=st.lists(
+            st.lists(st.lists(IDS, min_size=1, max_size=12), min_size=1, max_size=3),
+            min_size=2,
+            max_size=3,
+        ),
+        shared=st.integers(0, 12),
+        tokens=st.integers(1, 4),
+    )
+    def ask_at_once(self, asked: list[list[list[int]]], shared: int, tokens: int) -> None:
+        begun = BEGINNINGS[0][:shared]
+        self._ask(*([[*begun, *ids] for ids in prompts] for prompts in asked), tokens=tokens)
 
     @rule(
         data=st.data(),
@@ -130,7 +151,7 @@ class Machine(RuleBasedStateMachine):
     def go_on(self, data: st.DataObject, own: list[int], tokens: int) -> None:
         """The next turn of a conversation, whose rows may have been kept or still run."""
         before = data.draw(st.sampled_from(self.asked))
-        self._ask([[*p, *before.token_ids, *own][:200] for p in before.prompts], tokens)
+        self._ask([[*p, *before.token_ids, *own][:200] for p in before.prompts], tokens=tokens)
 
     @rule(times=st.integers(1, 4))
     def decode(self, times: int) -> None:

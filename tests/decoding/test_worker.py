@@ -526,3 +526,58 @@ def test_a_prompt_in_prefill_ends_with_its_process(script: str) -> None:
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_first_tokens_arrive_before_later_prompts_are_computed(
+    model: ScriptedModel, make: Callable[..., Generation]
+) -> None:
+    driver = Driver(engine_over(model), max_rows=64)
+    generations = [make("x" * 600 + "\n", max_new_tokens=1) for _ in range(3)]
+    passes: dict[int, int] = {}  # by generation: how many there had been when its token arrived
+    for generation in generations:
+        driver.submit(generation)
+    with driver._changed:  # nothing is decoded until all of them are watched
+        for i, generation in enumerate(generations):
+            driver.watch(generation, lambda i=i: passes.setdefault(i, len(model.calls)))
+    for generation in generations:
+        finish(driver, generation)
+    assert passes == {0: 2, 1: 4, 2: 6}  # 601 tokens are two passes
+
+
+def test_running_answers_are_read_while_a_long_prompt_is_prefilled(
+    model: ScriptedModel, make: Callable[..., Generation]
+) -> None:
+    engine = engine_over(model)
+    engine.backend.chunk = 20
+    driver = Driver(engine, max_rows=64)
+    running = make()
+    driver.submit(running)
+    advance(driver, running, 0)
+    heard: list[tuple[int, int]] = []  # tokens there, passes of the long prompt before
+    long = make("x" * 100 + "\n", max_new_tokens=1)
+    driver.submit(long)
+
+    def hear() -> None:
+        passes = sum(width > 1 for _, width in model.calls[1:])
+        heard.append((len(running.token_ids), passes))
+
+    driver.watch(running, hear)
+    finish(driver, long)
+    finish(driver, running)
+    # 101 tokens are six passes of up to 20, and a step of the running answer before each.
+    assert heard[:7] == [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 4), (7, 5)]
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), torch.OutOfMemoryError("no room")])
+def test_prompts_whose_common_prefill_fails_are_prefilled_one_by_one(
+    model: ScriptedModel, make: Callable[..., Generation], error: Exception
+) -> None:
+    engine = engine_over(model)
+    driver = Driver(engine, max_rows=64)
+    generations = [make() for _ in range(3)]
+    for generation in generations:
+        driver.submit(generation)
+    model.fail_with = error
+    assert [finish(driver, generation) for generation in generations] == [TEXT] * 3
+    assert model.calls[:4] == [(3, 8), (1, 8), (1, 8), (1, 8)]
+    assert engine.backend.nbytes == 0

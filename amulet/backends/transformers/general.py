@@ -103,6 +103,7 @@ class GeneralBackend(ModelBackend):
         self._rows: dict[int, Row] = {}
         # What one rotary embedding computed is of no use where another one has begun.
         self._at_once = bool(switches_rope(model)) or attends_to_all(text) or self._type in AT_ONCE
+        self.pass_cost = 0  # each row has a pass of its own
         expected = expected_cache(model)
         if not self._goes_on(expected):
             self.chunk = self.worth_sharing = WHOLE
