@@ -8,9 +8,10 @@ coefficients sum to one, so T steps collapse to `log π ∝ p + g·(p − r)`.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING
 
-from amulet.errors import RequestError
+from amulet.errors import RequestError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +42,12 @@ def game_gain(
     4.6487
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise RequestError(f"iterations={iterations!r}: expected a whole number, 0 or more.")
+        raise RequestError(f"iterations={shown(iterations)}: expected a whole number, 0 or more.")
     for name, value, least in (("alpha", alpha, 0.0), ("lam", lam, None), ("eta", eta, None)):
-        if not math.isfinite(value) or value < 0 or (least is None and value == 0):
+        is_finite = isinstance(value, Real) and math.isfinite(value)
+        if not is_finite or value < 0 or (least is None and value == 0):
             bound = "0 or more" if least is not None else "above 0"
-            raise RequestError(f"{name}={value!r}: expected a finite number, {bound}.")
+            raise RequestError(f"{name}={shown(value)}: expected a finite number, {bound}.")
     gain, total = 0.0, 0.0
     for t in range(1, iterations + 1):
         total += gain + 1.0

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 from weakref import WeakKeyDictionary
 
-from amulet.errors import DecodeError, MissingPackageError, ModelError, RequestError
+from amulet.errors import DecodeError, MissingPackageError, ModelError, RequestError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,15 @@ class Grammar:
 
     kind: Literal["json_schema", "regex", "lark", "either"]
     source: str
+
+    def __post_init__(self) -> None:
+        known = self.kind in ("json_schema", "regex", "lark", "either")
+        if not known or not isinstance(self.source, str):
+            raise RequestError(
+                f"Grammar({shown(self.kind)}, {shown(self.source)}): expected a kind of grammar "
+                "and its text. Use a class method, such as Grammar.json_schema({...}) or "
+                'Grammar.regex("[0-9]+").'
+            )
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
@@ -107,9 +116,13 @@ class Grammar:
         Raises:
             RequestError: there is no text, or one is empty or not a string.
         """
-        listed = [options] if isinstance(options, str) else list(options)
+        listed = [options] if isinstance(options, str) else options
+        listed = list(listed) if isinstance(listed, Iterable) else []
         if not listed or any(not isinstance(option, str) or not option for option in listed):
-            raise RequestError(f"choice({options!r}): expected one or more non-empty texts.")
+            raise RequestError(
+                f"choice({shown(options)}): expected one or more non-empty texts, as in "
+                'Grammar.choice(["yes", "no"]).'
+            )
         return cls.lark("start: " + " | ".join(json.dumps(option) for option in listed))
 
     @classmethod
@@ -121,12 +134,15 @@ class Grammar:
             head: a Lark term that precedes an answer by the second grammar.
 
         Raises:
+            RequestError: they are not grammars, or alternatives themselves.
             MissingPackageError: llguidance is not installed.
         """
-        if "either" in (first.kind, second.kind):
-            raise RequestError(
-                "either: expected two grammars that are not alternatives themselves."
-            )
+        for given in (first, second):
+            if not isinstance(given, Grammar) or given.kind == "either":
+                raise RequestError(
+                    f"either({shown(given)}): expected two grammars that are not alternatives "
+                    'themselves, such as Grammar.regex("[0-9]+").'
+                )
         named = [
             {**grammar._part(), "name": name}
             for name, grammar in (("first", first), ("second", second))

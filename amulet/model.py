@@ -16,7 +16,7 @@ from amulet.backends.base import Backend
 from amulet.backends.llamacpp.backend import LlamaBackend
 from amulet.backends.llamacpp.model import GGUFModel
 from amulet.decoding.worker import Driver
-from amulet.errors import AmuletError, ModelError, RequestError
+from amulet.errors import AmuletError, ModelError, RequestError, shown
 from amulet.images import ImageReader, without_images
 from amulet.models.given import check_options, check_parts, checked_name
 from amulet.output.async_stream import AsyncReplyStream, read_all
@@ -29,7 +29,7 @@ from amulet.prepare import Preparer
 from amulet.prompting.chat_template import check_unicode
 from amulet.prompting.tokenizer import own_tokenizer
 from amulet.reply import Reply
-from amulet.request import Request
+from amulet.request import Request, listed
 
 if TYPE_CHECKING:  # a GGUF file does without their import, which takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -87,12 +87,16 @@ class Amulet:
         drafts: bool = True,
     ) -> None:
         check_parts(model, tokenizer)
-        if max_rows < 1:
-            raise RequestError(f"max_rows={max_rows!r}: expected 1 or more.")
-        if prefix_cache_bytes < 0:
-            raise RequestError(f"prefix_cache_bytes={prefix_cache_bytes!r}: expected 0 or more.")
+        if not isinstance(max_rows, int | float) or max_rows < 1:
+            raise RequestError(f"max_rows={shown(max_rows)}: expected a number, 1 or more.")
+        if not isinstance(prefix_cache_bytes, int | float) or prefix_cache_bytes < 0:
+            raise RequestError(
+                f"prefix_cache_bytes={shown(prefix_cache_bytes)}: expected a number, 0 or more."
+            )
         if compile not in (True, False, "auto"):
-            raise RequestError(f'compile={compile!r}: expected True, False or "auto".')
+            raise RequestError(f'compile={shown(compile)}: expected True, False or "auto".')
+        if drafts not in (True, False):
+            raise RequestError(f"drafts={shown(drafts)}: expected True or False.")
         if compile is True and isinstance(model, GGUFModel):
             raise RequestError("compile=True: llama.cpp computes this model; leave compile out.")
         decoder: Any = model
@@ -439,7 +443,8 @@ class Amulet:
         self, requests: Iterable[Request | dict[str, Any]], *, return_exceptions: bool = False
     ) -> list[Reply | AmuletError]:
         """`batch` for asyncio; see `achat`."""
-        streams = await asyncio.to_thread(self._prepare_all, list(requests), return_exceptions)
+        each = listed(requests)  # here, as a generator may be the event loop's own
+        streams = await asyncio.to_thread(self._prepare_all, each, return_exceptions)
         return await read_all(self._driver, streams, return_exceptions)
 
     def compare(
@@ -518,13 +523,18 @@ class Amulet:
         Any part of a chat can be counted. If the template refuses it, as with a call without its
         result or without a user turn, its texts are counted, plus a few tokens for each turn.
         Images count for nothing where the model reads none.
+
+        Raises:
+            RequestError: the messages are no list of dicts, or an option is not valid.
         """
-        if not self.reads_images:
-            messages = without_images(messages)
-        called = messages[-1].get("tool_calls") or () if messages else ()
+        if isinstance(messages, list | tuple) and not messages:
+            return 0
+        chat: Sequence[dict[str, Any]] = Request(messages=messages, **options).messages or ()
+        messages = chat if self.reads_images else without_images(chat)
+        called = messages[-1].get("tool_calls") or ()
         results = [{"role": "tool", "content": ""} for _ in called]
         try:
-            return len(self.encode_chat([*messages, *results], **options)) if messages else 0
+            return len(self.encode_chat([*messages, *results], **options))
         except RequestError:
             parts = [*without_images(messages), *(options.get("tools") or ())]
             return self.count_tokens(json.dumps(parts, ensure_ascii=False, default=str))
@@ -541,7 +551,7 @@ class Amulet:
         self, requests: Iterable[Request | dict[str, Any]], return_exceptions: bool
     ) -> list[ReplyStream | AmuletError]:
         streams: list[ReplyStream | AmuletError] = []
-        for request in requests:
+        for request in listed(requests):
             try:
                 streams.append(self.prepare(Request.of(request)))
             except AmuletError as error:

@@ -208,3 +208,18 @@ class Request(BaseModel):
         given = {name: getattr(self, name) for name in Steering.model_fields}
         given = {name: value for name, value in given.items() if value is not None}
         return Steering(**{**default.model_dump(), **given}) if given else default
+
+
+def listed(requests: Iterable[Request | dict[str, Any]]) -> list[Request | dict[str, Any]]:
+    """Return the requests of a batch as a list; `Request.of` checks each.
+
+    Raises:
+        RequestError: they are no iterable, or one request alone.
+    """
+    alone = isinstance(requests, str | bytes | Mapping | Request)  # each can be iterated, too
+    if alone or not isinstance(requests, Iterable):
+        raise RequestError(
+            f"requests of type {type(requests).__name__}: expected a list of Request objects, or "
+            'of dicts of their fields, such as [{"messages": [...], "preference": "Be brief."}].'
+        )
+    return list(requests)

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from amulet.errors import EvaluationError, shown
 from amulet.evaluation.jobs import messages_of
 from amulet.evaluation.methods import Method, parse_method
 from amulet.evaluation.pairs import combine_of
 from amulet.evaluation.paper import parts_of
 from amulet.evaluation.run import Run
 from amulet.evaluation.scoring import Scores, rows_of, score_continuations
+from amulet.preference import Steering
 from amulet.request import Request
 
 if TYPE_CHECKING:
-    from amulet import Amulet, Steering
+    from amulet import Amulet
     from amulet.preference import Placement
 
 # Their base row has another prompt, which is not supported here.
@@ -61,8 +63,13 @@ def right_answers(
         steering: the settings, of which floor and loop guard are ignored; None is the model's own.
         given: the facts; None is `facts()`.
         tell: called with (facts scored, facts in all).
+
+    Raises:
+        EvaluationError: the settings are no `Steering`.
     """
-    steering = steering or amulet.steering
+    steering = amulet.steering if steering is None else steering
+    if not isinstance(steering, Steering):
+        raise EvaluationError(f"steering={shown(steering)}: expected Steering(strength=0.5).")
     given = facts() if given is None else given
     wish = None if preference is None else (preference,)
     asked = _Asked(wish, steering.placement, bool(steering.focus))

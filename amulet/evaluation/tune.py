@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from amulet.errors import EvaluationError
+from amulet.errors import EvaluationError, shown
 from amulet.evaluation.guards import distinct_3
 from amulet.preference import Placement, Steering
 from amulet.reply import Reply
@@ -189,22 +189,41 @@ def tune(
         tell: called with (answers decoded, answers in all).
 
     Raises:
-        EvaluationError: there is no question, preference or setting to try.
+        EvaluationError: there is no question, preference or setting to try, or an argument is not
+            of its type.
+        RequestError: a value of the grid is out of range.
     """
-    guards = guards or Guards()
+    for name, given in (("questions", questions), ("preferences", preferences)):
+        if not _is_list(given) or not all(isinstance(text, str) for text in given):
+            raise EvaluationError(f"{name}={shown(given)}: expected a list of texts.")
+    if not callable(score):
+        raise EvaluationError(
+            f"score={shown(score)}: expected a function of a list of cases that returns a number "
+            "for each."
+        )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise EvaluationError(
+            f"batch_size={shown(batch_size)}: expected a whole number, 1 or more."
+        )
+    guards = Guards() if guards is None else guards
+    if not isinstance(guards, Guards):
+        raise EvaluationError(f"guards={shown(guards)}: expected Guards(log_probability=0.3).")
     own = amulet.steering
     focuses = (own.focus,) if focuses is None else focuses
     loop_guards = (own.loop_guard,) if loop_guards is None else loop_guards
+    for name, values in (
+        *(("strengths", strengths), ("floors", floors), ("placements", placements)),
+        *(("focuses", focuses), ("loop_guards", loop_guards)),
+    ):
+        if not _is_list(values):
+            raise EvaluationError(f"{name}={shown(values)}: expected a list of values to try.")
     alive = [
         Steering(**dict(zip(Steering.model_fields, setting, strict=True)))
         for setting in itertools.product(strengths, floors, placements, focuses, loop_guards)
     ]
-    for name, given in (
-        ("questions", questions),
-        ("preferences", preferences),
-        ("settings", alive),
-    ):
-        if not given:
+    counts = {"questions": len(questions), "preferences": len(preferences), "settings": len(alive)}
+    for name, count in counts.items():
+        if not count:
             raise EvaluationError(f"No {name}: expected at least one.")
     asked = random.Random(seed).sample(list(questions), len(questions))
     cases = [(question, preference) for question in asked for preference in preferences]
@@ -236,6 +255,10 @@ def tune(
     best = trials[0]
     chosen = best if best.holds and best.score > reference.score else reference
     return Tuned(chosen.steering, reference, (*trials, *out))
+
+
+def _is_list(given: object) -> bool:
+    return isinstance(given, Collection) and not isinstance(given, str | bytes | Mapping)
 
 
 def _rungs(settings: int, questions: int) -> list[tuple[int, int]]:

@@ -14,7 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from amulet.errors import MissingPackageError, ModelError, OutOfMemoryError, is_out_of_memory
+from amulet.errors import (
+    MissingPackageError,
+    ModelError,
+    OutOfMemoryError,
+    is_out_of_memory,
+    shown,
+)
 from amulet.models.collector import paused_collector
 from amulet.models.given import call_for
 
@@ -86,6 +92,12 @@ def load_pretrained(
         device_map = {"": _checked_device(device)}
     elif device_map is None and quantization_config is None:
         device_map = {"": default_device()}
+    given = quantization_config
+    if given is not None and not isinstance(given, dict) and not hasattr(given, "quant_method"):
+        raise ModelError(
+            f"quantization_config={shown(given)}: expected a config of Transformers, such as "
+            "BitsAndBytesConfig(load_in_4bit=True)."
+        )
     source = _checked_source(name_or_path, options)
     shared = {"revision": revision, "token": token}
     shared = {name: value for name, value in shared.items() if value is not None}
@@ -120,7 +132,10 @@ def load_pretrained(
         )
     except ImportError as error:
         raise MissingPackageError(f"{source}: {_first_lines(error)}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (  # Transformers checks few options: of a wrong one it looks up an attribute
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+        SafetensorError,
+    ) as error:
         if is_out_of_memory(error):
             raise _no_room(source, error) from error
         raise ModelError(_explain(source, error)) from error

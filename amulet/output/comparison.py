@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,9 @@ def comparison_requests(
 
 def as_messages(question: str | Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Return a chat: the one that was given, or one of a single question."""
-    return [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}]
+    return list(question) if isinstance(question, Iterable) else question  # `Request` refuses it
 
 
 def wished(preference: PreferenceLike) -> PreferenceLike:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from amulet.errors import MissingPackageError, RequestError
+from amulet.errors import MissingPackageError, RequestError, shown
 from amulet.output.comparison import as_messages, wished
 from amulet.preference import PreferenceLike
 from amulet.rendering.pieces import harmless
@@ -150,8 +150,10 @@ def curve_requests(
     Raises:
         RequestError: there is no preference or no strength, or an option is not valid.
     """
-    if not strengths:
-        raise RequestError("strengths=(): expected at least one, such as (0, 1, 2).")
+    if not isinstance(strengths, Collection) or not strengths:
+        raise RequestError(
+            f"strengths={shown(strengths)}: expected at least one, such as (0, 1, 2)."
+        )
     if "strength" in options:
         raise RequestError("strength: a curve has several; give strengths=(0, 1, 2).")
     shared = {**options, "messages": as_messages(question), "trace": True}

@@ -325,8 +325,10 @@ def check_unicode(text: str) -> None:
     """Raise for text that no tokenizer accepts.
 
     Raises:
-        RequestError: the text contains a lone surrogate.
+        RequestError: the text contains a lone surrogate, or it is no text.
     """
+    if not isinstance(text, str):
+        raise RequestError(f"a text of type {type(text).__name__}: expected str.")
     if _SURROGATE.search(text):
         raise RequestError(
             "A text contains a lone surrogate, which is not a character: give valid Unicode, "

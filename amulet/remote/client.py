@@ -16,7 +16,7 @@ from amulet.output.stream import ReplyStream
 from amulet.preference import Steering
 from amulet.remote.model import RemoteModel, RemoteTokenizer
 from amulet.reply import Reply
-from amulet.request import Request
+from amulet.request import Request, listed
 from amulet.tool_calls import find_dialect
 
 try:
@@ -52,11 +52,15 @@ def connect(
             that did not reach it; the waits grow, and follow `Retry-After`.
 
     Raises:
-        RequestError: the URL is invalid, or the key is wrong.
+        RequestError: the URL or an option is invalid, or the key is wrong.
         ModelError: there is no such server, or it has no such model.
     """
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise RequestError(f"url={shown(url)}: expected an address such as http://127.0.0.1:8000.")
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise RequestError(f"timeout={shown(timeout)}: expected seconds, more than 0.")
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise RequestError(f"retries={shown(retries)}: expected a whole number, 0 or more.")
     base = url.rstrip("/").removesuffix("/v1")
     options: dict[str, Any] = {
         "base_url": f"{base}/v1",
@@ -202,7 +206,7 @@ class RemoteAmulet(Amulet):
                     raise
                 return error
 
-        tasks = [asyncio.ensure_future(read(request)) for request in requests]
+        tasks = [asyncio.ensure_future(read(one)) for one in listed(requests)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from amulet import __version__
-from amulet.errors import AmuletError, RequestError
+from amulet.errors import AmuletError, RequestError, shown
 from amulet.model import Amulet
 from amulet.request import Request
 from amulet.serve.embeddings import add_embeddings
@@ -83,9 +83,27 @@ def create_app(
         on_failure: called if the model can't be loaded.
 
     Raises:
-        RequestError: preferences without an API key, an empty key or name, or an invalid origin.
+        RequestError: preferences without an API key, an empty key or name, an invalid origin, or an
+            option of another type.
     """
-    names = [name] if isinstance(name, str) else list(name or ())
+    if not isinstance(amulet, Amulet) and not callable(amulet):
+        raise RequestError(
+            f"create_app has a model of type {type(amulet).__name__}: expected an Amulet, or a "
+            "function that loads one, such as Amulet.embedded."
+        )
+    if not isinstance(limits, Limits | None):
+        raise RequestError(f"limits={shown(limits)}: expected Limits(...).")
+    lists = {
+        "name": [name] if isinstance(name, str) else name or (),
+        "api_keys": api_keys,
+        "allowed_hosts": () if allowed_hosts is None else allowed_hosts,
+        "allowed_origins": allowed_origins,
+    }
+    for option, given in lists.items():  # in a text's place, each of its letters would be a key
+        is_list = isinstance(given, Collection) and not isinstance(given, str | Mapping)
+        if not is_list or not all(isinstance(one, str) for one in given):
+            raise RequestError(f"{option} is a {type(given).__name__}: expected a list of texts.")
+    names = list(lists["name"])
     if any(not one.strip() for one in names):
         raise RequestError("name: expected the model's name for clients, got an empty text.")
     if any(not key.strip() for key in api_keys):

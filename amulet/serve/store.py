@@ -43,7 +43,7 @@ class Store:
             self._database.execute("PRAGMA secure_delete=ON")  # deleted data is overwritten
             self._database.execute(f"PRAGMA max_page_count={_PAGES}")
             self._database.executescript(_TABLES)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, TypeError, sqlite3.Error) as error:
             raise RequestError(
                 f"store={str(path)!r}: {error}; expected a file that can be written, new or "
                 "an SQLite database."

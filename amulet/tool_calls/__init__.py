@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,15 @@ def _tool_schema(index: int, tool: Any) -> Schema:
         )
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise RequestError(f"tools[{index}]: parameters is not a JSON schema (a dict).")
-    return {**tool} if "function" in tool else {"type": "function", "function": {**tool}}
+    schema = {**tool} if "function" in tool else {"type": "function", "function": {**tool}}
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"tools[{index}] ({function['name']}) can't be written as JSON: {error}. Use texts, "
+            "numbers, lists and dicts alone."
+        ) from None
+    return schema
 
 
 def functions_of(schemas: Sequence[Schema], choice: str) -> list[Function]:

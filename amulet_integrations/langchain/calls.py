@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -84,7 +84,9 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     ) -> list[Any]:
         """Answer many inputs in shared forward passes; each keeps its config, callbacks, cache."""
         check_config("batch", config)
-        answered = self._answered(list(inputs), config, return_exceptions, False, kwargs)
+        answered = self._answered(
+            _listed("batch", inputs), config, return_exceptions, False, kwargs
+        )
         return [answer for _, answer in sorted(answered, key=lambda one: one[0])]
 
     def batch_as_completed(
@@ -98,7 +100,9 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
         """As `batch`, but yields each answer with its position as soon as it is finished."""
         check_config("batch_as_completed", config)
         configs: Any = config if config is None or isinstance(config, dict) else list(config)
-        answers = self._answered(list(inputs), configs, return_exceptions, True, kwargs)
+        answers = self._answered(
+            _listed("batch_as_completed", inputs), configs, return_exceptions, True, kwargs
+        )
         return cast("Iterator[Any]", in_its_run(answers))
 
     async def abatch(
@@ -111,7 +115,7 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
     ) -> list[Any]:
         """See `batch`."""
         check_config("abatch", config)
-        listed = list(inputs)
+        listed = _listed("abatch", inputs)
         return await Runnable.abatch(
             self, listed, config, return_exceptions=return_exceptions, **kwargs
         )
@@ -241,6 +245,15 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
                 del begun[index]
                 return stream
         return None
+
+
+def _listed(name: str, inputs: Any) -> list[Any]:
+    if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Iterable):
+        raise errors.RequestError(
+            f"{name}: inputs is a {type(inputs).__name__}: expected a list of inputs, such as "
+            f'{name}(["Hello"]).'
+        )
+    return list(inputs)
 
 
 def _is_done(begun: list[tuple[Amulet, Request, ReplyStream]] | None) -> bool:

@@ -90,12 +90,12 @@ async def set_preference(
         RequestError: nothing is given, or it is not valid; nothing is written.
     """
     given = stored(preference, **push)
-    await context.store.set(STATE_KEY, as_json(given))
+    await _store(context).set(STATE_KEY, as_json(given))
 
 
 async def forget_preference(context: Context) -> None:
     """Forget what `set_preference` kept; what lies further out counts again."""
-    await context.store.set(STATE_KEY, {})
+    await _store(context).set(STATE_KEY, {})
 
 
 async def preference_of(context: Context) -> AbstractContextManager[None]:
@@ -104,8 +104,22 @@ async def preference_of(context: Context) -> AbstractContextManager[None]:
     >>> with await preference_of(context):
     ...     answer = await agent.run("Hello!", ctx=context)
     """
-    kept = await context.store.get(STATE_KEY, default={})
+    kept = await _store(context).get(STATE_KEY, default={})
     return preference(**kept)
+
+
+def _store(context: Context) -> Any:
+    """Return a context's store.
+
+    Raises:
+        RequestError: it is no `Context`, but perhaps the agent or the preference.
+    """
+    if not hasattr(context, "store"):
+        raise RequestError(
+            f"a context of type {type(context).__name__}: expected a workflow's Context, such as "
+            "Context(agent)."
+        )
+    return context.store
 
 
 def checked(preference: PreferenceLike = None, **push: Any) -> Settings:

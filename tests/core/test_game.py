@@ -127,6 +127,8 @@ def test_the_gain_for_other_weights() -> None:
         ({"iterations": 2.5}, "iterations=2.5: expected a whole number, 0 or more."),
         ({"iterations": True}, "iterations=True: expected a whole number, 0 or more."),
         ({"alpha": -0.5}, "alpha=-0.5: expected a finite number, 0 or more."),
+        ({"alpha": "2"}, "alpha='2': expected a finite number, 0 or more."),
+        ({"eta": None}, "eta=None: expected a finite number, above 0."),
         ({"alpha": math.nan}, "alpha=nan: expected a finite number, 0 or more."),
         ({"lam": 0.0}, "lam=0.0: expected a finite number, above 0."),
         ({"lam": math.inf}, "lam=inf: expected a finite number, above 0."),

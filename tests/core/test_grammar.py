@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -88,6 +88,14 @@ def test_a_forbidden_token_is_an_error(tokenizer: PreTrainedTokenizerFast) -> No
         (lambda: Grammar.json_schema({"const": {1, 2}}), "can't be written as JSON"),
         (lambda: Grammar.choice([]), r"choice\(\[\]\): expected one or more"),
         (lambda: Grammar.choice(["a", ""]), "expected one or more non-empty texts"),
+        (lambda: Grammar.choice(cast(Any, 5)), r"^choice\(5\): expected one or more.*choice\(\["),
+        (lambda: Grammar.choice(cast(Any, [b"x" * 200])), r"choice\(<list>\): expected"),
+        (
+            lambda: Grammar("json_schema", {}),
+            r"Grammar\('json_schema', {}\): expected.*json_schema\(",
+        ),  # type: ignore[arg-type]
+        (lambda: Grammar("json", "{}"), r"Grammar\('json', '{}'\): expected a kind of grammar"),  # type: ignore[arg-type]
+        (lambda: Grammar.either("a", Grammar.regex("a")), r"either\('a'\): expected two"),  # type: ignore[arg-type]
         (lambda: Grammar.regex(""), "expected non-empty text"),
     ],
 )

@@ -70,6 +70,29 @@ async def test_a_request_may_be_a_dict_of_its_fields(tokenizer: PreTrainedTokeni
                 call(given)
 
 
+@pytest.mark.parametrize("given", [5, None, "hi", b"hi", user("hi")[0], Request(prompt="hi")])
+async def test_what_is_no_list_of_requests_is_told_what_one_is(
+    tokenizer: PreTrainedTokenizerFast, given: Any
+) -> None:
+    amulet = amulet_saying(tokenizer, "hello")
+    told = rf"^requests of type {type(given).__name__}: expected a list of Request objects"
+    for options in ({}, {"return_exceptions": True}):
+        with pytest.raises(RequestError, match=told):
+            amulet.batch(given, **options)
+        with pytest.raises(RequestError, match=told):
+            await amulet.abatch(given, **options)
+
+
+@pytest.mark.parametrize("given", [5, None, "hi", user("hi")[0], ["hi"], [None]])
+def test_what_is_no_chat_is_not_counted(tokenizer: PreTrainedTokenizerFast, given: Any) -> None:
+    amulet = amulet_saying(tokenizer, "hello")
+    with pytest.raises(RequestError, match=r"^(messages.*: expected a (list|dict)|.*either mess)"):
+        amulet.count_chat(given)
+    with pytest.raises(RequestError, match=r"^tools=5: expected a list of tools"):
+        amulet.count_chat(user("hi"), tools=5)
+    assert amulet.count_chat([]) == amulet.count_chat(()) == 0
+
+
 def test_strength_0_takes_one_row(tokenizer: PreTrainedTokenizerFast) -> None:
     model = ScriptedModel(tokenizer, {"Be brief.": "short", "": "long"})
     amulet = Amulet(model, tokenizer)  # type: ignore[arg-type]
@@ -294,6 +317,34 @@ def test_bad_options_are_named(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         amulet_saying(tokenizer, "x").chat(user("hi"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rows": None}, r"^max_rows=None: expected a number, 1 or more"),
+        ({"max_rows": 0}, r"^max_rows=0: expected a number, 1 or more"),
+        ({"prefix_cache_bytes": "1 GB"}, r"^prefix_cache_bytes='1 GB': expected a number, 0 or"),
+        ({"prefix_cache_bytes": -1}, r"^prefix_cache_bytes=-1: expected a number, 0 or more"),
+        ({"compile": "yes"}, r'^compile=\'yes\': expected True, False or "auto"'),
+        ({"drafts": []}, r"^drafts=\[\]: expected True or False"),
+        ({"drafts": "off"}, r"^drafts='off': expected True or False"),
+    ],
+)
+def test_a_wrong_option_of_the_model_is_named(
+    tokenizer: PreTrainedTokenizerFast, options: dict[str, Any], message: str
+) -> None:
+    model: Any = ScriptedModel(tokenizer, "x")
+    with pytest.raises(RequestError, match=message):
+        Amulet(model, tokenizer, **options)
+
+
+def test_only_a_text_is_encoded(tokenizer: PreTrainedTokenizerFast) -> None:
+    amulet = amulet_saying(tokenizer, "x")
+    for given in (5, None, b"hi", ["hi"]):
+        for call in (amulet.encode, amulet.count_tokens):
+            with pytest.raises(RequestError, match=rf"^a text of type {type(given).__name__}: exp"):
+                call(given)  # type: ignore[operator]
 
 
 def test_a_tokenizer_larger_than_the_embedding() -> None:

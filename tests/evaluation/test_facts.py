@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from amulet import Amulet, Request, Steering
+from amulet.errors import EvaluationError
 from amulet.evaluation import facts as module
 from amulet.evaluation.facts import (
     Fact,
@@ -97,6 +98,8 @@ def test_steering_moves_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [_Asked(("Be brief.",), "user")] * 4
     assert right == [own[0] == max(own) for own in means]  # of the mean, without the floor
     assert told == [(count, 4) for count in (1, 2, 3, 4)]
+    with pytest.raises(EvaluationError, match=r"^steering=3\.0: expected Steering\("):
+        right_answers(amulet, "Be brief.", 3.0)  # type: ignore[arg-type]
 
 
 METHODS = (

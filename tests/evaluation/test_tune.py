@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -78,3 +79,28 @@ def test_a_judge_that_skips_an_answer_is_an_error(tiny: Amulet) -> None:
         tune(tiny, ["Why?"], ["Be brief."], lambda cases: [], max_new_tokens=2)
     with pytest.raises(EvaluationError, match="No questions"):
         tune(tiny, [], ["Be brief."], letters)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"questions": "Why?"}, r"^questions='Why\?': expected a list of texts"),
+        ({"questions": [5]}, r"^questions=\[5\]: expected a list of texts"),
+        ({"preferences": "Be brief."}, r"^preferences='Be brief\.': expected a list of texts"),
+        ({"score": None}, r"^score=None: expected a function of a list of cases"),
+        ({"strengths": 0.5}, r"^strengths=0\.5: expected a list of values to try"),
+        ({"placements": "user"}, r"^placements='user': expected a list of values to try"),
+        ({"focuses": 1.0}, r"^focuses=1\.0: expected a list of values to try"),
+        ({"guards": {"distinct_3": 0.1}}, r"^guards=\{.*\}: expected Guards"),
+        ({"batch_size": 0}, r"^batch_size=0: expected a whole number, 1 or more"),
+        ({"batch_size": None}, r"^batch_size=None: expected a whole number, 1 or more"),
+    ],
+)
+def test_what_cannot_be_searched_is_named_before_anything_is_decoded(
+    tiny: Amulet, options: dict[str, Any], message: str
+) -> None:
+    told: list[Any] = []
+    given = {"questions": ["Why?"], "preferences": ["Be brief."], "score": letters, **options}
+    with pytest.raises(EvaluationError, match=message):
+        tune(tiny, **given, tell=lambda *counts: told.append(counts))
+    assert told == []

@@ -124,6 +124,16 @@ def test_each_item_has_its_own_config_callbacks_and_error() -> None:
         model.batch(["x"] * 4, configs)
 
 
+@pytest.mark.parametrize("given", ["Hi", 5, None, {"question": "Hi"}])
+async def test_what_is_no_list_of_inputs_is_told(given: Any) -> None:
+    model = scripted_chat({"": "plain"})
+    kind = type(given).__name__
+    for name in ("batch", "batch_as_completed", "abatch"):
+        call = getattr(model, name)
+        with pytest.raises(RequestError, match=rf"^{name}: inputs is a {kind}: expected a list of"):
+            await call(given) if name == "abatch" else call(given)
+
+
 def test_the_callers_limit_and_empty_batches() -> None:
     model = chat()
     limited: Any = {"max_concurrency": 1}

@@ -18,7 +18,11 @@ from pydantic import BaseModel
 
 from amulet import Preference, RequestError
 from amulet_integrations.langchain.memory import PreferenceMemory
-from amulet_integrations.langchain.middleware import PreferenceMiddleware, remember_preference
+from amulet_integrations.langchain.middleware import (
+    PreferenceMiddleware,
+    remember_preference,
+    state_settings,
+)
 from tests.langchain.scripted import preferring, scripted_chat, tool_call_text
 
 
@@ -333,6 +337,16 @@ def test_remembering_without_store_or_user_is_an_error(
         remembering("user", **options).invoke({"messages": "So from now on"}, context=context)
     with pytest.raises(RequestError, match="scope='world'"):
         remember_preference("world")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("state", ["Be brief.", None, PydanticContext(preference="Be brief.")])
+def test_what_is_no_state_is_told(state: Any) -> None:
+    with pytest.raises(
+        RequestError, match=rf"a state of type {type(state).__name__}: expected the"
+    ):
+        state_settings(state)
+    if isinstance(state, BaseModel):
+        assert state_settings(vars(state)) == {"preference": "Be brief."}
 
 
 def test_the_tool_asks_the_model_for_two_things_only() -> None:

@@ -377,6 +377,14 @@ async def test_nothing_is_not_stored() -> None:
         await block.aset("Be brief.")
     with pytest.raises(RequestError, match="There is nothing to store"):
         await set_preference(Context(Answering()), strength=None)
+    for wrong in (Answering(), "Be brief."):  # the workflow itself, or the arguments swapped
+        told = rf"a context of type {type(wrong).__name__}: expected a workflow's Context"
+        with pytest.raises(RequestError, match=told):
+            await set_preference(wrong, "Be brief.")  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match=told):
+            await forget_preference(wrong)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match=told):
+            await preference_of(wrong)  # type: ignore[arg-type]
     await block.aset("anna", "")
     assert await block.aget_settings("anna") == {"preference": ""}
     with pytest.raises(RequestError, match=r"as in PreferenceMemoryBlock\(chat_store=\.\.\.\)"):

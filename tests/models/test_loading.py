@@ -201,6 +201,14 @@ def test_a_misspelt_option_is_an_error(folder: Path) -> None:
     assert said(folder, attention="eager").startswith(f"{folder}: unknown option; check its")
 
 
+def test_an_option_of_another_type_is_an_error(folder: Path) -> None:
+    assert said(folder, quantization_config="4bit").startswith(
+        "quantization_config='4bit': expected a config of Transformers, such as"
+    )
+    found = said(folder, attn_implementation=5)
+    assert found.startswith(f"{folder} can't be loaded: AttributeError: ")
+
+
 def test_an_adapter_needs_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     monkeypatch.setattr("amulet.models.loading.find_spec", lambda name: None)

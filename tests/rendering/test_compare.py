@@ -87,6 +87,13 @@ def test_without_a_preference_there_is_nothing_to_compare(amulet: Amulet, nothin
         amulet.strength_curve(QUESTION, nothing)
 
 
+def test_what_is_no_question_is_told_what_one_is(amulet: Amulet) -> None:
+    calls: tuple[Any, ...] = (amulet.compare, amulet.strength_curve)
+    for call in calls:
+        with pytest.raises(RequestError, match=r"^messages=5: expected a list of messages, such"):
+            call(5, "Be brief.")
+
+
 def test_a_misspelt_option_is_refused(amulet: Amulet) -> None:
     with pytest.raises(RequestError, match="max_tokens: unknown option"):
         amulet.compare(QUESTION, "Be brief.", max_tokens=10)
@@ -156,7 +163,8 @@ def test_without_matplotlib_the_table_stays(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"strengths": ()}, "expected at least one"),
+        ({"strengths": ()}, r"strengths=\(\): expected at least one"),
+        ({"strengths": 2}, r"strengths=2: expected at least one, such as \(0, 1, 2\)"),
         ({"strength": 2}, r"give strengths=\(0, 1, 2\)"),
         ({"strengths": (0, 9999)}, "strength=9999"),
     ],

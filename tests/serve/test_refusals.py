@@ -226,6 +226,26 @@ async def test_pages_of_other_origins_may_ask_where_it_is_permitted(tiny: Amulet
             create_app(tiny, name="m", allowed_origins=[wrong])
 
 
+@pytest.mark.parametrize("option", ["name", "api_keys", "allowed_hosts", "allowed_origins"])
+def test_options_that_are_lists_are_given_as_lists(tiny: Amulet, option: str) -> None:
+    """Each letter of a text would be a key of its own."""
+    wrong: tuple[Any, ...] = (5, [5], {"a": 1}, *(() if option == "name" else ("secret", b"x")))
+    for given in wrong:
+        with pytest.raises(RequestError) as raised:
+            create_app(tiny, **{option: given})
+        kind = type(given).__name__
+        assert str(raised.value) == f"{option} is a {kind}: expected a list of texts."
+
+
+def test_a_model_is_one_or_a_function_that_loads_it() -> None:
+    model: Any = "Qwen/Qwen3-0.6B"
+    with pytest.raises(RequestError, match=r"a model of type str: expected an Amulet, or a func"):
+        create_app(model)
+    limits: Any = {"body_bytes": 100}
+    with pytest.raises(RequestError, match=r"limits=\{'body_bytes': 100\}: expected Limits"):
+        create_app(Amulet.embedded, limits=limits)
+
+
 async def test_a_model_has_several_names(tiny: Amulet) -> None:
     async with asking(create_app(tiny, name=["one", "two", "one"])) as client:
         listed = (await client.get("/v1/models")).json()["data"]

@@ -47,6 +47,14 @@ def test_a_request_of_the_wrong_form_is_told(remote: Any) -> None:
             call("hi")
 
 
+async def test_what_is_no_list_of_requests_is_told(remote: Any) -> None:
+    for given in (5, {"prompt": "hi"}):
+        with pytest.raises(RequestError, match=r"requests of type \w+: expected a list of Request"):
+            remote.batch(given)
+        with pytest.raises(RequestError, match=r"requests of type \w+: expected a list of Request"):
+            await remote.abatch(given)
+
+
 REQUESTS: tuple[dict[str, Any], ...] = (
     {},
     {"preference": "Be brief.", "strength": 1.5, "floor": 0.05, "placement": "user"},
@@ -243,6 +251,10 @@ def test_errors_are_those_of_a_local_model(
         connect(f"http://127.0.0.1:{port}", retries=0)
     with pytest.raises(RequestError, match="expected an address"):
         connect("127.0.0.1:80")
+    for wrong in ({"timeout": "10"}, {"timeout": 0}, {"retries": -1}, {"retries": None}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(RequestError, match=rf"^{name}={value!r}: expected .* (than 0|0 or)"):
+            connect("http://127.0.0.1:80", **wrong)  # type: ignore[arg-type]
 
 
 async def test_the_integrations_work_on_it(tiny: Amulet, remote: Amulet) -> None:

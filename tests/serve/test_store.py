@@ -56,3 +56,5 @@ async def test_stored_preferences(tokenizer: PreTrainedTokenizerFast, tmp_path: 
         create_app(amulet, preferences=file)
     with pytest.raises(RequestError, match="expected a file"):
         create_app(amulet, api_keys=["k"], preferences=tmp_path)
+    with pytest.raises(RequestError, match="expected a file"):
+        create_app(amulet, api_keys=["k"], preferences=5)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -589,6 +590,9 @@ def test_tools_in_all_forms(tokenizer: PreTrainedTokenizerFast) -> None:
         tool_schemas([3])
     with pytest.raises(RequestError, match="no readable schema"):
         tool_schemas([lambda x: x])
+    late = {"type": "string", "default": date(2026, 1, 1)}
+    with pytest.raises(RequestError, match=r"^tools\[0\] \(f\) can't be written as JSON: .*date"):
+        tool_schemas([{"name": "f", "parameters": {"properties": {"day": late}}}])
 
 
 def test_a_tokenizers_own_response_template_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
