@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -287,6 +288,14 @@ class _Read(NamedTuple):
         return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
+class _Reading:
+    """One file that a caller reads, or has read; others wait for `lock` and find it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.found: _Read | None = None
+
+
 class ImageReader:
     """Reads images as a model's processor does.
 
@@ -310,13 +319,17 @@ class ImageReader:
         # LLaVA-OneVision's cuts an image into tiles only where the chat has no other one.
         names = getattr(processor.image_processor, "model_input_names", ())
         self._counts = "batch_num_images" in names
-        self._read: dict[bytes, _Read] = {}  # by digests of files, the least recently used first
+        # By digests of files: those that somebody holds, and those kept, last used last.
+        self._readings: WeakValueDictionary[bytes, _Reading] = WeakValueDictionary()
+        self._kept: dict[bytes, tuple[_Reading, int]] = {}  # with their bytes
         self._lock = threading.Lock()
 
     def read(self, part: object, is_only: bool = True) -> PromptImage:
         """Return what of a content part's image reaches the model.
 
-        A chat's later turns bring the same files again; the last ones are not processed again.
+        A chat's later turns bring the same files again; the last ones are not processed again, nor
+        is one that another thread is reading: its result is waited for. After an error, each of
+        those who waited reads the file itself.
 
         Args:
             part: the content part.
@@ -333,13 +346,16 @@ class ImageReader:
         hasher.update(file)
         key = hasher.digest()
         with self._lock:
-            found = self._read.pop(key, None)
-        if found is None:
-            found = self._processed(file, count)
+            reading = self._readings.setdefault(key, _Reading())
+        with reading.lock:
+            found = reading.found
+            if found is None:
+                found = reading.found = self._processed(file, count)
         with self._lock:
-            self._read[key] = found
-            while sum(one.nbytes for one in self._read.values()) > MOST_KEPT:
-                del self._read[next(iter(self._read))]
+            self._kept.pop(key, None)
+            self._kept[key] = reading, found.nbytes
+            while sum(size for _, size in self._kept.values()) > MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
         return PromptImage(*found)
 
     def _processed(self, part: bytes | Image, count: int) -> _Read:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from io import BytesIO
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -307,6 +310,96 @@ def test_the_last_files_are_not_processed_again(monkeypatch: pytest.MonkeyPatch)
     before, after = rows(amulet, asks(png(2)))[0], rows(amulet, asks(picture(2)))[0]
     assert before == after
     assert len(opened) == 6
+
+
+class Slow:
+    """Opens images when it is told to; may raise the first time, or whenever a file is broken."""
+
+    def __init__(self, first: BaseException | None = None) -> None:
+        self.first = first
+        self.opened: list[bytes] = []
+        self.begun, self.go_on = Event(), Event()
+
+    def __call__(self, part: bytes) -> Any:
+        self.opened.append(part)
+        self.begun.set()
+        assert self.go_on.wait(30)
+        if self.first is not None and len(self.opened) == 1:
+            raise self.first
+        return open_image(part)
+
+
+def read_together(reader: Any, slow: Slow, files: list[bytes]) -> list[Any]:
+    """Read files in threads of their own, the first one first; return results, or errors."""
+
+    def read(file: bytes) -> Any:
+        try:
+            return reader.read(file)
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(len(files)) as threads:
+        first = threads.submit(read, files[0])
+        assert slow.begun.wait(30)
+        others = [threads.submit(read, file) for file in files[1:]]
+        wait(others, timeout=0.2)
+        assert not any(other.done() for other in others)
+        slow.go_on.set()
+        return [future.result(30) for future in (first, *others)]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    slow = Slow()
+    monkeypatch.setattr(images, "open_image", slow)
+    return slow
+
+
+@pytest.mark.parametrize("most", [images.MOST_KEPT, 0])
+def test_an_image_that_is_being_read_is_waited_for(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """The playground asks its three columns at once."""
+    monkeypatch.setattr(images, "MOST_KEPT", most)
+    given: Any = processor("llava")
+    reader: Any = Amulet(image_model("llava", torch.float32), given)._reader
+    found = read_together(reader, slow, [png(1), png(1), png(1)])
+    assert slow.opened == [png(1)]
+    assert len({image.ids for image in found}) == 1
+    assert len({image.inputs["pixel_values"].data_ptr() for image in found}) == 1
+    del found
+    gc.collect()
+    assert len(reader._readings) == len(reader._kept) == (most > 0)
+
+
+def test_other_images_are_not_waited_for(slow: Slow) -> None:
+    given: Any = processor("llava")
+    reader: Any = Amulet(image_model("llava", torch.float32), given)._reader
+    found = read_together(reader, slow, [png(1), png(2)])
+    assert sorted(slow.opened) == sorted([png(1), png(2)])
+    assert found[0].ids != found[1].ids
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RequestError("no image")])
+def test_who_waited_for_an_image_reads_it_after_an_error(slow: Slow, error: BaseException) -> None:
+    slow.first = error
+    given: Any = processor("llava")
+    reader: Any = Amulet(image_model("llava", torch.float32), given)._reader
+    first, *others = read_together(reader, slow, [png(1), png(1), png(1)])
+    assert first is error
+    assert slow.opened == [png(1)] * 2
+    assert {image.ids for image in others} == {reader.read(png(1)).ids}
+
+
+def test_an_image_that_nobody_can_read_is_an_error_for_each(slow: Slow) -> None:
+    given: Any = processor("llava")
+    reader: Any = Amulet(image_model("llava", torch.float32), given)._reader
+    errors = read_together(reader, slow, [b"Green.", b"Green."])
+    assert [type(error) for error in errors] == [RequestError] * 2
+    assert errors[0] is not errors[1]
+    del errors  # their tracebacks hold what was read
+    gc.collect()
+    assert len(reader._readings) == len(reader._kept) == 0
 
 
 def test_what_is_kept_of_a_file_is_all_that_takes_memory() -> None:
