@@ -37,7 +37,9 @@ def serving(amulet: Amulet, port: int = 0, **options: Any) -> Iterator[tuple[str
         yield f"{url}/", int(url.rpartition(":")[2])
 
 
-@pytest.fixture(scope="session")
+# Of this package: Playwright's event loop runs in the main thread until its end, and the tests of
+# other packages need their own there.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "There is no chromium: `make test-browser` installs it."
