@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import fields, is_dataclass
+from functools import cache
+from inspect import signature
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PretrainedConfig
@@ -108,4 +111,14 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return sorted(set(kinds))
-    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    kind: Any = type(config)
+    slides = getattr(config, "sliding_window", None) and _declares(kind, "sliding_window")
+    return ["sliding_attention" if slides else "full_attention"]
+
+
+@cache
+def _declares(kind: Any, name: str) -> bool:
+    """Whether a class of configs has a field; its models ignore what else a file of theirs says."""
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+    taken = (signature(cls.__init__).parameters for cls in kind.__mro__)
+    return any(name in names for names in (known, *taken, kind.attribute_map))

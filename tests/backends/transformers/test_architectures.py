@@ -12,22 +12,28 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     BloomConfig,
+    Cohere2Config,
     DogeConfig,
     FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     Gemma4TextConfig,
     GPTNeoConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2Config,
     Qwen2VLConfig,
+    Starcoder2Config,
     T5Config,
 )
 
 from amulet import Amulet, ModelError, Request
-from amulet.backends.transformers.backend import TransformersBackend
+from amulet.backends.transformers.backend import TransformersBackend, windows
 from amulet.backends.transformers.restarting import RestartingBackend
 from tests.models import IM_END, VOCAB_SIZE, random_model
 
@@ -160,6 +166,43 @@ def test_what_is_decoded_is_decoded_exactly(
     model = make(config)
     amulet = Amulet(model, tokenizer)
     check(amulet, ["Hi", "A question that is somewhat longer than the other one.", "Why?"])
+
+
+WINDOW = {**MODERN, "max_position_embeddings": 512, "sliding_window": 16}
+HALF = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+HEADS = {"head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "seen"),
+    [
+        (LlamaConfig(**WINDOW), [0, 0]),  # its class has no such field, and its layers no window
+        (Qwen2Config(**WINDOW), [0, 0]),
+        (Qwen2Config(**WINDOW, use_sliding_window=True, max_window_layers=1), [0, 16]),
+        (MistralConfig(**WINDOW), [16, 16]),
+        (MistralConfig(**{**WINDOW, "sliding_window": None}), [0, 0]),
+        (Gemma2Config(**HALF, **HEADS), [16, 0]),
+        (Gemma3TextConfig(**HALF, **HEADS), [16, 0]),
+        (Phi3Config(**WINDOW), [16, 16]),
+        (Starcoder2Config(**WINDOW), [16, 16]),
+        (Cohere2Config(**HALF), [16, 0]),
+    ],
+    ids=lambda it: getattr(it, "model_type", str(it)),
+)
+def test_layers_have_the_windows_that_their_model_has(
+    config: PretrainedConfig, seen: list[int], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """By whole passes, and by `generate` without its cache, which always has a window."""
+    model = make(config)
+    assert windows(model) == seen
+    amulet = Amulet(model, tokenizer)
+    check(amulet, ["Hi", "A question that is somewhat longer than the other one.", "Why?"])
+    text = "A text that is longer than two of the windows there are."
+    ids = torch.tensor([amulet.encode(text)])
+    options: Any = {"do_sample": False, "use_cache": False, "max_new_tokens": 12}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    reply = amulet.complete(text, max_new_tokens=12)
+    assert list(reply.token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
 def check(amulet: Amulet, texts: list[str]) -> None:
