@@ -339,7 +339,10 @@ def _is_foreign(pattern: str) -> bool:
 def _refusal(schema: Any) -> str | None:
     """Return llguidance's error about a schema, or None."""
     matcher = _llguidance().LLMatcher
-    made = matcher.grammar_from_json_schema(json.dumps(schema), defaults=dict(SPACING))
+    try:
+        made = matcher.grammar_from_json_schema(json.dumps(schema), defaults=dict(SPACING))
+    except ValueError as error:  # NaN and infinity, which JSON does not have
+        return str(error)
     return str(matcher.validate_grammar(made)).strip() or None
 
 

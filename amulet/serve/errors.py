@@ -38,6 +38,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         507: "The file for preferences and thumbs is full.",
     }.items()
 }
+MOST_TOLD = 20  # findings in one message; a hostile body has very many
 _LED = re.compile(r"([a-z_]+): (.*)", re.DOTALL)
 _NAMED = re.compile(r"\b([a-z_]+)(?=[\[ .=:(])")
 
@@ -127,7 +128,7 @@ def from_validation(findings: Sequence[Mapping[str, Any]], known: Collection[str
         known: names of the body's fields.
     """
     told: dict[str, list[str]] = {}
-    for finding in findings:
+    for finding in findings[:MOST_TOLD]:
         path = [part for part in finding["loc"] if part not in ("body", "query", "path")]
         field = str(path[0]) if path and isinstance(path[0], str) else "body"
         if len(path) > 1 and isinstance(path[1], int):

@@ -8,6 +8,7 @@ because clients send it for options that are not set.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -23,6 +24,7 @@ from amulet.serve.limits import Limits
 
 SETTINGS = ("preference", *Steering.model_fields)
 DEPTH = 100
+VALUES = 100_000  # in a body; checking them takes some 10 µs each, and other requests wait meanwhile
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 SEEDS = 2**63  # any integer is accepted as a seed, modulo the generators' range
 
@@ -313,13 +315,18 @@ def readable(given: Any) -> Any:
     """Return a body without its nulls, after checking that later code can process it.
 
     Raises:
-        ValueError: a text contains a lone surrogate, which JSON permits but tokenizers don't; or
-            lists and objects are nested more than `DEPTH` levels deep, which later code may not
-            survive.
+        ValueError: a text contains a lone surrogate, which JSON permits but tokenizers don't; a
+            number is NaN or infinite, which only Python reads in JSON; there are more than `VALUES`
+            keys and values; or lists and objects are nested more than `DEPTH` levels deep, which
+            later code may not survive.
     """
     waiting = [(given, 0)]
+    count = 0
     while waiting:
         value, depth = waiting.pop()
+        count += 1
+        if count > VALUES:
+            raise ValueError(f"it has more than {VALUES:,} keys and values")
         if depth > DEPTH:
             raise ValueError(f"it is nested more than {DEPTH} levels deep")
         if isinstance(value, dict):
@@ -328,6 +335,8 @@ def readable(given: Any) -> Any:
             waiting += [(inner, depth + 1) for inner in value]
         elif isinstance(value, str) and _SURROGATE.search(value):
             raise ValueError("a text contains a lone surrogate; send valid Unicode")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a number is NaN or infinite; send finite numbers")
     if not isinstance(given, dict):
         return given
     return {name: value for name, value in given.items() if value is not None}

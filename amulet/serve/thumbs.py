@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Annotated, Any, Literal
 
@@ -45,10 +44,7 @@ class ThumbBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_readable(cls, given: Any) -> Any:
-        given = readable(given)
-        if isinstance(given, dict):  # NaN and infinity, which only Python reads in JSON
-            json.dumps(given, allow_nan=False)
-        return given
+        return readable(given)
 
     @field_validator("preferences")
     @classmethod

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amulet import Amulet, DecodeError, Grammar, MissingPackageError, Reply, RequestError
-from amulet.grammar import closed, converted_tokenizer
+from amulet.grammar import closed, converted_tokenizer, fault_in
 from tests.models import IM_END, ScriptedModel
 
 END = frozenset({IM_END})
@@ -255,6 +255,11 @@ def test_the_field_that_has_no_grammar_is_named(
     }
     with pytest.raises(RequestError, match=r"field 'a\.b': Invalid type: strin"):
         make(schema).matcher(tokenizer)
+
+
+def test_a_number_that_json_lacks_is_told_with_its_field() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "number", "minimum": float("nan")}}}
+    assert str(fault_in(schema)).startswith("field 'x': ")
 
 
 def test_a_schema_that_holds_itself_is_refused() -> None:

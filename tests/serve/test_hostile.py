@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+import pytest
 
 from amulet import Amulet
 from amulet.serve.app import create_app
+from amulet.serve.schema import VALUES
 from tests.serve.conftest import asking, saying, user
 from tests.templates import family_tokenizer
 
@@ -33,6 +37,43 @@ async def test_what_is_nested_too_deeply_is_a_400(tiny: Amulet) -> None:
         response = await client.post(CHAT, json={"messages": history, "max_tokens": 2})
         assert response.status_code == 400
         assert response.json()["error"]["message"] == "The request is nested too deeply."
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+async def test_bodies_of_very_many_values_are_refused_at_once(path: str, tiny: Amulet) -> None:
+    """Checking a million wrong items took minutes, gigabytes, and all the other requests' time."""
+    field = "input" if path == "/v1/responses" else "messages"
+    async with asking(create_app(tiny, name="m")) as client:
+        response = await client.post(path, json={field: [1] * (VALUES + 1)})
+        assert response.status_code == 400
+        words = "body: it has more than 100,000 keys and values."
+        assert response.json()["error"]["message"] == words
+        response = await client.post(path, json={field: [1] * 1000})
+        assert response.status_code == 400
+        assert len(response.content) < 4000  # not one message for each
+        response = await client.post(CHAT, json={"messages": user("hi"), "stop": ["a" * 99_000]})
+        assert response.status_code == 200  # long texts are no obstacle
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+async def test_no_number_of_a_body_is_nan_or_infinite(number: str, tiny: Amulet) -> None:
+    """Python reads them in JSON, but no answer that repeats them could be written."""
+    schema = f'{{"type": "object", "properties": {{"x": {{"minimum": {number}}}}}}}'
+    chat, tool = json.dumps(user("hi")), f'"name": "f", "parameters": {schema}'
+    call = f'"tools": [{{"type": "function", "function": {{{tool}}}}}]'
+    async with asking(create_app(tiny, name="m")) as client:
+        for path, body in (
+            (CHAT, f'{{"messages": {chat}, {call}, "tool_choice": "required"}}'),
+            (CHAT, f'{{"messages": {chat}, {call}, "stream": true}}'),
+            ("/v1/responses", f'{{"input": "hi", "tools": [{{"type": "function", {tool}}}]}}'),
+            ("/v1/responses", f'{{"input": "hi", "text": {{"format": {{"a": {number}}}}}}}'),
+            ("/tokenize", f'{{"messages": {chat}, "chat_template_kwargs": {{"a": {number}}}}}'),
+        ):
+            headers = {"Content-Type": "application/json"}
+            response = await client.post(path, content=body, headers=headers)
+            assert response.status_code == 400
+            words = "body: a number is NaN or infinite; send finite numbers."
+            assert response.json()["error"]["message"] == words
 
 
 def chain(length: int) -> dict[str, Any]:
