@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from amulet.aliases import refuse_unnamed
-from amulet.errors import RequestError
+from amulet.errors import RequestError, shown
 from amulet.grammar import Grammar
 from amulet.preference import (
     Floor,
@@ -200,7 +200,7 @@ class Request(BaseModel):
         if self.tools and self.prompt is not None:
             raise ValueError("tools require messages (a chat); a raw prompt has no place for them")
         if not self.tools and self.tool_choice not in ("auto", "none"):
-            raise ValueError(f"tool_choice={self.tool_choice!r} requires tools")
+            raise ValueError(f"tool_choice={shown(self.tool_choice)} requires tools")
         return self
 
     def steering(self, default: Steering) -> Steering:

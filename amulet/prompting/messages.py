@@ -10,7 +10,7 @@ from itertools import chain, compress
 from operator import not_
 from typing import Any, TypeAlias
 
-from amulet.errors import RequestError
+from amulet.errors import RequestError, shown
 
 Message: TypeAlias = dict[str, Any]
 
@@ -42,7 +42,7 @@ def _normal_message(index: int, message: object) -> Message:
     role = message.get("role")
     role = "system" if role == "developer" else role
     if role not in ROLES:
-        found = f"has role {role!r}" if "role" in message else "has no role"
+        found = f"has role {shown(role)}" if "role" in message else "has no role"
         raise RequestError(f"messages[{index}] {found}: expected one of {', '.join(ROLES)}.")
     content = message.get("content")
     normal = {**message, "role": role}
@@ -83,13 +83,13 @@ def _part_text(index: int, part: object) -> str:
     key = "text" if kind in TEXT_PARTS else "refusal" if kind == "refusal" else None
     if not isinstance(part, Mapping) or key is None:
         raise RequestError(
-            f"messages[{index}] has a content part of type {kind!r}: only text and images are "
+            f"messages[{index}] has a content part of type {shown(kind)}: only text and images are "
             "read; leave it out or describe it in words."
         )
     text = part.get(key)
     if not isinstance(text, str):
         raise RequestError(
-            f"messages[{index}] has a content part of type {kind!r} whose {key} is a "
+            f"messages[{index}] has a content part of type {shown(kind)} whose {key} is a "
             f"{type(text).__name__}: expected a string."
         )
     return text
@@ -114,7 +114,7 @@ def _parsed_call(index: int, call: object) -> Message:
     inner = call.get("function", call)
     name = inner.get("name") if isinstance(inner, Mapping) else None
     if not isinstance(name, str) or not name:
-        raise RequestError(f"messages[{index}] has a tool call without a name: {call!r}.")
+        raise RequestError(f"messages[{index}] has a tool call without a name: {shown(call)}.")
     if "function" in call:
         return {**call, "function": _parsed_arguments(inner)}
     return _parsed_arguments(inner)

@@ -418,7 +418,7 @@ def _check_model(service: Service, model: str | None) -> None:
         known = ", ".join(map(repr, service.names))
         raise ApiError(
             404,
-            f"model={model!r}: this server has {known}.",
+            f"model={shown(model)}: this server has {known}.",
             param="model",
             code="model_not_found",
         )

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from amulet import minilm
+from amulet.errors import shown
 from amulet.serve.errors import RESPONSES, ApiError
 from amulet.serve.limits import Limits, Traffic
 from amulet.serve.schema import Unused, readable
@@ -63,7 +64,7 @@ def add_embeddings(app: FastAPI, limits: Limits) -> None:
         if body.model not in (None, minilm.NAME, minilm.HUB_NAME):
             raise ApiError(
                 404,
-                f"model={body.model!r}: this server embeds with {minilm.NAME!r}.",
+                f"model={shown(body.model)}: this server embeds with {minilm.NAME!r}.",
                 param="model",
                 code="model_not_found",
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from amulet.aliases import advice
 from amulet.errors import (
+    MOST_SHOWN,
     AmuletError,
     DecodeError,
     MissingPackageError,
@@ -134,7 +135,7 @@ def from_validation(findings: Sequence[Mapping[str, Any]], known: Collection[str
         if len(path) > 1 and isinstance(path[1], int):
             field += f"[{path[1]}]"
         if finding["type"] == "extra_forbidden":
-            field = ".".join(map(str, path))
+            field = ".".join(map(str, path))[:MOST_SHOWN]  # close names take long to find
             message = f"unknown option; {advice(field, known)}"
         else:
             message = str(finding["msg"]).removeprefix("Value error, ").rstrip(".")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from amulet.errors import shown
 from amulet.reply import Event, InvalidToolCall, Reply, Usage
 from amulet.serve.errors import ApiError, from_validation
 from amulet.serve.logprobs import Content, TokenBytes
@@ -113,8 +114,8 @@ class ResponseBody(Options):
         if isinstance(choice, dict) and choice.get("type") != "function":
             raise ApiError(
                 400,
-                f'tool_choice of type {choice.get("type")!r}: expected "auto", "none", "required" '
-                'or {"type": "function", "name": ...}.',
+                f'tool_choice of type {shown(choice.get("type"))}: expected "auto", "none", '
+                '"required" or {"type": "function", "name": ...}.',
                 param="tool_choice",
             )
         fields: dict[str, Any] = {name: getattr(self, name) for name in Options.model_fields}
@@ -194,7 +195,7 @@ def _messages(given: str | list[Item], instructions: str | None) -> list[dict[st
             stored = kind == "item_reference"
             raise ApiError(
                 400,
-                f"input[{index}] has type {kind!r}: expected message, function_call, "
+                f"input[{index}] has type {shown(kind)}: expected message, function_call, "
                 "function_call_output or reasoning."
                 + " This server stores no items: send the item itself."
                 * stored,
@@ -207,7 +208,7 @@ def _tool(index: int, tool: dict[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function" or "name" not in tool:
         raise ApiError(
             400,
-            f"tools[{index}] has type {tool.get('type')!r}: expected "
+            f"tools[{index}] has type {shown(tool.get('type'))}: expected "
             '{"type": "function", "name": ..., "parameters": {...}}; this server runs no tools.',
             param="tools",
         )

@@ -24,7 +24,7 @@ from amulet.serve.limits import Limits
 
 SETTINGS = ("preference", *Steering.model_fields)
 DEPTH = 100
-VALUES = 100_000  # in a body; checking them takes some 10 µs each, and other requests wait meanwhile
+VALUES = 100_000  # in a body; other requests wait while they are checked, some 10 µs each
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 SEEDS = 2**63  # any integer is accepted as a seed, modulo the generators' range
 
@@ -331,6 +331,9 @@ def readable(given: Any) -> Any:
             raise ValueError(f"it is nested more than {DEPTH} levels deep")
         if isinstance(value, dict):
             waiting += [(inner, depth + 1) for pair in value.items() for inner in pair]
+            # The arguments of a past call, JSON in a text, are values of the prompt, too.
+            if isinstance(written := value.get("arguments"), str):
+                count += sum(map(written.count, ",:[{"))
         elif isinstance(value, list):
             waiting += [(inner, depth + 1) for inner in value]
         elif isinstance(value, str) and _SURROGATE.search(value):

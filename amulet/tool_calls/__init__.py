@@ -91,7 +91,7 @@ def functions_of(schemas: Sequence[Schema], choice: str) -> list[Function]:
         return found
     if choice not in names:
         raise RequestError(
-            f'tool_choice={choice!r}: expected "auto", "any", "none" or the name of a tool '
+            f'tool_choice={shown(choice)}: expected "auto", "any", "none" or the name of a tool '
             f"({', '.join(names)})."
         )
     return [function for function in found if function.name == choice]

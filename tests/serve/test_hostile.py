@@ -51,8 +51,39 @@ async def test_bodies_of_very_many_values_are_refused_at_once(path: str, tiny: A
         response = await client.post(path, json={field: [1] * 1000})
         assert response.status_code == 400
         assert len(response.content) < 4000  # not one message for each
-        response = await client.post(CHAT, json={"messages": user("hi"), "stop": ["a" * 99_000]})
+        long = {"messages": user("hi"), "max_tokens": 2, "stop": [",a" * 99_000]}
+        response = await client.post(CHAT, json=long)
         assert response.status_code == 200  # long texts are no obstacle
+
+
+async def test_a_past_calls_arguments_are_values_too(tiny: Amulet) -> None:
+    for count, said in ((9, "The last message calls tools"), (VALUES, "more than 100,000 keys")):
+        arguments = '{"a": [' + ",".join(["[]"] * count) + "]}"
+        call = {"id": "1", "function": {"name": "w", "arguments": arguments}}
+        history = [*user("hi"), {"role": "assistant", "tool_calls": [call]}]
+        async with asking(create_app(tiny, name="m")) as client:
+            response = await client.post(CHAT, json={"messages": history})
+        assert said in response.text
+
+
+async def test_errors_repeat_no_long_value(tiny: Amulet) -> None:
+    long = "private " * 1000
+    call = {"function": {"arguments": long}}
+    async with asking(create_app(tiny, name="m")) as client:
+        for path, body in (
+            (CHAT, {"messages": user("hi"), "model": long}),
+            (CHAT, {"messages": [{"role": long, "content": "a"}]}),
+            (CHAT, {"messages": [{"role": "user", "content": [{"type": long}]}]}),
+            (CHAT, {"messages": [{"role": "assistant", "tool_calls": [call]}, *user("hi")]}),
+            (CHAT, {"messages": user("hi"), long: 1}),
+            (CHAT, {"messages": user("hi"), "tools": [tool()], "tool_choice": long}),
+            ("/v1/responses", {"input": [{"type": long}]}),
+            ("/v1/responses", {"input": "hi", "tools": [{"type": long}]}),
+            ("/v1/responses", {"input": "hi", "tool_choice": {"type": long}}),
+        ):
+            response = await client.post(path, json=body)
+            assert response.status_code in (400, 404)
+            assert len(response.json()["error"]["message"]) < 400
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
@@ -115,6 +146,10 @@ async def test_grammars_that_break_llguidance_break_nothing_else(tiny: Amulet) -
 
 def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def tool() -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "w"}}
 
 
 def big_tool() -> dict[str, Any]:
