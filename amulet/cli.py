@@ -5,8 +5,9 @@ Torch is imported only when a command needs the model, so `amulet --help` is qui
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -89,11 +90,12 @@ LoopGuard = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling, for reproducible answers.")]
 Images = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--image",
         metavar="FILE",
-        help="Image that the first question is about, for models that read images; repeatable.",
+        help="Image that the first question is about, a file or a web address, for models that "
+        "read images; repeatable.",
     ),
 ]
 Limit = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens per answer.")]
@@ -292,6 +294,7 @@ class Chat:
         ("/placement WHERE", "where the preference goes: system, user or both"),
         ("/focus NUMBER", "how strongly to hold the answer to the question, 0 (off) to 10"),
         ("/loop_guard NUMBER", "tokens of itself that an answer may repeat; 0 is off"),
+        ("/image FILE", "attach a file or a web address to the next question; `off` removes all"),
         ("/clear", "forget the conversation so far, and its images"),
         ("/help", "show this"),
         ("/quit", "quit, as Ctrl-D does; Ctrl-C only stops an answer"),
@@ -329,6 +332,8 @@ class Chat:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._answer(line)
+            except KeyboardInterrupt:  # while an image is downloaded
+                self._note("\nStopped.")
             except AmuletError as error:
                 self._note(one_line(error), style="red")
                 self._note(where_to_read(error))
@@ -359,10 +364,31 @@ class Chat:
         elif name == "/clear":
             self._messages, self._images = [], []
             self._note("The conversation is cleared.")
+        elif name == "/image":
+            self._attach(value.strip())
         elif name in ("/preference", *(f"/{setting}" for setting in Steering.model_fields)):
             self._set(name[1:], value.strip())
         else:
             self._note(f"{name} is not a command; /help lists them.", style="red")
+
+    def _attach(self, given: str) -> None:
+        """Attach an image to the next question, or remove those that are; say how many there are.
+
+        Raises:
+            RequestError: the model can't be asked about it; then it is not attached.
+        """
+        if given.lower() == "off":
+            self._images = []
+        elif given:
+            if not self._amulet.reads_images:
+                _check_reading(self._amulet, [b""])
+            images = [*self._images, *_read_images([given], "/image")]
+            _check_reading(self._amulet, images, self._messages)
+            self._images = images
+        if self._images:
+            self._note(f"Your next question is sent with {_counted(self._images)}.")
+        else:
+            self._note("No image is attached; /image FILE attaches one.")
 
     def _set(self, option: str, value: str) -> None:
         """Change an option if the value is valid; without a value, show the settings."""
@@ -398,27 +424,58 @@ def _counted(images: list[bytes]) -> str:
     return "1 image" if len(images) == 1 else f"{len(images)} images"
 
 
-def _read_images(files: list[Path] | None) -> list[bytes]:
-    """Return the files' bytes; raises RequestError for one that is no image or can't be read."""
-    if not files:
+def _read_images(given: list[str] | None, option: str = "--image") -> list[bytes]:
+    """Return the bytes of files, or of what is at web addresses.
+
+    Raises:
+        RequestError: one is no image, or can't be read; the message begins with the option.
+    """
+    if not given:
         return []
     from amulet.images import image_file, open_image
 
     images = []
-    for file in files:
+    for one in given:
+        is_web = one.lower().startswith(("http://", "https://"))
         try:
-            data = image_file(file)
+            data = image_file(_downloaded(one) if is_web else _path(one))
             open_image(data)
         except RequestError as error:
-            raise RequestError(f"--image {file}: {one_line(error)}") from None
+            raise RequestError(f"{option} {one}: {one_line(error)}") from None
         images.append(cast(bytes, data))
     return images
 
 
-def _check_reading(amulet: Amulet, images: list[bytes]) -> None:
-    """Raise RequestError if the model can't be asked about these images."""
+def _downloaded(url: str) -> bytes:
+    """Return what is at an address that the user of this terminal gave."""
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
+    from amulet.images import MOST_BYTES
+
+    try:
+        with urlopen(url, timeout=30) as response:
+            data: bytes = response.read(MOST_BYTES + 3)  # so that too many are seen
+            return data
+    except (OSError, ValueError, HTTPException) as error:
+        raise RequestError(f"It can't be downloaded: {error}.") from None
+
+
+def _path(text: str) -> Path:
+    """Return a path as it is typed, or as terminals write a file that is dropped on them."""
+    path = Path(text).expanduser()
+    with suppress(OSError, ValueError):
+        if not path.exists():
+            return Path(" ".join(shlex.split(text))).expanduser()
+    return path
+
+
+def _check_reading(
+    amulet: Amulet, images: list[bytes], messages: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Raise RequestError if the model can't be asked about these images after the messages."""
     if images:
-        amulet.encode_chat([_asked("?", images)])
+        amulet.encode_chat([*messages, _asked("?", images)])
 
 
 def _check(options: dict[str, Any]) -> Request:

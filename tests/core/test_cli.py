@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from amulet import Amulet, __version__, doctor
 from amulet.cli import app
+from amulet.images import MOST_BYTES
 from amulet.rendering.pieces import harmless
 from tests.models import ScriptedModel
 from tests.models.images import asks, image_model, png, processor
@@ -200,6 +203,99 @@ def test_a_chats_images_go_with_the_first_question(reading: Amulet, tmp_path: Pa
     assert off.startswith("No preference")
     cleared = "The conversation is cleared.\n"
     assert answers == [*shown[:2], cleared + shown[2], ""]
+
+
+def test_images_are_attached_while_chatting(reading: Amulet, tmp_path: Path) -> None:
+    (tmp_path / "my tea.png").write_bytes(png(1))
+    (tmp_path / "it's.png").write_bytes(png(2))
+    long = "x" * 300
+    (tmp_path / "tea.txt").write_text("Green.")
+    messages: list[dict[str, Any]] = asks("Hi")
+    for parts in ((png(1), png(2), "Which tea?"), ("And where?",)):
+        text = harmless(reading.chat(messages, max_new_tokens=4).text)
+        messages += [{"role": "assistant", "content": text}, *asks(*parts)]
+    text = harmless(reading.chat(messages, max_new_tokens=4).text)
+    messages.append({"role": "assistant", "content": text})
+
+    printed = chat(
+        "Hi",
+        "/image",
+        f"/image {tmp_path}/my tea.png",
+        f"/image '{tmp_path}/my tea.png'",  # as a terminal writes it
+        "/image off",
+        f"/image {tmp_path}/my\\ tea.png",
+        f"/image {tmp_path}/tea.txt",
+        f"/image {tmp_path}/no.png",
+        f"/image {long}",
+        f"/image {tmp_path}/it's.png",
+        "Which tea?",
+        "And where?",
+        "/image",
+        arguments=("-n", "4"),
+    )
+    told = [line for line in printed if "image" in line.lower() or "More:" in line]
+    assert [line.replace(f"{tmp_path}/", "") for line in told] == [
+        "No image is attached; /image FILE attaches one.",
+        "Your next question is sent with 1 image.",
+        "Your next question is sent with 2 images.",
+        "No image is attached; /image FILE attaches one.",
+        "Your next question is sent with 1 image.",
+        "/image tea.txt: An image is in no format of PNG, JPEG, WEBP, GIF, BMP.",
+        "More: Amulet's documentation, Troubleshooting, RequestError",
+        "/image no.png: The image can't be read: [Errno 2] No such file or directory: 'no.png'.",
+        "More: Amulet's documentation, Troubleshooting, RequestError",
+        f"/image {long}: The image can't be read: [Errno 36] File name too long: '{long}'.",
+        "More: Amulet's documentation, Troubleshooting, RequestError",
+        "Your next question is sent with 2 images.",
+        "No image is attached; /image FILE attaches one.",
+    ]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert len(set(answers)) == 3
+    parts = re.split(r"\n\d+ words · .*\n?", "\n".join(printed))
+    assert [part.endswith(answer) for part, answer in zip(parts, answers, strict=False)] == [
+        True
+    ] * 3
+
+
+def test_an_image_too_many_is_not_attached(reading: Amulet, tmp_path: Path) -> None:
+    (tmp_path / "tea.png").write_bytes(png(1))
+    attach = f"/image {tmp_path}/tea.png"
+    printed = chat(*[attach] * 8, "Which?", *[attach] * 9, "/image", arguments=("-n", "1"))
+    assert printed[-3].startswith("The messages have 17 images: at most 16 are read.")
+    assert printed[-1] == "Your next question is sent with 8 images."
+
+
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_an_image_is_downloaded_for_who_chats(reading: Amulet, tmp_path: Path) -> None:
+    (tmp_path / "tea.png").write_bytes(png(1))
+    (tmp_path / "large.png").write_bytes(b"x" * (MOST_BYTES + 3))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *said: None  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        lines = (f"/image {url}/no.png", f"/image {url}/large.png", f"/image {url}/tea.png")
+        printed = chat(*lines, "Which tea?", arguments=("-n", "4"))
+        server.shutdown()
+    told = "It can't be downloaded: HTTP Error 404: File not found."
+    assert printed[0] == f"/image {url}/no.png: {told}"
+    assert printed[2].startswith(f"/image {url}/large.png: An image has 20 MiB: at most 20 are ")
+    assert printed[4] == "Your next question is sent with 1 image."
+    assert printed[5] == reading.chat(asks(png(1), "Which tea?"), max_new_tokens=4).text
+    refused = chat(f"/image {url}/tea.png", "/quit")
+    assert "It can't be downloaded: " in refused[0]
+
+
+def test_a_model_without_vision_says_so_and_the_chat_goes_on(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    scripted()
+    (tmp_path / "tea.png").write_bytes(png())
+    printed = chat(f"/image {tmp_path}/tea.png", "/image no.png", "Which tea?")
+    assert "takes none" in printed[0]
+    assert "load a model that reads images" in printed[0]
+    assert printed[2] == printed[0]
+    assert printed[4:] == PLAIN
 
 
 def test_a_question_about_an_image_is_compared(reading: Amulet, tmp_path: Path) -> None:
