@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
@@ -76,10 +77,11 @@ class RemoteStream(_Collected, ReplyStream):
         self.ended = False
         self._send = send
         self._chunks: Chunks | None = None
+        self._iterator: Iterator[Any] | None = None
         self._collector = Collector(request.trace)
         self._traced_too = request.trace
         self._cancelled = False
-        self._pending = self._receive()
+        self._received: deque[Event] = deque()
 
     def submit(self) -> None:
         """Do nothing: the request is sent at the first read."""
@@ -93,26 +95,32 @@ class RemoteStream(_Collected, ReplyStream):
         Raises:
             AmuletError: the server refused the request or could not continue.
         """
-        yield from self._pending
+        while (event := self.poll()) is not None:
+            yield event
 
-    def _receive(self) -> Iterator[Event]:
+    def poll(self) -> Event | None:
+        """Return the next event, or None at the end; unlike a local stream's, it waits."""
+        while not (self._received or self.ended):
+            self._receive()
+        return self._received.popleft() if self._received else None
+
+    def _receive(self) -> None:
+        """Wait for the server's next chunk; the first time, send the request."""
         try:
             with told():
-                self._chunks = self._send()
-                for chunk in self._chunks:
-                    yield from self._collector.take(chunk.model_dump(warnings=False))
-                    if self._cancelled:
-                        return
-            self.ended = True
+                if self._iterator is None:
+                    self._chunks = self._send()
+                    self._iterator = iter(self._chunks)
+                chunk = next(self._iterator, None)
+            if chunk is None:
+                self.ended = True
+            elif not self._cancelled:
+                self._received += self._collector.take(chunk.model_dump(warnings=False))
         except BaseException as error:
             was_closed = self._cancelled  # by another thread; then a failed read is not an error
             self.close()
             if not (was_closed and isinstance(error, Exception)):
                 raise
-
-    def poll(self) -> Event | None:
-        """Return the next event, or None at the end; unlike a local stream's, it waits."""
-        return next(self._pending, None)
 
     def cancel(self) -> None:
         """Close the stream; see `close`."""
@@ -124,7 +132,7 @@ class RemoteStream(_Collected, ReplyStream):
             self._cancelled = self.ended = True
             if self._chunks is not None:
                 self._chunks.close()
-            self._pending = iter(())
+            self._received.clear()
 
     def _is_over(self) -> bool:
         return self.ended

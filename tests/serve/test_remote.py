@@ -77,6 +77,22 @@ def test_a_reply_is_the_local_one(tiny: Amulet, remote: Amulet, options: dict[st
     )
 
 
+def test_the_pieces_of_a_stream_are_those_of_the_local_one(tiny: Amulet, remote: Amulet) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 20, "preference": "Be brief."}
+    expected = list(tiny.stream(user("hi"), **options))
+    assert len(expected) > 5
+    with remote.stream(user("hi"), **options) as stream:
+        assert list(stream) == expected
+    assert stream.reply == tiny.chat(user("hi"), **options)
+    with remote.stream(user("hi"), **options) as stream:  # the rest can be read in another way
+        pieces = [next(stream), next(stream), *(event.text for event in stream.events())]
+    assert pieces == expected
+    with remote.stream(user("hi"), **options) as stream:
+        for _ in stream.events():
+            break
+        assert stream.read().text == "".join(expected)
+
+
 def figures(events: list[Event]) -> list[float]:
     tokens = [token for event in events for token in event.tokens]
     likely = [logprob for token in tokens for _, _, logprob in token.top]
