@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
+from weakref import ref
 
 from llama_index.core.workflow import Context
 from typing_extensions import Unpack
@@ -25,7 +29,25 @@ STATE_KEY = "amulet_preference"
 
 Scopes: TypeAlias = Mapping[str, Settings]
 
-_scopes: ContextVar[Scopes] = ContextVar("amulet_scopes", default=MappingProxyType({}))
+
+@dataclass(eq=False)
+class _Block:
+    """A block under way, or one that has ended, which tasks that were started inside go on in.
+
+    Attributes:
+        gives: the scopes inside.
+        outer: the block around it, if any.
+        began: the task, or outside of tasks the thread, that entered it.
+        ended: whether it was left.
+    """
+
+    gives: Scopes
+    outer: _Block | None
+    began: ref[Any]
+    ended: bool = False
+
+
+_block: ContextVar[_Block | None] = ContextVar("amulet_block", default=None)
 
 
 @contextmanager
@@ -66,17 +88,37 @@ def preference(
 
 def scopes() -> Scopes:
     """Return what the scopes around the running code give, by level."""
-    return _scopes.get()
+    block = _innermost()
+    return block.gives if block is not None else MappingProxyType({})
 
 
 @contextmanager
 def entered(given: Scopes) -> Iterator[None]:
     """Let these be the scopes around whatever runs inside."""
-    token = _scopes.set(given)
+    block = _Block(given, _innermost(), ref(_here()))
+    _block.set(block)
     try:
         yield
     finally:
-        _scopes.reset(token)
+        block.ended = True
+        # A generator may be left in another context than it was entered in, and not in order.
+        if _block.get() is block:
+            _block.set(_innermost())
+
+
+def _innermost() -> _Block | None:
+    """Return the block in force: where it was entered, one that has ended is not."""
+    block = _block.get()
+    while block is not None and block.ended and block.began() is _here():
+        block = block.outer
+    return block
+
+
+def _here() -> Any:
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no loop is running
+        return threading.current_thread()
 
 
 async def set_preference(

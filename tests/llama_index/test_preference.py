@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Iterator
+from contextvars import copy_context
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,38 @@ def test_scopes_nest_and_end() -> None:
     assert wishes(llm) == ()
 
 
+def test_generators_that_end_out_of_order_leave_no_scope() -> None:
+    llm = scripted(max_tokens=1)
+
+    def asking(wish: str) -> Iterator[None]:
+        with preference(wish):
+            yield
+
+    first, second = asking("Anna"), asking("Ben")
+    next(first)
+    next(second)
+    first.close()
+    llm.chat([USER])
+    second.close()
+    llm.chat([USER])
+    assert [[w.text for w in r.preference] for r in llm.amulet.requests] == [["Ben"], []]
+
+
+def test_a_generator_that_is_closed_in_another_context_leaves_no_scope() -> None:
+    """As Python closes an asynchronous one that is left half read: in a task of its own."""
+    llm = scripted(max_tokens=1)
+
+    def answer() -> Iterator[str]:
+        with preference(WISH):
+            yield "A"
+
+    stream = answer()
+    next(stream)
+    copy_context().run(stream.close)
+    llm.chat([USER])
+    assert wishes(llm) == ()
+
+
 def test_a_scope_ends_with_an_error() -> None:
     llm = scripted(max_tokens=1)
     with pytest.raises(ZeroDivisionError), preference(WISH):
@@ -188,6 +222,19 @@ def test_one_settings_llm_for_many_users(monkeypatch: pytest.MonkeyPatch) -> Non
         thread.join()
     assert said == {"Anna": "A.", "Ben": "B."}
     assert str(engine.query("moss?")) == PLAIN
+
+
+def test_a_generator_may_be_read_in_other_contexts() -> None:
+    """Web frameworks read a synchronous one in threads, each piece in a context of its own."""
+    engine = index().as_query_engine(llm=scripted(), streaming=True)
+
+    def answer() -> Iterator[str]:
+        with preference(WISH):
+            yield from engine.query("moss?").response_gen
+
+    stream = answer()
+    pieces = iter(lambda: copy_context().run(next, stream, ""), "")
+    assert "".join(pieces) == STEERED
 
 
 def test_a_streamed_answer_is_settled_when_the_model_is_asked() -> None:
