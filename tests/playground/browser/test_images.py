@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from collections.abc import Iterator
+from io import BytesIO
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from amulet import Amulet
@@ -66,7 +70,7 @@ def choose(page: Page, name: str, file: bytes) -> None:
     """Attach a file by the button."""
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Attach images").click()
-    mime = "image/png" if name.endswith(".png") else "text/plain"
+    mime, _ = guess_type(name)
     chooser.value.set_files([{"name": name, "mimeType": mime, "buffer": file}])
 
 
@@ -135,6 +139,65 @@ def test_images_are_attached_sent_shown_and_kept(visit: Open, url: str) -> None:
         content("Which one?", 1, 3)
     ] * 2
     assert sent[2]["messages"][2] == {"role": "user", "content": "And where?"}
+
+
+def stored(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_a_large_image_is_scaled_in_the_page(visit: Open, url: str) -> None:
+    red, blue, clear = (220, 20, 60), (30, 60, 200), (0, 0, 0, 0)
+    photo = Image.new("RGB", (2352, 1176), blue)
+    photo.paste(red, (0, 0, 1176, 1176))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held sideways: what is left is above
+    drawing = Image.new("RGBA", (3136, 784), (*blue, 255))
+    drawing.paste(clear, (0, 0, 1568, 784))
+    small = stored(Image.new("RGB", (1568, 20), red), "JPEG", exif=turned)
+    wide = stored(Image.new("RGB", (40000, 1), red), "PNG")
+    broken = png()[:60]
+    page = visit(url)
+    sent = posted(page)
+    shorten(page)
+    given = {
+        "photo.jpg": stored(photo, "JPEG", exif=turned),
+        "drawing.png": stored(drawing, "PNG"),
+        "small.jpg": small,
+        "wide.png": wide,
+        "drawing.webp": stored(drawing, "WEBP"),
+        "photo.bmp": stored(photo, "BMP"),
+    }
+    for name, file in given.items():
+        choose(page, name, file)
+        page.get_by_role("img", name=name).wait_for()
+    choose(page, "broken.png", broken)
+    page.get_by_role("img", name="broken.png").wait_for()
+    page.get_by_role("button", name="Remove broken.png").click()
+    ask(page, "Which tea?")
+    answer(page, "plain")
+    *images, _ = sent[0]["messages"][0]["content"]
+    urls = [image["image_url"]["url"] for image in images]
+    kinds = ["jpeg", "png", "jpeg", "png", "webp", "png"]
+    assert [url.partition(";")[0] for url in urls] == [f"data:image/{kind}" for kind in kinds]
+    files = [base64.b64decode(url.partition(",")[2]) for url in urls]
+    assert files[2] == small
+    shown = [Image.open(BytesIO(file)) for file in files]
+    assert [image.size for image in shown] == [
+        *((784, 1568), (1568, 392), (1568, 20), (1568, 1), (1568, 392), (1568, 784)),
+    ]
+    assert dict(shown[0].getexif()) == {}
+    upright = shown[0].convert("RGB")
+    for place, colour in (((400, 200), red), ((400, 1400), blue)):
+        pixel: Any = upright.getpixel(place)
+        assert all(abs(a - b) <= 8 for a, b in zip(pixel, colour, strict=True)), pixel
+    for image in (shown[1], shown[4]):
+        both = image.convert("RGBA")
+        left, right = both.getpixel((300, 200)), both.getpixel((1300, 200))
+        assert isinstance(left, tuple)
+        assert isinstance(right, tuple)
+        assert (left[3], right[3]) == (0, 255)
 
 
 def test_what_cannot_be_attached_is_told(visit: Open, amulet: Amulet) -> None:

@@ -16,6 +16,9 @@ let before: Promise<unknown> = Promise.resolve();
 export const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const FORMATS = "PNG, JPEG, WebP, GIF or BMP";
 const REST = 2 ** 16; // bytes of a request's body that are left to its texts
+/** Pixels of a side from which an image is scaled down to it: most models see less of it anyway. */
+const LONGEST = 1568;
+const QUALITY = 0.9; // of what is written as JPEG or WebP
 
 /** What may be attached. */
 export function allowed(): string {
@@ -35,21 +38,48 @@ export async function attach(files: File[]): Promise<void> {
 async function attachAll(files: File[]): Promise<void> {
   for (const file of files) {
     const name = unused(file.name, [...earlier(), ...attached.value]);
-    // base64 has four characters for three bytes
-    if (!KINDS.includes(file.type)) refused.value = `${name} is not an image in ${FORMATS}.`;
-    else if (taken() + (4 / 3) * file.size > room())
-      refused.value =
-        `${name} has ${megabytes(file.size)}: a conversation's images may have ` +
-        `${megabytes((3 / 4) * room())} together. Make it smaller, or save it as JPEG.`;
-    else {
-      try {
-        const url = await read(file);
+    if (!KINDS.includes(file.type)) {
+      refused.value = `${name} is not an image in ${FORMATS}.`;
+      continue;
+    }
+    try {
+      const image = await scaled(file);
+      // base64 has four characters for three bytes
+      if (taken() + (4 / 3) * image.size > room())
+        refused.value =
+          `${name} has ${megabytes(image.size)}: a conversation's images may have ` +
+          `${megabytes((3 / 4) * room())} together. Make it smaller, or save it as JPEG.`;
+      else {
+        const url = await read(image);
         attached.value = [...attached.value, { id: store.unique(), name, url }];
         store.announced.value = `${name} is attached.`;
-      } catch {
-        refused.value = `${name} can't be read.`;
       }
+    } catch {
+      refused.value = `${name} can't be read.`;
     }
+  }
+}
+
+/** The file itself; or, where its image is large, a smaller one, upright and still transparent. */
+async function scaled(file: File): Promise<Blob> {
+  // What the browser can't decode is for the server to judge.
+  const image = await createImageBitmap(file).catch(() => null);
+  if (image === null) return file;
+  const scale = LONGEST / Math.max(image.width, image.height);
+  try {
+    if (scale >= 1) return file;
+    const [width, height] = [image.width, image.height].map((side) =>
+      Math.max(Math.round(side * scale), 1),
+    );
+    const canvas = new OffscreenCanvas(width, height);
+    const context = canvas.getContext("2d")!;
+    context.imageSmoothingQuality = "high";
+    context.drawImage(image, 0, 0, width, height);
+    // Other kinds become PNG, which is exact and keeps what is transparent.
+    const type = ["image/jpeg", "image/webp"].includes(file.type) ? file.type : "image/png";
+    return await canvas.convertToBlob({ type, quality: QUALITY });
+  } finally {
+    image.close();
   }
 }
 
@@ -96,7 +126,7 @@ function unused(name: string, others: Picture[]): string {
   return found;
 }
 
-function read(file: File): Promise<string> {
+function read(file: Blob): Promise<string> {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result as string);
