@@ -223,7 +223,8 @@ class AmuletOptions(BaseModel):
     ) -> dict[str, Any]:
         """Return a call's keywords with one `chosen` in the place of its settings.
 
-        The settings are looked up only here; keywords that are settled already stay as they are.
+        The settings are looked up only here; those that a subclass adds to a settled call are
+        nearer.
         LangChain's caches and callbacks see the keywords of a call, not its config: with `chosen`
         and the schemas of tools among them, no cached answer leaks from one user to another.
         A config that a call or a binding gives inside of a run adds to the run's own.
@@ -231,9 +232,12 @@ class AmuletOptions(BaseModel):
         call = normal(kwargs)
         rest = {name: call[name] for name in call if name not in (*SETTINGS, "preference_source")}
         if "chosen" in rest:
-            if not isinstance(rest["chosen"], Chosen):
+            if not isinstance(chosen := rest["chosen"], Chosen):
                 raise RequestError("chosen: leave it out, and give preference, strength, ...")
-            return rest
+            added = {name: call[name] for name in SETTINGS if call.get(name) is not None}
+            if "preference" in added:
+                added["source"] = call.get("preference_source") or "call"
+            return {**rest, "chosen": chosen.model_copy(update=added)}
         if self._choices(call) > 1:
             rest.setdefault("stream", False)  # for token handlers; stream() itself refuses it
         if rest.get("tools") is not None:

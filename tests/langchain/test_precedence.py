@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from amulet import RequestError
 from amulet_integrations._preference import choose
+from amulet_integrations.langchain import ChatAmulet
 from amulet_integrations.langchain.memory import PreferenceMemory, with_memory
 from amulet_integrations.langchain.middleware import PreferenceMiddleware
 from tests.langchain.scripted import preferring, scripted_chat
@@ -352,3 +353,35 @@ async def test_settings_are_looked_up_once_per_answer(
 async def test_what_was_looked_up_can_not_be_forged() -> None:
     with pytest.raises(RequestError, match="chosen: leave it out"):
         model().invoke("Hi", chosen={"preference": "near"})
+
+
+class Invoking(ChatAmulet):
+    """A subclass that adds settings where it is called."""
+
+    def invoke(self, input: Any, config: Any = None, **options: Any) -> Any:
+        return super().invoke(input, config, **{**options, "preference": "near"})
+
+    async def ainvoke(self, input: Any, config: Any = None, **options: Any) -> Any:
+        return await super().ainvoke(input, config, **{**options, "preference": "near"})
+
+
+class Generating(ChatAmulet):
+    """A subclass that adds them where it decodes."""
+
+    def _generate(self, *args: Any, **options: Any) -> Any:
+        return super()._generate(*args, **{**options, "preference": "near"})
+
+    async def _agenerate(self, *args: Any, **options: Any) -> Any:
+        return await super()._agenerate(*args, **{**options, "preference": "near"})
+
+
+@pytest.mark.parametrize("kind", [Invoking, Generating])
+async def test_what_a_subclass_adds_is_the_nearest(kind: type[ChatAmulet]) -> None:
+    chat = kind(amulet=preferring("near", "wrong").amulet)
+    answers = [chat.invoke("Hi", preference="wrong", strength=1.0)]
+    answers += chat.batch(["Hi", "Hi"], OUTER, strength=1.0)
+    answers += await chat.abatch(["Hi"], OUTER, strength=1.0)
+    for answer in answers:
+        assert answer.content == "near!"
+        assert answer.response_metadata["preference_source"] == "call"
+        assert answer.response_metadata["strength"] == 1.0
