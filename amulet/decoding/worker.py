@@ -343,18 +343,18 @@ class Driver:
             self._tell()  # the tokens that are there don't wait for the next prefill
             room = self._max_rows - sum(len(g.prompts) for g in self.engine.running)
             fitting: list[Generation] = []
-            for generation in self._waiting:
+            for generation in list(self._waiting):  # garbage collection may cancel some
                 room -= len(generation.prompts)
                 if room < 0 and (fitting or self.engine.running):
                     break
                 fitting.append(generation)
         count = self.engine.together(fitting) if len(fitting) > 1 else len(fitting)
         with self._changed:
-            # Others may have been cancelled meanwhile.
-            self._admitting = [g for g in fitting[:count] if g in self._waiting]
-            for generation in self._admitting:
-                self._waiting.remove(generation)
-                generation.admitted_at = time.time_ns()
+            for generation in fitting[:count]:
+                if generation in self._waiting:  # not cancelled meanwhile
+                    self._waiting.remove(generation)
+                    self._admitting.append(generation)
+                    generation.admitted_at = time.time_ns()
             return self._admitting
 
 

@@ -581,3 +581,36 @@ def test_prompts_whose_common_prefill_fails_are_prefilled_one_by_one(
     assert [finish(driver, generation) for generation in generations] == [TEXT] * 3
     assert model.calls[:4] == [(3, 8), (1, 8), (1, 8), (1, 8)]
     assert engine.backend.nbytes == 0
+
+
+def test_streams_collected_while_the_queue_is_read_harm_no_other_answer(
+    tokenizer: PreTrainedTokenizerFast, make: Callable[..., Generation]
+) -> None:
+    def cancelled_before(line: int) -> bool:
+        driver = Driver(engine_over(ScriptedModel(tokenizer, TEXT)), max_rows=64)
+        running, kept, *dropped = [make() for _ in range(4)]
+        left = 0
+
+        def collect(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal left
+            if frame.f_code is Driver._next_waiting.__code__ and event == "line" and left:
+                left -= 1
+                if not left:
+                    for generation in dropped:
+                        driver.cancel(generation)  # as a stream's `__del__` does
+            return collect if frame.f_code is Driver._next_waiting.__code__ else None
+
+        threading.settrace(collect)
+        try:
+            driver.submit(running)
+            advance(driver, running, 0)
+        finally:
+            threading.settrace(None)  # type: ignore[arg-type]
+        with driver._changed:
+            for generation in (dropped[0], kept, dropped[1]):
+                driver.submit(generation)
+            left = line
+        assert [finish(driver, generation) for generation in (running, kept)] == [TEXT] * 2
+        return not left
+
+    assert all(map(cancelled_before, range(1, 20)))
