@@ -79,13 +79,14 @@ class Engine:
                     generation.computed_with = self._state
                 self.backend.reserve(first + len(prompts), longest + 1)
                 logits = self._prefill(prompts, first)
-                if logits is not None:
-                    self._join(first, logits)
+                joining = [generation for generation in generations if not generation.done]
+                if logits is not None and joining:
+                    self._join(joining, first, logits)
                     joined = True
         finally:
             self._filling = ()
             self.backend.drop(len(self._owners))
-            if not joined:  # it failed, or was cancelled meanwhile
+            if not joined:  # all failed, or were cancelled meanwhile
                 self._clear_if_idle(failed=True)
         self.sweep()
 
@@ -106,20 +107,19 @@ class Engine:
             repeats = any(shared_length(base, other) >= found[-1] + cost for other in bases)
             if tokens > TOGETHER * cost or generation.images or repeats:
                 return max(count, 1)
-            bases.append(base)
+            if self.prefixes.limit:  # else nothing is copied
+                bases.append(base)
         return len(waiting)
 
-    def _join(self, first: int, logits: torch.Tensor) -> None:
-        """Add the prefilled generations to the batch and decode their first tokens.
-
-        Undone on error.
+    def _join(self, joining: Sequence[Generation], first: int, logits: torch.Tensor) -> None:
+        """Add prefilled generations to the batch and decode their first tokens; undone on error.
 
         Args:
-            first: their first row.
-            logits: after each of their prompts, `[rows, vocab]`.
+            joining: those of the prefilled ones that were not cancelled, at least one.
+            first: the first of all prefilled rows.
+            logits: after the prompt of each of these rows, `[rows, vocab]`.
         """
         place = len(self._owners)  # rows before `first` may have left during the prefill
-        joining = [generation for generation in self._filling if not generation.done]
         owners = [(g, i) for g in self._filling for i in range(len(g.prompts))]
         order = [row for row, (generation, _) in enumerate(owners) if generation in joining]
         for target, row in enumerate(order, place):
@@ -307,14 +307,15 @@ class Engine:
             while any(filled[i] < len(prompts[i]) for i in rows):
                 width = self._width(max(len(prompts[i]) - filled[i] for i in rows))
                 chunks = [prompts[i][filled[i] : filled[i] + width] for i in rows]
+                starts = [filled[i] for i in rows]
                 keep = sorted({len(chunk) - 1 for chunk in chunks})
                 if not self._give_way(width * len(rows)):
                     return None
-                self.backend.reserve(first + len(prompts), max(filled) + width)
+                self.backend.reserve(first + len(prompts), max(starts) + width)
                 # Padding on the right is harmless: its columns are beyond the row's end.
                 out = self.backend.forward(
                     [chunk + [0] * (width - len(chunk)) for chunk in chunks],
-                    [filled[i] for i in rows],
+                    starts,
                     first + rows[0],
                     keep,
                     self._filling[0].images,

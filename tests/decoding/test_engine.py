@@ -20,7 +20,7 @@ from amulet.decoding.engine import Engine, common_prefix, share_passes
 from amulet.decoding.generation import Generation
 from amulet.decoding.sampling import Sampling
 from amulet.errors import ModelError, OutOfMemoryError
-from tests.backends.scripted import ScriptedBackend
+from tests.backends.scripted import ScriptedBackend, scores
 from tests.engines import engine_over
 from tests.models import ScriptedModel, random_model
 
@@ -387,3 +387,36 @@ def test_one_of_several_may_be_cancelled_while_all_are_prefilled() -> None:
         Engine(other := ScriptedBackend()).admit(expected)
         assert generation.token_ids[0] == expected.token_ids[0], other
         assert generation.finish_reason == "length"
+
+
+def test_prompts_that_begin_alike_share_passes_where_nothing_is_copied() -> None:
+    beginning = list(range(6))
+    waiting = [asked([*beginning, i]) for i in range(10, 14)]
+    assert Engine(ScriptedBackend(), prefix_bytes=2**20).together(waiting) == 1
+    assert Engine(ScriptedBackend(), prefix_bytes=0).together(waiting) == 4
+
+
+def test_a_long_copied_prompt_takes_no_room_in_the_passes_of_others() -> None:
+    backend = ScriptedBackend()
+    engine = Engine(backend, prefix_bytes=2**20)
+    beginning = list(range(40))
+    engine.admit(asked(beginning, max_new_tokens=9))
+    waiting = [asked([*beginning, 50]), asked([60] * 20)]
+    assert engine.together(waiting) == 2
+    engine.admit(*waiting)
+    assert backend.passes[-2:] == [(1, 1), (1, 20)]
+    assert backend.room == (3, 42)  # the longest prompt and a token
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_all_cancelled_in_their_last_pass_leave_nothing_behind(count: int) -> None:
+    def cancel(ids: Sequence[int]) -> torch.Tensor:
+        for generation in waiting:
+            generation.finish_reason = "cancelled"
+        return scores(ids)
+
+    engine = Engine(backend := ScriptedBackend(logits=cancel))
+    waiting = [asked([i] * 5) for i in range(count)]
+    engine.admit(*waiting)
+    assert [generation.token_ids for generation in waiting] == [[]] * count
+    assert (engine.running, backend.rows, backend.room) == ([], {}, (0, 0))
