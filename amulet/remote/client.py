@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from amulet.errors import AmuletError, MissingPackageError, ModelError, RequestError, shown
@@ -55,10 +58,14 @@ def connect(
         RequestError: the URL or an option is invalid, or the key is wrong.
         ModelError: there is no such server, or it has no such model.
     """
-    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+    if not (isinstance(url, str) and _is_address(url)):
         raise RequestError(f"url={shown(url)}: expected an address such as http://127.0.0.1:8000.")
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
-        raise RequestError(f"timeout={shown(timeout)}: expected seconds, more than 0.")
+    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < inf):
+        raise RequestError(
+            f"timeout={shown(timeout)}: expected seconds, more than 0, or None for no limit."
+        )
+    if not (isinstance(api_key or "", str) and re.fullmatch("[ -~]*", api_key or "")):
+        raise RequestError("api_key: expected ASCII characters, because it is sent in a header.")
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise RequestError(f"retries={shown(retries)}: expected a whole number, 0 or more.")
     base = url.rstrip("/").removesuffix("/v1")
@@ -77,11 +84,21 @@ def connect(
             facts = client.models.retrieve(name).model_dump()
     except RequestError:
         raise
-    except (AmuletError, IndexError) as error:
+    except AmuletError as error:
         raise ModelError(f"{url}: {error}") from error
-    if "steering" not in facts:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"{url}: this server does not list its models as OpenAI does.") from error
+    if not facts.keys() >= {"steering", "end_ids", "system_fingerprint"}:
         raise ModelError(f"{url}: this server is not `amulet serve`: it doesn't steer.")
     return RemoteAmulet(client, options, facts)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of an IPv6 address
+        return False
 
 
 class RemoteAmulet(Amulet):

@@ -265,8 +265,43 @@ def test_errors_are_those_of_a_local_model(
         port = free.getsockname()[1]
     with pytest.raises(ModelError, match=f"http://127.0.0.1:{port}: .* can't be reached"):
         connect(f"http://127.0.0.1:{port}", retries=0)
-    with pytest.raises(RequestError, match="expected an address"):
-        connect("127.0.0.1:80")
+    for wrong in ("127.0.0.1:80", "http://", "http://[::1", "http://a:x", "http://a:99999"):
+        with pytest.raises(RequestError, match="expected an address"):
+            connect(wrong)
+    for key in ("k\nb", "schl\u00fcssel"):
+        with pytest.raises(RequestError, match="api_key: expected ASCII characters"):
+            connect("http://127.0.0.1", api_key=key)
+    with pytest.raises(RequestError, match="timeout=inf: expected seconds"):
+        connect("http://127.0.0.1", timeout=float("inf"))
+
+
+LISTED = '{"data": [{"id": "m"}]}'
+
+
+@pytest.mark.parametrize(
+    ("models", "model", "said"),
+    [
+        ("<html></html>", "", "does not list its models"),
+        ("{}", "", "does not list its models"),
+        ("null", "", "does not list its models"),
+        ('{"data": []}', "", "does not list its models"),
+        ('{"data": [1]}', "", "does not list its models"),
+        ('{"data":', "", "does not list its models"),
+        (LISTED, '{"id": "m"}', "it doesn't steer"),
+        (LISTED, '{"id": "m", "steering": {}}', "it doesn't steer"),
+    ],
+)
+def test_another_server_is_told(tiny: Amulet, models: str, model: str, said: str) -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        body = models if scope["path"].endswith("/models") else model
+        kind = b"text/html" if body.startswith("<") else b"application/json"
+        headers = [(b"content-type", kind)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body.encode()})
+
+    app = create_app(tiny, name="m")  # `other` answers in its place
+    with listening(app, around=lambda _: other) as (url, _), pytest.raises(ModelError, match=said):
+        connect(url, retries=0)
     for wrong in ({"timeout": "10"}, {"timeout": 0}, {"retries": -1}, {"retries": None}):
         ((name, value),) = wrong.items()
         with pytest.raises(RequestError, match=rf"^{name}={value!r}: expected .* (than 0|0 or)"):
