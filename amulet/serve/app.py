@@ -27,7 +27,7 @@ from amulet.model import Amulet
 from amulet.request import Request
 from amulet.serve.embeddings import add_embeddings
 from amulet.serve.errors import RESPONSES, ApiError, from_amulet, from_validation
-from amulet.serve.guard import Guard, answer, check_origins, not_ready
+from amulet.serve.guard import Guard, answer, check_origins, named_host, not_ready
 from amulet.serve.limits import Limits
 from amulet.serve.metrics import CONTENT_TYPE
 from amulet.serve.replies import Writer
@@ -83,8 +83,8 @@ def create_app(
         on_failure: called if the model can't be loaded.
 
     Raises:
-        RequestError: preferences without an API key, an empty key or name, an invalid origin, or an
-            option of another type.
+        RequestError: preferences without an API key, an empty name, a key that no client can send,
+            an invalid host or origin, or an option of another type.
     """
     if not isinstance(amulet, Amulet) and not callable(amulet):
         raise RequestError(
@@ -108,6 +108,12 @@ def create_app(
         raise RequestError("name: expected the model's name for clients, got an empty text.")
     if any(not key.strip() for key in api_keys):
         raise RequestError("api_key: expected a key, got an empty text.")
+    if any(not re.fullmatch("[!-~]([ -~]*[!-~])?", key) for key in api_keys):
+        raise RequestError(
+            "api_key: expected ASCII characters without spaces at the ends, because clients send "
+            "it in a header."
+        )
+    hosts = None if allowed_hosts is None else [named_host(host) for host in allowed_hosts]
     check_origins(allowed_origins)
     if preferences is not None and not api_keys:
         raise RequestError(
@@ -164,7 +170,7 @@ def create_app(
         Guard,
         service=service,
         api_keys=api_keys,
-        hosts=allowed_hosts,
+        hosts=hosts,
         origins=allowed_origins,
     )
     return app

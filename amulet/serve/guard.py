@@ -186,6 +186,21 @@ def check_origins(origins: Sequence[str]) -> None:
             )
 
 
+def named_host(host: str) -> str:
+    """Return an accepted host as a header's is read: in lower case, IPv6 without brackets.
+
+    Raises:
+        RequestError: it is no name or address alone.
+    """
+    name = host.lower().strip("[]")
+    if not name or _host(f"[{name}]" if ":" in name else name) != name:
+        raise RequestError(
+            f"allowed_host={host!r}: expected a name or an address without a port, such as "
+            "example.com."
+        )
+    return name
+
+
 def _host(header: str) -> str | None:
     try:
         return urlsplit(f"//{header}").hostname

@@ -307,6 +307,23 @@ async def test_the_key_opens_everything_but_health(tiny: Amulet) -> None:
         assert (await client.get("/v1/models")).status_code == 200
 
 
+@pytest.mark.parametrize("key", [" k", "k\n", "schl\u00fcssel"])
+def test_a_key_that_no_client_can_send_is_told(tiny: Amulet, key: str) -> None:
+    with pytest.raises(RequestError, match="api_key: expected ASCII characters without spaces"):
+        create_app(tiny, name="m", api_keys=["good key", key])
+
+
+async def test_allowed_hosts_are_names_in_any_case(tiny: Amulet) -> None:
+    app = create_app(tiny, name="m", allowed_hosts=["Example.COM", "[::1]"])
+    async with asking(app) as client:
+        for host, status in (("example.com", 200), ("[::1]:80", 200), ("localhost", 403)):
+            response = await client.get("/health", headers={"Host": host})
+            assert response.status_code == status
+    for wrong in ("example.com:8000", "https://example.com", ""):
+        with pytest.raises(RequestError, match=r"allowed_host='.*': expected a name"):
+            create_app(tiny, name="m", allowed_hosts=[wrong])
+
+
 async def test_other_hosts_are_refused(tiny: Amulet) -> None:
     async with asking(create_app(tiny, name="m", allowed_hosts=["localhost", "::1"])) as client:
         for host, status in (("localhost:80", 200), ("[::1]:80", 200), ("evil.example", 403)):
