@@ -121,6 +121,8 @@ def tune_command(
             raise EvaluationError(
                 "Expected either --questions with --preferences, or --thumbs alone."
             )
+        if out.is_dir() or not out.parent.is_dir():  # told before the work, not after it
+            raise EvaluationError(f"--out {out}: expected a file in a folder that exists.")
         places = _placements(placement)
         if thumbs is not None:
             from amulet.evaluation.thumbs import read_thumbs

@@ -200,3 +200,13 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     assert message in " ".join(result.stderr.split())
     assert loaded == []
     assert not (tmp_path / "steering.json").exists()
+
+
+@pytest.mark.parametrize("out", ["nowhere/steering.json", "."])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    loaded: list[object], question_file: Path, tmp_path: Path, out: str
+) -> None:
+    result = run("--out", tmp_path / out, "-q", question_file, "-p", "bullets")
+    assert result.exit_code == 1
+    assert "expected a file in a folder that exists" in " ".join(result.stderr.split())
+    assert loaded == []
