@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from amulet import Amulet
+from amulet.backends.transformers import pages
 from amulet.backends.transformers.backend import page_kind
-from amulet.backends.transformers.cache import COLUMN_STEP, RowCache
+from amulet.backends.transformers.cache import COLUMN_STEP, RowCache, RowsInPass
 from amulet.backends.transformers.compiled import CompiledStep
 from amulet.backends.transformers.cpu import native, rowwise
 from amulet.backends.transformers.cpu.layers import are_native
@@ -285,6 +286,55 @@ def test_any_allocation_of_an_answer_of_layers_in_c_may_fail(dtype: torch.dtype)
         return Scene(engine_over(model, prefix_bytes=2**20, drafts=True), prompts, 4)
 
     check_every_allocation(scene, list(SHORTAGES), every=5)
+
+
+@needs_code
+def test_a_pass_that_fails_once_it_has_its_pages_harms_no_other_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By then its rows are cut back, and have dropped pages that they would not see again."""
+    monkeypatch.setattr(pages, "BEHIND", 0)
+    model = random_model("mistral", head_dim=64, layers=2)
+    pack_linears(model)
+    assert are_native(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (3, 300), generator=generator).tolist()
+    prompts = [[ids[0]], [ids[1], ids[1][20:]], [[*ids[0], 7, 8], ids[2]]]
+    begin = RowsInPass.begin
+
+    def play(fail_at: int) -> tuple[Scene, int]:
+        passes = 0
+
+        def begun(*given: Any) -> None:
+            nonlocal passes
+            passes += 1
+            if passes == fail_at:
+                raise FAULTS["cpu"]()
+            begin(*given)
+
+        scene = Scene(engine_over(model, prefix_bytes=2**24, drafts=True), prompts, 4)
+        assert min(map(scene.engine.backend.least, range(2))) > 0, "no row has dropped a page"
+        with monkeypatch.context() as patch:
+            patch.setattr(RowsInPass, "begin", begun)
+            scene.play()
+        return scene, passes
+
+    expected, count = play(0)
+    assert count > 4
+    ended = []
+    for place in range(1, count + 1):
+        now, _ = play(place)
+        ended.append([now.going.error is not None, now.new.error is not None])
+        for found, right in ((now.going, expected.going), (now.new, expected.new)):
+            if found.error is None:
+                assert found.token_ids == right.token_ids
+            again = Generation(prompts=found.prompts, weights=found.weights, max_new_tokens=4)
+            now.engine.admit(again)
+            while now.engine.running:
+                now.engine.step()
+            assert again.token_ids == right.token_ids
+    assert [False, True] in ended, "a prompt's pass ends no other answer"
+    assert [True, True] in ended, "a step's ends all that take part"
 
 
 @pytest.mark.parametrize("kind", SHORTAGES)
