@@ -57,8 +57,8 @@ class Request(BaseModel):
         top_k: keep the k likeliest tokens; 0 is off.
         top_p: keep the smallest set with this probability, in (0, 1]; 1 is off.
         min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
-        repetition_penalty: above 1 lowers the scores of tokens that already occur in the prompt
-            (without preferences) or in the answer; 1 is off.
+        repetition_penalty: 0.01 to 100; above 1 lowers the scores of tokens that already occur in
+            the prompt (without preferences) or in the answer; 1 is off.
         stop: stop sequences: strings that end the answer and are removed from it.
         seed: for sampling; the same seed gives the same answer, alone or batched. None draws one.
         trace: return a `TokenTrace` for every token.
@@ -96,7 +96,7 @@ class Request(BaseModel):
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     stop: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     trace: bool = False

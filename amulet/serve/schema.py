@@ -107,7 +107,7 @@ class Options(Settings):
     trace: bool = Field(default=False, description="Return, for each token, why it was chosen.")
     top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 and -1 are off.")] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     grammar: GrammarBody | None = None
     steer_grammar: bool = False
     return_details: bool = Field(default=False, description="Return token ids, steering and more.")

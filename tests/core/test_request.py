@@ -58,6 +58,8 @@ def test_the_defaults_are_a_plain_greedy_answer() -> None:
         ("min_p", 1.5),
         ("min_p", math.nan),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-30),  # its products are not finite
+        ("repetition_penalty", math.nan),
         ("repetition_penalty", math.inf),
         ("stop", 3),
         ("stop", ""),
