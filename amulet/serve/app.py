@@ -160,7 +160,7 @@ def create_app(
     )
     app.state.service = service
     _add_routes(app, service, store, keeps_thumbs=thumb_store is not None)
-    add_embeddings(app, service.limits)
+    add_embeddings(app, service)
     if store is not None:
         _add_store(app, service.limits, store)
     if thumb_store is not None:

@@ -15,9 +15,8 @@ from starlette.responses import JSONResponse, Response
 from amulet import minilm
 from amulet.errors import shown
 from amulet.serve.errors import RESPONSES, ApiError
-from amulet.serve.limits import Limits, Traffic
 from amulet.serve.schema import Unused, readable
-from amulet.serve.service import ClientGone, while_there
+from amulet.serve.service import ClientGone, Service, while_there
 
 INPUTS = 2048  # texts per request, as in OpenAI's API
 BATCH = 32  # texts embedded at once
@@ -53,9 +52,9 @@ class EmbeddingBody(BaseModel):
         return self
 
 
-def add_embeddings(app: FastAPI, limits: Limits) -> None:
+def add_embeddings(app: FastAPI, service: Service) -> None:
     """Add the route to an application."""
-    traffic = Traffic(1, limits)
+    traffic = service.embedding
     lock = asyncio.Lock()  # one batch of texts at a time, because the decoder needs the cores, too
 
     @app.post("/v1/embeddings", responses=RESPONSES)

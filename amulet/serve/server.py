@@ -76,9 +76,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return True to stop; uvicorn calls this ten times a second."""
         # Connections stay open meanwhile, so that new requests get a 503.
-        if self._until is not None and (
-            not len(self._service.traffic) or time.monotonic() >= self._until
-        ):
+        running = len(self._service.traffic) + len(self._service.embedding)
+        if self._until is not None and (not running or time.monotonic() >= self._until):
             self.should_exit = True
         return await super().on_tick(counter)
 

@@ -49,12 +49,14 @@ class Service:
     Attributes:
         names: the model's names for clients, once it is loaded; the first is the main one.
         fingerprint, raw: the model's fingerprint and the bytes of its tokens.
+        traffic, embedding: the requests for answers and for embeddings that run or wait.
     """
 
     def __init__(self, limits: Limits, log_content: bool = False) -> None:
         self.limits = limits
         self.log_content = log_content
         self.traffic = Traffic(1, limits)
+        self.embedding = Traffic(1, limits)
         self.metrics = Metrics(
             in_flight=lambda: len(self.traffic),
             waiting=lambda: self.traffic.waiting,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -14,7 +18,7 @@ from openai.types import CreateEmbeddingResponse
 from amulet import Amulet, minilm
 from amulet.serve.app import create_app
 from amulet.serve.limits import Limits
-from tests.serve.conftest import asking
+from tests.serve.conftest import asking, listening
 
 PATH = "/v1/embeddings"
 TEXTS = ["Tea is a hot drink.", "The parliament voted.", "Tea is a warm beverage made of leaves."]
@@ -101,6 +105,30 @@ async def test_a_full_queue_is_a_429(tiny: Amulet) -> None:
         asked = (client.post(PATH, json={"input": TEXTS}) for _ in range(4))
         statuses = sorted(response.status_code for response in await asyncio.gather(*asked))
     assert statuses == [200, 200, 429, 429]
+
+
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_a_signal_waits_for_them(tiny: Amulet, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def embed(texts: list[str], source: str) -> tuple[torch.Tensor, int]:
+        begun.set()
+        assert go_on.wait(20)
+        return torch.zeros(len(texts), minilm.WIDTH), 1
+
+    monkeypatch.setattr(minilm, "installed", lambda: "here")
+    monkeypatch.setattr(minilm, "embed", embed)
+    with (
+        listening(create_app(tiny, name="m")) as (url, server),
+        ThreadPoolExecutor(1) as thread,
+    ):
+        asked = thread.submit(httpx.post, f"{url}{PATH}", json={"input": "a"}, timeout=30)
+        assert begun.wait(10)
+        server.handle_exit(15, None)
+        time.sleep(0.5)  # it looks ten times a second
+        assert not server.should_exit
+        go_on.set()
+        assert asked.result().status_code == 200
 
 
 @needs_minilm
