@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -89,7 +90,7 @@ def plan_command(
 
         if (gpu is None) == (memory is None):
             raise RequestError("Give either --gpu NAME or --memory GB.")
-        if memory is not None and not memory > 0:
+        if memory is not None and not 0 < memory < math.inf:
             raise RequestError(f"memory={memory:g}: expected GB above 0.")
         device = find_gpu(gpu) if gpu is not None else Gpu("", (memory or 0) * 2**30)
         work = Work(prompt, answer, preferences, preference_tokens, shared, alone)

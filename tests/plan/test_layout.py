@@ -135,3 +135,5 @@ def test_errors_are_one_line_and_where_to_read_on() -> None:
     assert named.startswith("error: model-config='llama': no such file or folder; known names")
     small = run("-m", "llama-3.1-8b", "--users", "1", "--memory", "0", code=1)
     assert small == f"error: memory=0: expected GB above 0. {more}"
+    endless = run("-m", "llama-3.1-8b", "--users", "1", "--memory", "inf", code=1)
+    assert endless == f"error: memory=inf: expected GB above 0. {more}"
