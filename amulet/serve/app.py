@@ -318,7 +318,9 @@ def _add_errors(app: FastAPI) -> None:
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:
         codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
         message = str(error.detail)
-        if error.status_code == 404:
+        if error.status_code == 400:  # FastAPI's, which does not say why
+            message = "The body can't be read as JSON: send it uncompressed, in UTF-8."
+        elif error.status_code == 404:
             message = _no_route(http)
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import threading
@@ -155,6 +156,18 @@ async def test_a_wrong_method_or_content_type_is_told(tiny: Amulet) -> None:
             assert message.endswith("send JSON with Content-Type: application/json.")
         headers = {"Content-Type": "application/json; charset=utf-8"}
         assert (await client.post(CHAT, content=body, headers=headers)).status_code == 200
+
+
+async def test_a_body_that_is_no_text_is_told(tiny: Amulet) -> None:
+    body = json.dumps({"messages": user("hi")}).encode()
+    headers = {"Content-Type": "application/json"}
+    async with asking(create_app(tiny, name="m")) as client:
+        for sent in (gzip.compress(body), body.replace(b"hi", b"\xff\xfe"), b"1" * 5000):
+            found = await client.post(CHAT, content=sent, headers=headers)
+            assert found.status_code == 400
+            assert found.json()["error"]["message"] == (
+                "The body can't be read as JSON: send it uncompressed, in UTF-8."
+            )
 
 
 async def test_every_response_has_a_request_id(tiny: Amulet) -> None:
