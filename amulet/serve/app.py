@@ -273,7 +273,7 @@ def _add_routes(app: FastAPI, service: Service, store: Store | None, keeps_thumb
 
 
 def _add_store(app: FastAPI, limits: Limits, store: Store) -> None:
-    @app.get("/v1/preferences/{user}", responses=RESPONSES)
+    @app.get("/v1/preferences/{user:path}", responses=RESPONSES)
     async def get_preference(user: User) -> dict[str, Any]:
         """Return a user's stored settings."""
         settings = await asyncio.to_thread(store.get, user)
@@ -281,7 +281,7 @@ def _add_store(app: FastAPI, limits: Limits, store: Store) -> None:
             raise _no_preference()
         return settings
 
-    @app.put("/v1/preferences/{user}", responses=RESPONSES)
+    @app.put("/v1/preferences/{user:path}", responses=RESPONSES)
     async def put_preference(user: User, body: Settings) -> dict[str, Any]:
         """Store settings for requests with this `user`."""
         try:
@@ -291,7 +291,7 @@ def _add_store(app: FastAPI, limits: Limits, store: Store) -> None:
         await asyncio.to_thread(store.put, user, body.settings())
         return body.settings()
 
-    @app.delete("/v1/preferences/{user}", responses=RESPONSES, status_code=204)
+    @app.delete("/v1/preferences/{user:path}", responses=RESPONSES, status_code=204)
     async def delete_preference(user: User) -> Response:
         """Delete a user's settings."""
         if not await asyncio.to_thread(store.delete, user):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,24 @@ from amulet.serve.app import create_app
 from tests.serve.conftest import asking, saying, user
 
 CHAT = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("name", ["ann/1", "https://id.example/auth|5", "a/../b", "ä%?#"])
+async def test_a_user_s_name_may_have_any_characters(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    amulet = saying(tokenizer, {"Be brief.": "Yo", "": "Hello"})
+    app = create_app(amulet, api_keys=["k"], preferences=tmp_path / "preferences.sqlite")
+    async with asking(app, "k") as client:
+        path = f"/v1/preferences/{quote(name, safe='')}"
+        assert (await client.put(path, json={"preference": "Be brief."})).status_code == 200
+        assert (await client.get(path)).json() == {"preference": "Be brief."}
+        for asked, said in ((name, "Yo"), (name[:-1], "Hello")):
+            response = await client.post(CHAT, json={"messages": user("hi"), "user": asked})
+            assert response.json()["choices"][0]["message"]["content"] == said
+        assert (await client.delete(path)).status_code == 204
+        assert (await client.get(path)).status_code == 404
+        assert (await client.get("/v1/preferences/")).status_code == 400
 
 
 async def test_stored_preferences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
