@@ -35,7 +35,7 @@ class Backend(Protocol):
             recurrent state, all rows of a pass get the same number of ids; see `least`.
         chunk: ids in one pass of a prefill.
         images_at_once: whether the columns of an image must be in one pass.
-        pass_cost: how many ids more in a pass take as long as another pass.
+        pass_cost: the time that a pass takes besides that for its ids, in ids.
         worth_sharing: the number of ids saved from which a shared prefix is worth its own pass.
     """
 

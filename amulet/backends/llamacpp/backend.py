@@ -23,7 +23,7 @@ logger = logging.getLogger("amulet")
 
 BATCH = 2048  # ids in one call of llama.cpp
 CHUNK = 512  # ids that llama.cpp computes at once
-PASS_COST = 16  # ids more that take as long as another call of llama.cpp's
+PASS_COST = 16  # the time that a call of llama.cpp's takes besides that for its ids, in ids
 WORTH_SHARING = 16  # a shared prefix costs no memory and hardly any time
 MOST_ROWS = 255  # sequences of a context (LLAMA_MAX_SEQ), minus one for saving rows
 CELLS = 256  # the cache's size is a multiple of this, as in llama.cpp

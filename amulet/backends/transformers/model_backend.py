@@ -12,7 +12,7 @@ from amulet.backends.transformers.weights import execution_device, weights_state
 CHUNK = 512  # tokens in one pass of a prefill: it takes memory, and running answers wait for it
 GPU_CHUNK = 2048  # the same on a GPU, whose passes of fewer tokens hardly take less time
 WHOLE = 2**40  # ids in one pass where a prompt must be one
-PASS_COST = 64  # tokens more in a pass that take as long as another pass
+PASS_COST = 64  # the time that a pass takes besides that for its tokens, in tokens
 NATIVE_PASS_COST = 16  # the same where whole layers are C code
 WORTH_SHARING = 64  # tokens spared, from which a shared beginning is worth a pass of its own
 GPU_WORTH_SHARING = 512  # the same on a GPU; a pass's cost, too
