@@ -91,7 +91,7 @@ def plan_command(
         if (gpu is None) == (memory is None):
             raise RequestError("Give either --gpu NAME or --memory GB.")
         if memory is not None and not 0 < memory < math.inf:
-            raise RequestError(f"memory={memory:g}: expected GB above 0.")
+            raise RequestError(f"memory={memory:g}: expected a finite number of GB, above 0.")
         device = find_gpu(gpu) if gpu is not None else Gpu("", (memory or 0) * 2**30)
         work = Work(prompt, answer, preferences, preference_tokens, shared, alone)
         plan = make_plan(

@@ -134,6 +134,6 @@ def test_errors_are_one_line_and_where_to_read_on() -> None:
     named = run("-m", "llama", "--users", "1", "--gpu", "H100", code=1)
     assert named.startswith("error: model-config='llama': no such file or folder; known names")
     small = run("-m", "llama-3.1-8b", "--users", "1", "--memory", "0", code=1)
-    assert small == f"error: memory=0: expected GB above 0. {more}"
+    assert small == f"error: memory=0: expected a finite number of GB, above 0. {more}"
     endless = run("-m", "llama-3.1-8b", "--users", "1", "--memory", "inf", code=1)
-    assert endless == f"error: memory=inf: expected GB above 0. {more}"
+    assert endless == f"error: memory=inf: expected a finite number of GB, above 0. {more}"
