@@ -319,7 +319,10 @@ def _add_errors(app: FastAPI) -> None:
         codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
         message = str(error.detail)
         if error.status_code == 400:  # FastAPI's, which does not say why
-            message = "The body can't be read as JSON: send it uncompressed, in UTF-8."
+            reason = "it is nested too deeply, or a number has too many digits"
+            if isinstance(error.__cause__, UnicodeDecodeError):
+                reason = "send it uncompressed, in UTF-8"
+            message = f"The body can't be read as JSON: {reason}."
         elif error.status_code == 404:
             message = _no_route(http)
         elif error.status_code == 405:

@@ -162,12 +162,17 @@ async def test_a_body_that_is_no_text_is_told(tiny: Amulet) -> None:
     body = json.dumps({"messages": user("hi")}).encode()
     headers = {"Content-Type": "application/json"}
     async with asking(create_app(tiny, name="m")) as client:
-        for sent in (gzip.compress(body), body.replace(b"hi", b"\xff\xfe"), b"1" * 5000):
+        encoded, size = "send it uncompressed, in UTF-8.", "it is nested too deeply"
+        for sent, words in (
+            (gzip.compress(body), encoded),
+            (body.replace(b"hi", b"\xff\xfe"), encoded),
+            (b"1" * 5000, size),
+            (b"[" * 100_000, size),
+        ):
             found = await client.post(CHAT, content=sent, headers=headers)
             assert found.status_code == 400
-            assert found.json()["error"]["message"] == (
-                "The body can't be read as JSON: send it uncompressed, in UTF-8."
-            )
+            message = found.json()["error"]["message"]
+            assert message.startswith(f"The body can't be read as JSON: {words}")
 
 
 async def test_every_response_has_a_request_id(tiny: Amulet) -> None:
