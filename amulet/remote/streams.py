@@ -102,7 +102,10 @@ class RemoteStream(_Collected, ReplyStream):
         """Return the next event, or None at the end; unlike a local stream's, it waits."""
         while not (self._received or self.ended):
             self._receive()
-        return self._received.popleft() if self._received else None
+        try:
+            return self._received.popleft()
+        except IndexError:  # it has ended, or another thread has closed it
+            return None
 
     def _receive(self) -> None:
         """Wait for the server's next chunk; the first time, send the request."""
