@@ -463,8 +463,9 @@ def _downloaded(url: str) -> bytes:
 
 def _path(text: str) -> Path:
     """Return a path as it is typed, or as terminals write a file that is dropped on them."""
-    path = Path(text).expanduser()
-    with suppress(OSError, ValueError):
+    path = Path(text)
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: ~name of no known user
+        path = path.expanduser()
         if not path.exists():
             return Path(" ".join(shlex.split(text))).expanduser()
     return path

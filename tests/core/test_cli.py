@@ -226,6 +226,7 @@ def test_images_are_attached_while_chatting(reading: Amulet, tmp_path: Path) -> 
         f"/image {tmp_path}/my\\ tea.png",
         f"/image {tmp_path}/tea.txt",
         f"/image {tmp_path}/no.png",
+        "/image ~who/a.png",
         f"/image {long}",
         f"/image {tmp_path}/it's.png",
         "Which tea?",
@@ -243,6 +244,9 @@ def test_images_are_attached_while_chatting(reading: Amulet, tmp_path: Path) -> 
         "/image tea.txt: An image is in no format of PNG, JPEG, WEBP, GIF, BMP.",
         "More: Amulet's documentation, Troubleshooting, RequestError",
         "/image no.png: The image can't be read: [Errno 2] No such file or directory: 'no.png'.",
+        "More: Amulet's documentation, Troubleshooting, RequestError",
+        "/image ~who/a.png: The image can't be read: [Errno 2] No such file or directory: "
+        "'~who/a.png'.",
         "More: Amulet's documentation, Troubleshooting, RequestError",
         f"/image {long}: The image can't be read: [Errno 36] File name too long: '{long}'.",
         "More: Amulet's documentation, Troubleshooting, RequestError",
