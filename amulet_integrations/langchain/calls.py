@@ -72,6 +72,8 @@ class AmuletCalls(AmuletOptions, Composable, BaseLanguageModel[Any]):
             input = cast("Any", self)._convert_input(input)
             messages = input.to_messages() if isinstance(self, BaseChatModel) else ()
             kwargs = self.settled(config, kwargs, messages)
+        elif name == "abatch_as_completed":
+            input = _listed(name, input)
         return input, config, kwargs
 
     def batch(

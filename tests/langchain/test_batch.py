@@ -128,7 +128,7 @@ def test_each_item_has_its_own_config_callbacks_and_error() -> None:
 async def test_what_is_no_list_of_inputs_is_told(given: Any) -> None:
     model = scripted_chat({"": "plain"})
     kind = type(given).__name__
-    for name in ("batch", "batch_as_completed", "abatch"):
+    for name in ("batch", "batch_as_completed", "abatch", "abatch_as_completed"):
         call = getattr(model, name)
         with pytest.raises(RequestError, match=rf"^{name}: inputs is a {kind}: expected a list of"):
             await call(given) if name == "abatch" else call(given)
