@@ -223,20 +223,24 @@ class AmuletOptions(BaseModel):
     ) -> dict[str, Any]:
         """Return a call's keywords with one `chosen` in the place of its settings.
 
-        The settings are looked up only here; those that a subclass adds to a settled call are
-        nearer.
+        The settings are looked up only here. Settings that a subclass adds to a settled call take
+        precedence.
         LangChain's caches and callbacks see the keywords of a call, not its config: with `chosen`
         and the schemas of tools among them, no cached answer leaks from one user to another.
         A config that a call or a binding gives inside of a run adds to the run's own.
         """
         call = normal(kwargs)
         rest = {name: call[name] for name in call if name not in (*SETTINGS, "preference_source")}
+        source = call.get("preference_source") or "call"
+        if source not in SOURCES:
+            expected = ", ".join(SOURCES)
+            raise RequestError(f"preference_source={source!r}: expected one of {expected}.")
         if "chosen" in rest:
             if not isinstance(chosen := rest["chosen"], Chosen):
                 raise RequestError("chosen: leave it out, and give preference, strength, ...")
             added = {name: call[name] for name in SETTINGS if call.get(name) is not None}
             if "preference" in added:
-                added["source"] = call.get("preference_source") or "call"
+                added["source"] = source
             return {**rest, "chosen": chosen.model_copy(update=added)}
         if self._choices(call) > 1:
             rest.setdefault("stream", False)  # for token handlers; stream() itself refuses it
@@ -252,10 +256,6 @@ class AmuletOptions(BaseModel):
             "conversation": {**stated_settings(messages), **given(configurable)},
             "constructor": self._settings(),
         }
-        source = call.get("preference_source") or "call"
-        if source not in SOURCES:
-            expected = ", ".join(SOURCES)
-            raise RequestError(f"preference_source={source!r}: expected one of {expected}.")
         levels[source] = {**levels.get(source, {}), **given(call)}
         return {**rest, "chosen": choose(**levels)}
 
