@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 from weakref import WeakKeyDictionary
 
 from amulet.errors import DecodeError, MissingPackageError, ModelError, RequestError, shown
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Kind: TypeAlias = Literal["json_schema", "regex", "lark", "either"]
 
 # JSON is spaced only as by `json.dumps`, on which models are trained: a small model that may put
 # spaces anywhere writes nothing but spaces.
@@ -49,12 +51,11 @@ class Grammar:
         source: the schema as JSON text, the regex, the Lark grammar, or llguidance's own JSON.
     """
 
-    kind: Literal["json_schema", "regex", "lark", "either"]
+    kind: Kind
     source: str
 
     def __post_init__(self) -> None:
-        known = self.kind in ("json_schema", "regex", "lark", "either")
-        if not known or not isinstance(self.source, str):
+        if self.kind not in get_args(Kind) or not isinstance(self.source, str):
             raise RequestError(
                 f"Grammar({shown(self.kind)}, {shown(self.source)}): expected a kind of grammar "
                 "and its text. Use a class method, such as Grammar.json_schema({...}) or "

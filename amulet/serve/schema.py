@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from amulet.errors import RequestError
-from amulet.grammar import Grammar
+from amulet.grammar import Grammar, Kind
 from amulet.preference import Floor, Focus, LoopGuard, Placement, Steering, Strength
 from amulet.request import Request
 from amulet.serve.errors import ApiError
@@ -87,7 +87,7 @@ class GrammarBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["json_schema", "regex", "lark", "either"]
+    kind: Kind
     source: str
 
 
