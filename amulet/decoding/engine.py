@@ -302,8 +302,11 @@ class Engine:
                 return None
             filled += begun
         left = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
+        # An answer ends within the model's window. Beyond it, padding may have no position.
+        end = max(max(map(len, g.prompts)) + g.max_new_tokens for g in self._filling)
+        room = [end - length for length in filled]
         logits: dict[int, torch.Tensor] = {}
-        for rows in share_passes(left, self.backend):
+        for rows in share_passes(left, room, self.backend):
             while any(filled[i] < len(prompts[i]) for i in rows):
                 width = self._width(max(len(prompts[i]) - filled[i] for i in rows))
                 chunks = [prompts[i][filled[i] : filled[i] + width] for i in rows]
@@ -478,21 +481,23 @@ class Engine:
         return -(-left // passes)
 
 
-def share_passes(left: Sequence[int], backend: Backend) -> list[range]:
+def share_passes(left: Sequence[int], room: Sequence[int], backend: Backend) -> list[range]:
     """Group consecutive rows into passes so that the passes and their padding cost least.
 
     Args:
         left: how many ids each row lacks, at least 1.
+        room: how many ids each row may get, padding included.
         backend: tells what a pass costs, how many ids it may have, and whether some may be padding.
     """
     best: list[tuple[int, list[range]]] = [(0, [])]  # for the first rows: none, one, two, ...
     for end in range(1, len(left) + 1):
-        options, widest = [], 0
+        options, widest, least = [], 0, room[end - 1]
         for start in reversed(range(end)):
-            widest = max(widest, left[start])
+            widest, least = max(widest, left[start]), min(least, room[start])
             ids = widest * (end - start)
+            fits = ids <= backend.chunk and widest <= least
             uneven = sum(left[start:end]) < ids
-            if start < end - 1 and (ids > backend.chunk or (uneven and not backend.any_length)):
+            if start < end - 1 and (not fits or (uneven and not backend.any_length)):
                 break
             cost, before = best[start]
             options.append((cost + ids + backend.pass_cost, [*before, range(start, end)]))

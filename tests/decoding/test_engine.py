@@ -287,40 +287,47 @@ def test_unsupported_models_are_refused_with_the_way_out() -> None:
         engine_over(model)
 
 
-def cost_of(passes: Sequence[Sequence[int]], each: int) -> int:
-    return sum(len(ids) * max(ids) + each for ids in passes)
+Rows = list[tuple[int, int]]  # the ids that each lacks, and that it may get
 
 
-def partitions(left: list[int]) -> Iterator[list[list[int]]]:
-    for cuts in itertools.product([False, True], repeat=len(left) - 1):
-        parts = [[left[0]]]
-        for cut, ids in zip(cuts, left[1:], strict=True):
+def cost_of(passes: list[Rows], each: int) -> int:
+    return sum(len(rows) * max(rows)[0] + each for rows in passes)
+
+
+def partitions(rows: Rows) -> Iterator[list[Rows]]:
+    for cuts in itertools.product([False, True], repeat=len(rows) - 1):
+        parts = [[rows[0]]]
+        for cut, row in zip(cuts, rows[1:], strict=True):
             if cut:
-                parts.append([ids])
+                parts.append([row])
             else:
-                parts[-1].append(ids)
+                parts[-1].append(row)
         yield parts
 
 
 @given(
-    left=st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    given=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=7),
     cost=st.integers(0, 50),
     any_length=st.booleans(),
 )
 def test_passes_cost_as_little_as_any_way_of_grouping_rows(
-    left: list[int], cost: int, any_length: bool
+    given: list[tuple[int, int]], cost: int, any_length: bool
 ) -> None:
     backend = ScriptedBackend(any_length)
     backend.chunk, backend.pass_cost = 60, cost
-    found = share_passes(left, backend)
-    assert [i for rows in found for i in rows] == list(range(len(left)))
+    rows = [(ids, ids + more) for ids, more in given]
+    found = share_passes([ids for ids, _ in rows], [room for _, room in rows], backend)
+    assert [i for part in found for i in part] == list(range(len(rows)))
 
-    def is_possible(ids: list[int]) -> bool:
-        fits = len(ids) * max(ids) <= 60
-        return len(ids) == 1 or (fits and (any_length or len(set(ids)) == 1))
+    def is_possible(part: Rows) -> bool:
+        widest = max(part)[0]
+        fits = len(part) * widest <= 60 and widest <= min(room for _, room in part)
+        return len(part) == 1 or (fits and (any_length or len({ids for ids, _ in part}) == 1))
 
-    possible = [cost_of(p, cost) for p in partitions(left) if all(map(is_possible, p))]
-    assert cost_of([[left[i] for i in rows] for rows in found], cost) == min(possible)
+    parts = [[rows[i] for i in part] for part in found]
+    assert all(map(is_possible, parts))
+    possible = [cost_of(p, cost) for p in partitions(rows) if all(map(is_possible, p))]
+    assert cost_of(parts, cost) == min(possible)
 
 
 def asked(*prompts: list[int], **options: Any) -> Generation:
@@ -406,6 +413,26 @@ def test_a_long_copied_prompt_takes_no_room_in_the_passes_of_others() -> None:
     engine.admit(*waiting)
     assert backend.passes[-2:] == [(1, 1), (1, 20)]
     assert backend.room == (3, 42)  # the longest prompt and a token
+
+
+@pytest.mark.parametrize(
+    ("tokens", "passes"), [(5, [(1, 1), (1, 20)]), (30, [(2, 20)])], ids=["near its end", "far"]
+)
+def test_no_row_is_padded_beyond_the_models_window(
+    tokens: int, passes: list[tuple[int, int]]
+) -> None:
+    """Learned positions end with the window: GPT-2's have no place for more."""
+    backend = ScriptedBackend()
+    backend.chunk, backend.pass_cost = 1000, 50
+    engine = Engine(backend, prefix_bytes=2**20)
+    beginning = list(range(40))
+    engine.admit(asked(beginning, max_new_tokens=9))
+    waiting = [
+        asked(prompt, max_new_tokens=tokens) for prompt in ([*beginning, 50], [60] * 20)
+    ]  # with as many tokens as the window leaves
+    assert engine.together(waiting) == 2
+    engine.admit(*waiting)
+    assert backend.passes[-len(passes) :] == passes
 
 
 @pytest.mark.parametrize("count", [1, 2])
