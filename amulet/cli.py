@@ -455,7 +455,7 @@ def _downloaded(url: str) -> bytes:
 
     try:
         with urlopen(url, timeout=30) as response:
-            data: bytes = response.read(MOST_BYTES + 3)  # so that too many are seen
+            data: bytes = response.read(MOST_BYTES + 3)  # the least that is refused
             return data
     except (OSError, ValueError, HTTPException) as error:
         raise RequestError(f"It can't be downloaded: {error}.") from None

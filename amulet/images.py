@@ -319,7 +319,7 @@ class ImageReader:
         # LLaVA-OneVision's cuts an image into tiles only where the chat has no other one.
         names = getattr(processor.image_processor, "model_input_names", ())
         self._counts = "batch_num_images" in names
-        # By digests of files: those that somebody holds, and those kept, last used last.
+        # By the digest of the file: those in use, and those kept, the least recently used first.
         self._readings: WeakValueDictionary[bytes, _Reading] = WeakValueDictionary()
         self._kept: dict[bytes, tuple[_Reading, int]] = {}  # with their bytes
         self._lock = threading.Lock()
@@ -328,8 +328,8 @@ class ImageReader:
         """Return what of a content part's image reaches the model.
 
         A chat's later turns bring the same files again; the last ones are not processed again, nor
-        is one that another thread is reading: its result is waited for. After an error, each of
-        those who waited reads the file itself.
+        is one that another thread is reading: its result is waited for. After an error, each
+        waiting thread reads the file itself.
 
         Args:
             part: the content part.

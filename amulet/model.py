@@ -525,7 +525,7 @@ class Amulet:
         Images count for nothing where the model reads none.
 
         Raises:
-            RequestError: the messages are no list of dicts, or an option is not valid.
+            RequestError: the messages are not a list of dicts, or an option is not valid.
         """
         if isinstance(messages, list | tuple) and not messages:
             return 0

@@ -214,7 +214,7 @@ def listed(requests: Iterable[Request | dict[str, Any]]) -> list[Request | dict[
     """Return the requests of a batch as a list; `Request.of` checks each.
 
     Raises:
-        RequestError: they are no iterable, or one request alone.
+        RequestError: they are not iterable, or are a single request.
     """
     alone = isinstance(requests, str | bytes | Mapping | Request)  # each can be iterated, too
     if alone or not isinstance(requests, Iterable):

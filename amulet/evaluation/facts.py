@@ -65,7 +65,7 @@ def right_answers(
         tell: called with (facts scored, facts in all).
 
     Raises:
-        EvaluationError: the settings are no `Steering`.
+        EvaluationError: the settings are not a `Steering`.
     """
     steering = amulet.steering if steering is None else steering
     if not isinstance(steering, Steering):

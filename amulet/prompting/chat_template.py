@@ -325,7 +325,7 @@ def check_unicode(text: str) -> None:
     """Raise for text that no tokenizer accepts.
 
     Raises:
-        RequestError: the text contains a lone surrogate, or it is no text.
+        RequestError: it is not a string, or contains a lone surrogate.
     """
     if not isinstance(text, str):
         raise RequestError(f"a text of type {type(text).__name__}: expected str.")

@@ -99,7 +99,7 @@ def create_app(
         "allowed_hosts": () if allowed_hosts is None else allowed_hosts,
         "allowed_origins": allowed_origins,
     }
-    for option, given in lists.items():  # in a text's place, each of its letters would be a key
+    for option, given in lists.items():  # of a text, each letter would be a key
         is_list = isinstance(given, Collection) and not isinstance(given, str | Mapping)
         if not is_list or not all(isinstance(one, str) for one in given):
             raise RequestError(f"{option} is a {type(given).__name__}: expected a list of texts.")

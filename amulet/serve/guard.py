@@ -187,10 +187,10 @@ def check_origins(origins: Sequence[str]) -> None:
 
 
 def named_host(host: str) -> str:
-    """Return an accepted host as a header's is read: in lower case, IPv6 without brackets.
+    """Return an accepted host in the form of `_host`: in lower case, IPv6 without brackets.
 
     Raises:
-        RequestError: it is no name or address alone.
+        RequestError: it is not just a host name or an IP address.
     """
     name = host.lower().strip("[]")
     if not name or _host(f"[{name}]" if ":" in name else name) != name:

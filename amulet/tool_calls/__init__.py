@@ -68,8 +68,8 @@ def _tool_schema(index: int, tool: Any) -> Schema:
         json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(
-            f"tools[{index}] ({function['name']}) can't be written as JSON: {error}. Use texts, "
-            "numbers, lists and dicts alone."
+            f"tools[{index}] ({function['name']}) can't be written as JSON: {error}. Use only "
+            "texts, numbers, lists and dicts."
         ) from None
     return schema
 

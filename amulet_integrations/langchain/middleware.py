@@ -68,7 +68,7 @@ def state_settings(state: Mapping[str, Any]) -> Settings:
     """Return the preference settings of a graph's state, for a model call.
 
     Raises:
-        RequestError: the state is no dict.
+        RequestError: the state is not a dict.
 
     >>> def answer(state: State):
     ...     return {"messages": [model.invoke(state["messages"], **state_settings(state))]}
@@ -76,7 +76,7 @@ def state_settings(state: Mapping[str, Any]) -> Settings:
     if not isinstance(state, Mapping):
         raise RequestError(
             f"state_settings: a state of type {type(state).__name__}: expected the dict that a "
-            "node gets; of a pydantic model or a dataclass give vars(state)."
+            "node gets; for a pydantic model or a dataclass, give vars(state)."
         )
     settings = {name: state[name] for name in SETTINGS if state.get(name) is not None}
     if settings.get("preference") == []:  # the field's initial value: nothing was stated yet

@@ -345,7 +345,7 @@ class AmuletOptions(BaseModel):
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of a text by the model's tokenizer, without special tokens.
 
-        If LangChain's option `custom_get_token_ids` is given, that function counts instead.
+        If LangChain's option `custom_get_token_ids` is given, that function is used instead.
         """
         if custom := getattr(self, "custom_get_token_ids", None):
             return cast("list[int]", custom(text))

@@ -59,7 +59,7 @@ class PreparedCall:
     Attributes:
         request: the request.
         raw: reported in the response: model, stage, source of the preference.
-        marker: the text before or after which the answer is decoded plainly; None without one.
+        marker: the text that separates a plain part of the answer from a steered one, if any.
     """
 
     request: Request

@@ -32,7 +32,7 @@ Scopes: TypeAlias = Mapping[str, Settings]
 
 @dataclass(eq=False)
 class _Block:
-    """A block under way, or one that has ended, which tasks that were started inside go on in.
+    """A `with` block. Tasks that were started inside keep its scopes after it has ended.
 
     Attributes:
         gives: the scopes inside.
@@ -107,7 +107,7 @@ def entered(given: Scopes) -> Iterator[None]:
 
 
 def _innermost() -> _Block | None:
-    """Return the block in force: where it was entered, one that has ended is not."""
+    """Return the block in force. The task or thread that entered a block is in it until it ends."""
     block = _block.get()
     while block is not None and block.ended and block.began() is _here():
         block = block.outer
@@ -154,7 +154,7 @@ def _store(context: Context) -> Any:
     """Return a context's store.
 
     Raises:
-        RequestError: it is no `Context`, but perhaps the agent or the preference.
+        RequestError: it is not a `Context`, but for example the agent or the preference.
     """
     if not hasattr(context, "store"):
         raise RequestError(

@@ -118,7 +118,7 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
 
 @cache
 def _declares(kind: Any, name: str) -> bool:
-    """Whether a class of configs has a field; its models ignore what else a file of theirs says."""
+    """Whether a config class declares a field; models ignore the rest of their config file."""
     known = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     taken = (signature(cls.__init__).parameters for cls in kind.__mro__)
     return any(name in names for names in (known, *taken, kind.attribute_map))
