@@ -41,7 +41,7 @@ def connect(
     *,
     api_key: str | None = None,
     model: str | None = None,
-    timeout: float = 600.0,
+    timeout: float | None = 600.0,
     retries: int = 2,
 ) -> RemoteAmulet:
     """Return an `Amulet` whose model is on a server.
@@ -50,7 +50,7 @@ def connect(
         url: address of an `amulet serve`, such as "http://127.0.0.1:8000".
         api_key: the server's key, if it requires one.
         model: the served model's name; None means the only one.
-        timeout: seconds to wait for the server's next piece.
+        timeout: seconds to wait for the server's next piece; None is no limit.
         retries: how often to resend a request that the server had no room for (429, 503) or
             that did not reach it; the waits grow, and follow `Retry-After`.
 
@@ -65,7 +65,9 @@ def connect(
             f"timeout={shown(timeout)}: expected seconds, more than 0, or None for no limit."
         )
     if not (isinstance(api_key or "", str) and re.fullmatch("[ -~]*", api_key or "")):
-        raise RequestError("api_key: expected ASCII characters, because it is sent in a header.")
+        raise RequestError(
+            "api_key: expected printable ASCII characters, because it is sent in a header."
+        )
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise RequestError(f"retries={shown(retries)}: expected a whole number, 0 or more.")
     base = url.rstrip("/").removesuffix("/v1")
@@ -76,7 +78,12 @@ def connect(
         "timeout": timeout,
         "max_retries": retries,
     }
-    client = openai.OpenAI(**options)
+    try:
+        client = openai.OpenAI(**options)
+    except Exception as error:  # of its HTTP library, about the host's name
+        raise RequestError(
+            f"url={shown(url)}: {error}; expected an address such as http://127.0.0.1:8000."
+        ) from None
     client.organization = client.project = None  # nor these, also from the environment
     try:
         with told():

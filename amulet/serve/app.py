@@ -110,8 +110,8 @@ def create_app(
         raise RequestError("api_key: expected a key, got an empty text.")
     if any(not re.fullmatch("[!-~]([ -~]*[!-~])?", key) for key in api_keys):
         raise RequestError(
-            "api_key: expected ASCII characters without spaces at the ends, because clients send "
-            "it in a header."
+            "api_key: expected printable ASCII characters without spaces at the ends, because "
+            "clients send it in a header."
         )
     hosts = None if allowed_hosts is None else [named_host(host) for host in allowed_hosts]
     check_origins(allowed_origins)

@@ -265,11 +265,12 @@ def test_errors_are_those_of_a_local_model(
         port = free.getsockname()[1]
     with pytest.raises(ModelError, match=f"http://127.0.0.1:{port}: .* can't be reached"):
         connect(f"http://127.0.0.1:{port}", retries=0)
-    for wrong in ("127.0.0.1:80", "http://", "http://[::1", "http://a:x", "http://a:99999"):
+    hosts = ("http://1.2.3.400", "http://", "http://[::1", "http://a:x", "http://a:99999")
+    for wrong in ("127.0.0.1:80", *hosts):
         with pytest.raises(RequestError, match="expected an address"):
             connect(wrong)
     for key in ("k\nb", "schl\u00fcssel"):
-        with pytest.raises(RequestError, match="api_key: expected ASCII characters"):
+        with pytest.raises(RequestError, match="api_key: expected printable ASCII characters"):
             connect("http://127.0.0.1", api_key=key)
     with pytest.raises(RequestError, match="timeout=inf: expected seconds"):
         connect("http://127.0.0.1", timeout=float("inf"))
