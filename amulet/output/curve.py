@@ -150,7 +150,7 @@ def curve_requests(
     Raises:
         RequestError: there is no preference or no strength, or an option is not valid.
     """
-    if not isinstance(strengths, Collection) or not strengths:
+    if not isinstance(strengths, Collection) or len(strengths) == 0:  # an array has no truth value
         raise RequestError(
             f"strengths={shown(strengths)}: expected at least one, such as (0, 1, 2)."
         )
@@ -158,10 +158,8 @@ def curve_requests(
         raise RequestError("strength: a curve has several; give strengths=(0, 1, 2).")
     shared = {**options, "messages": as_messages(question), "trace": True}
     steered = {**shared, "preference": wished(preference)}
-    return [
-        Request(**shared),
-        *(Request(**steered, strength=strength) for strength in sorted(strengths)),
-    ]
+    requests = [Request(**steered, strength=strength) for strength in strengths]
+    return [Request(**shared), *sorted(requests, key=lambda request: request.strength or 0.0)]
 
 
 def _svg(figure: Figure) -> str:

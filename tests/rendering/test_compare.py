@@ -167,6 +167,7 @@ def test_without_matplotlib_the_table_stays(
         ({"strengths": 2}, r"strengths=2: expected at least one, such as \(0, 1, 2\)"),
         ({"strength": 2}, r"give strengths=\(0, 1, 2\)"),
         ({"strengths": (0, 9999)}, "strength=9999"),
+        ({"strengths": (0, "much")}, "strength='much'"),
     ],
 )
 def test_strengths_are_checked(amulet: Amulet, options: dict[str, Any], said: str) -> None:
