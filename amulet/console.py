@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from amulet.errors import AmuletError, one_line
+from amulet.errors import AmuletError, EvaluationError, one_line
 
 if TYPE_CHECKING:
     from amulet import Amulet
@@ -84,6 +85,16 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
                 progress.reset(task, completed=done, total=total)
 
         yield tell
+
+
+def check_out(option: str, path: Path) -> None:
+    """Check before the work that a file can be written where an option says.
+
+    Raises:
+        EvaluationError: its folder is missing, or it is a folder itself.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise EvaluationError(f"{option} {path}: expected a file in a folder that exists.")
 
 
 def where_to_read(error: AmuletError) -> str:

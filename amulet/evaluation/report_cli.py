@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amulet.console import readable_errors
+from amulet.console import check_out, readable_errors
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of `amulet eval`.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="HTML page to write.")]
@@ -38,6 +38,9 @@ def report_command(
     with readable_errors():
         from amulet.evaluation.report import read_report, write_html, write_markdown, write_plot
 
+        for option, path in (("--out", out), ("--markdown", markdown), ("--plot", plot)):
+            if path is not None:
+                check_out(option, path)
         report = read_report(runs)
         write_html(report, out, examples)
         if markdown is not None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amulet.console import Device, DType, Model, load, progress_bar, readable_errors
+from amulet.console import Device, DType, Model, check_out, load, progress_bar, readable_errors
 from amulet.errors import EvaluationError
 from amulet.preference import PLACEMENTS as KNOWN_PLACEMENTS
 from amulet.preference import Placement, Steering
@@ -121,8 +121,7 @@ def tune_command(
             raise EvaluationError(
                 "Expected either --questions with --preferences, or --thumbs alone."
             )
-        if out.is_dir() or not out.parent.is_dir():  # told before the work, not after it
-            raise EvaluationError(f"--out {out}: expected a file in a folder that exists.")
+        check_out("--out", out)
         places = _placements(placement)
         if thumbs is not None:
             from amulet.evaluation.thumbs import read_thumbs

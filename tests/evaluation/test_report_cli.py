@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner, Result
 
@@ -52,6 +53,17 @@ def test_what_is_no_run_or_no_picture_is_one_red_line(tmp_path: Path) -> None:
     result = run(folder, "--out", tmp_path / "page.html", "--plot", tmp_path / "curves.gif")
     assert result.exit_code == 1
     assert "expected a name that ends in .svg or .png" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--out", "--markdown", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_any_is(tmp_path: Path, option: str) -> None:
+    files = {"--out": tmp_path / "page.html", option: tmp_path / "nowhere" / "page.svg"}
+    given = [part for pair in files.items() for part in pair]
+    result = run(make_run(tmp_path / "first"), *given)
+    assert result.exit_code == 1
+    assert f"error: {option} " in result.stderr
+    assert "expected a file in a folder that exists" in " ".join(result.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 def test_examples_below_none_are_refused(tmp_path: Path) -> None:
