@@ -146,6 +146,8 @@ def from_validation(findings: Sequence[Mapping[str, Any]], known: Collection[str
         if message not in messages:
             messages.append(message)
     text = "; ".join(f"{field}: {' or: '.join(messages)}" for field, messages in told.items())
+    if (more := len(findings) - MOST_TOLD) > 0:
+        text += f"; and {more} more"
     first = next(iter(told), None)
     return ApiError(400, f"{text}.", param=None if first == "body" else first)
 

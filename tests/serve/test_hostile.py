@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ async def test_bodies_of_very_many_values_are_refused_at_once(path: str, tiny: A
         response = await client.post(path, json={field: [1] * 1000})
         assert response.status_code == 400
         assert len(response.content) < 4000  # not one message for each
+        assert re.search(r"; and \d+ more\.$", response.json()["error"]["message"])
         long = {"messages": user("hi"), "max_tokens": 2, "stop": [",a" * 99_000]}
         response = await client.post(CHAT, json=long)
         assert response.status_code == 200  # long texts are no obstacle
