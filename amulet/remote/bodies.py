@@ -103,8 +103,21 @@ class Collector:
         """The text so far."""
         return self._texts["text"]
 
-    def take(self, chunk: Mapping[str, Any]) -> Iterator[Event]:
-        """Yield the events of a chunk."""
+    def take(self, chunk: Mapping[str, Any]) -> list[Event]:
+        """Return the events of a chunk.
+
+        Raises:
+            DecodeError: it is not a chunk of `amulet serve`.
+        """
+        try:
+            return list(self._events(chunk))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DecodeError(
+                "The server sent something that can't be read as part of an answer "
+                f"({type(error).__name__}); is it an `amulet serve` of the same version?"
+            ) from error
+
+    def _events(self, chunk: Mapping[str, Any]) -> Iterator[Event]:
         if usage := chunk.get("usage"):
             self.usage = Usage(
                 usage["prompt_tokens"],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from amulet import (
     RequestError,
 )
 from amulet.remote import connect
+from amulet.remote.streams import AsyncRemoteStream, RemoteStream
 from amulet.serve.app import create_app
 from amulet.serve.limits import Limits
 from amulet_integrations.langchain import ChatAmulet
@@ -307,6 +310,57 @@ def test_another_server_is_told(tiny: Amulet, models: str, model: str, said: str
         ((name, value),) = wrong.items()
         with pytest.raises(RequestError, match=rf"^{name}={value!r}: expected .* (than 0|0 or)"):
             connect("http://127.0.0.1:80", **wrong)  # type: ignore[arg-type]
+
+
+class Chunks:
+    """What the package `openai` returns, of a server that sends one chunk."""
+
+    def __init__(self, chunk: dict[str, Any]) -> None:
+        self.left = [SimpleNamespace(model_dump=lambda warnings: chunk)]
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.left)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class AsyncChunks:
+    """The same for `AsyncRemoteStream`."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for chunk in self.chunks:
+            yield chunk
+
+    async def close(self) -> None:
+        self.chunks.close()
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {"choices": [5]},
+        {"usage": {"total_tokens": 5}},
+        {"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]},
+        {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {}}]}}]},
+        {"choices": [{"delta": {"content": 5}}]},
+    ],
+)
+async def test_a_chunk_that_is_none_of_ours_is_told(chunk: dict[str, Any]) -> None:
+    sent, sent_async = Chunks(chunk), Chunks(chunk)
+    stream = RemoteStream(lambda: sent, Request(prompt="hi"))
+
+    async def send() -> AsyncChunks:
+        return AsyncChunks(sent_async)
+
+    for read in (lambda: asyncio.to_thread(stream.read), AsyncRemoteStream(send, False).read):
+        with pytest.raises(DecodeError, match="is it an `amulet serve` of the same version"):
+            await read()
+    assert (sent.closed, sent_async.closed) == (1, 1)
 
 
 async def test_the_integrations_work_on_it(tiny: Amulet, remote: Amulet) -> None:
