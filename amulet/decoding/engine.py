@@ -491,13 +491,14 @@ def share_passes(left: Sequence[int], room: Sequence[int], backend: Backend) -> 
     """
     best: list[tuple[int, list[range]]] = [(0, [])]  # for the first rows: none, one, two, ...
     for end in range(1, len(left) + 1):
-        options, widest, least = [], 0, room[end - 1]
+        options, widest, narrowest, least = [], 0, left[end - 1], room[end - 1]
         for start in reversed(range(end)):
-            widest, least = max(widest, left[start]), min(least, room[start])
+            widest, narrowest = max(widest, left[start]), min(narrowest, left[start])
+            least = min(least, room[start])
             ids = widest * (end - start)
             fits = ids <= backend.chunk and widest <= least
-            uneven = sum(left[start:end]) < ids
-            if start < end - 1 and (not fits or (uneven and not backend.any_length)):
+            even = narrowest == widest
+            if start < end - 1 and not (fits and (even or backend.any_length)):
                 break
             cost, before = best[start]
             options.append((cost + ids + backend.pass_cost, [*before, range(start, end)]))
